@@ -1,0 +1,118 @@
+"""Models, GPUs and published results as data: the TOML tables beside this file, read into frozen records."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import tomli
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's architecture under Megatron's names, and where its weights come from."""
+
+    name: str
+    title: str
+    hf_id: str  # Hugging Face repository, org/name
+    checkpoint: str  # where weights come from unless the spec says otherwise: hub, random
+    gated: bool  # the hub asks for a token with access
+    nemo_recipe: str  # module in nemo.collections.llm.recipes
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    vocab_size: int
+    max_position_embeddings: int  # tokens
+    rope_theta: float
+    source: str
+    flops_per_sample: float | None = None  # SFT, forward and backward, for flops_seq_length tokens
+    flops_seq_length: int | None = None
+
+    @property
+    def matrix_weights(self) -> int:
+        """Weights that take part in matrix products: projections, MLPs and the LM head; not the embedding, not the norms."""
+        head = self.hidden_size // self.num_attention_heads
+        attention = self.hidden_size * head * (2 * self.num_attention_heads + 2 * self.num_query_groups)
+        mlp = 3 * self.hidden_size * self.ffn_hidden_size
+        return self.num_layers * (attention + mlp) + self.hidden_size * self.vocab_size
+
+    @property
+    def parameters(self) -> int:
+        """All weights: untied embedding and head, RMS norms without bias."""
+        return self.matrix_weights + self.hidden_size * (self.vocab_size + 2 * self.num_layers + 1)
+
+    def flops(self, seq_length: int) -> float:
+        """FLOPs of one SFT sample of `seq_length` tokens, forward and backward, without attention scores."""
+        if self.flops_per_sample and self.flops_seq_length:
+            return self.flops_per_sample * seq_length / self.flops_seq_length
+        return 6.0 * self.matrix_weights * seq_length
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """An accelerator: memory and dense peaks, as its maker publishes them."""
+
+    name: str
+    title: str
+    memory_gib: float
+    precisions: tuple[str, ...]
+    peak_tflops: Mapping[str, float]  # dense, by precision
+    source: str
+
+    def peak_flops(self, precision: str) -> float | None:
+        """Dense peak in FLOP/s, None where no peak is claimed."""
+        tflops = self.peak_tflops.get(precision)
+        return None if tflops is None else tflops * 1e12
+
+
+@dataclass(frozen=True)
+class Published:
+    """One column of the recipe's result tables, as printed there."""
+
+    model: str
+    gpu: str
+    scheme: str
+    precision: str
+    gpus: int
+    global_batch_size: int
+    seq_length: int
+    step_time_s: float
+    tokens_per_s: float
+    mfu: float  # a fraction
+    days_per_1t_tokens: float
+
+
+def _read(name: str) -> dict[str, Any]:
+    return tomli.loads((HERE / f"{name}.toml").read_text(encoding="utf-8"))
+
+
+@cache
+def models() -> dict[str, Model]:
+    """Every known model by name."""
+    return {name: Model(name=name, **table) for name, table in _read("models").items()}
+
+
+@cache
+def gpus() -> dict[str, Gpu]:
+    """Every known accelerator by name."""
+    return {
+        name: Gpu(name=name, **table | {"precisions": tuple(table["precisions"])})
+        for name, table in _read("gpus").items()
+    }
+
+
+@cache
+def published() -> tuple[Published, ...]:
+    """The recipe's published results, in the order of its tables."""
+    return tuple(Published(**row) for row in _read("published")["result"])
+
+
+def published_for(model: str, scheme: str, precision: str, gpus: int) -> Published | None:
+    """The published result of this experiment, whatever it now runs on."""
+    wanted = (model, scheme, precision, gpus)
+    return next((row for row in published() if (row.model, row.scheme, row.precision, row.gpus) == wanted), None)

@@ -1,0 +1,48 @@
+"""Errors as data: what is wrong, where, and what would mend it.
+
+In: problems found anywhere in ftgen. Out: one exception that carries them all; `cli` alone prints it.
+"""
+
+from typing import NamedTuple
+
+KeyPath = tuple[str | int, ...]  # ("parallelism", "tensor_model_parallel_size"); () is the file itself
+
+
+class Problem(NamedTuple):
+    """One thing the user must change."""
+
+    where: KeyPath  # the key to change
+    what: str  # the rule, then the values found
+    hint: str = ""
+    also: tuple[KeyPath, ...] = ()  # further keys that the rule reads
+    file: str = ""  # set where the key is located
+    line: int = 0  # 1-based; 0 is not known
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}" if self.file and self.line else self.file
+        text = ": ".join(part for part in (place, dotted(self.where), self.what) if part)
+        return f"{text}\n  hint: {self.hint}" if self.hint else text
+
+
+def dotted(path: KeyPath) -> str:
+    """The key path as it is written in TOML and after --set."""
+    return ".".join(map(str, path))
+
+
+class UserError(Exception):
+    """Something the user must change: every problem found, not just the first."""
+
+    def __init__(self, *problems: Problem) -> None:
+        super().__init__(*problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.problems))
+
+
+class SpecError(UserError):
+    """Things to change in a spec, a site profile or a catalogue."""
+
+
+class LogError(UserError):
+    """Logs that cannot be found or read."""

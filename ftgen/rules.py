@@ -1,0 +1,176 @@
+"""What a spec's keys must satisfy together. In: shapes that are right. Out: every rule broken, with the values found."""
+
+import difflib
+from collections.abc import Iterable, Iterator
+
+from ftgen.catalogue import Gpu, Model, gpus, models
+from ftgen.errors import KeyPath, Problem
+from ftgen.site import Site
+from ftgen.spec import Spec
+
+# What the generated script sets in every task, and therefore no spec or site may.
+SET_BY_THE_SCRIPT = frozenset(
+    "STAGE_PATH NEMO_HOME HF_HOME HF_TOKEN_PATH NEMORUN_HOME RANK LOCAL_RANK NODE_RANK WORLD_SIZE MASTER_ADDR "
+    "MASTER_PORT CUDA_VISIBLE_DEVICES PATH".split()
+)
+TP: KeyPath = ("parallelism", "tensor_model_parallel_size")
+PP: KeyPath = ("parallelism", "pipeline_model_parallel_size")
+CP: KeyPath = ("parallelism", "context_parallel_size")
+VP: KeyPath = ("parallelism", "virtual_pipeline_model_parallel_size")
+GBS: KeyPath = ("global_batch_size",)
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """A hint that names the nearest known word, or all of them where none is near."""
+    words = sorted(known)
+    near = difflib.get_close_matches(word, words, n=1)
+    return f"did you mean {near[0]}?" if near else "one of " + ", ".join(words)
+
+
+def broken_rules(spec: Spec, site: Site, model: Model | None, gpu: Gpu | None) -> list[Problem]:
+    """Every rule that the spec breaks at this site."""
+    problems = [*_whole_nodes(spec, site), *_split(spec), *_data(spec), *_rest(spec, site)]
+    if model is None:
+        problems.append(Problem(("model",), f"is not in the catalogue: {spec.model}", closest(spec.model, models())))
+    else:
+        problems += _fits_the_model(spec, model)
+    if gpu is None:
+        problems.append(Problem(("gpu",), f"is not in the catalogue: {spec.gpu}", closest(spec.gpu, gpus())))
+    else:
+        problems += _fits_the_gpu(spec, gpu)
+    return problems
+
+
+def _whole_nodes(spec: Spec, site: Site) -> Iterator[Problem]:
+    key: KeyPath = ("gpus_per_node",) if spec.gpus_per_node else ("site", "gpus_per_node")
+    node = spec.gpus_per_node or site.gpus_per_node
+    if spec.gpus > node and spec.gpus % node:
+        below = spec.gpus // node * node
+        yield Problem(
+            ("gpus",),
+            f"must fill whole nodes: {spec.gpus} is not a multiple of {node} ({'.'.join(map(str, key))})",
+            f"use {below} or {below + node}",
+            also=(key,),
+        )
+
+
+def _split(spec: Spec) -> Iterator[Problem]:
+    split = spec.parallelism
+    tp, pp, cp = split.tensor_model_parallel_size, split.pipeline_model_parallel_size, split.context_parallel_size
+    vp = split.virtual_pipeline_model_parallel_size
+    shared = tp * pp * cp
+    if spec.gpus % shared:
+        culprit = TP if tp > 1 else PP if pp > 1 else CP
+        yield Problem(
+            culprit,
+            f"TP x PP x CP must divide the GPUs: {tp} x {pp} x {cp} = {shared} does not divide {spec.gpus} (gpus)",
+            also=(TP, PP, CP, ("gpus",)),
+        )
+    else:
+        yield from _batch(spec, spec.gpus // shared)
+    if vp and vp > 1 and pp == 1:
+        yield Problem(VP, f"needs pipeline stages: VP is {vp}, PP is 1", f"set {'.'.join(map(str, PP))}", also=(PP,))
+    if split.sequence_parallel and tp == 1:
+        yield Problem(("parallelism", "sequence_parallel"), "needs tensor parallelism: TP is 1", also=(TP,))
+    if cp > 1 and spec.seq_length % (2 * cp):
+        yield Problem(
+            ("seq_length",), f"must be a multiple of 2 x CP: {spec.seq_length} is none of {2 * cp}", also=(CP,)
+        )
+
+
+def _batch(spec: Spec, data_parallel_size: int) -> Iterator[Problem]:
+    step = spec.micro_batch_size * data_parallel_size
+    batch = spec.global_batch_size or 4 * spec.gpus
+    if batch % step:
+        below = batch // step * step
+        yield Problem(
+            GBS if spec.global_batch_size else ("micro_batch_size",),
+            f"the global batch size must be a multiple of micro_batch_size x data-parallel size: "
+            f"{batch} is not a multiple of {spec.micro_batch_size} x {data_parallel_size} = {step}",
+            f"use a global_batch_size of {below} or {below + step}" if below else f"use a multiple of {step}",
+            also=(GBS, ("micro_batch_size",), ("gpus",), TP, PP, CP),
+        )
+
+
+def _data(spec: Spec) -> Iterator[Problem]:
+    path: KeyPath = ("data", "path")
+    if spec.data.kind == "jsonl" and not spec.data.path:
+        yield Problem(path, 'is needed by data.kind = "jsonl"', "name the file", also=(("data", "kind"),))
+    if spec.data.kind != "jsonl" and spec.data.path:
+        yield Problem(path, f'is read for data.kind = "jsonl" only: it is "{spec.data.kind}"', also=(("data", "kind"),))
+    if spec.data.packed and spec.micro_batch_size > 1:
+        yield Problem(
+            ("micro_batch_size",),
+            f"must be 1 with packed sequences, found {spec.micro_batch_size}",
+            "make seq_length longer instead, or set data.packed = false",
+            also=(("data", "packed"),),
+        )
+    where: KeyPath = ("checkpoint", "path")
+    source = spec.checkpoint.source
+    if (source == "directory") != bool(spec.checkpoint.path):
+        rule = 'checkpoint.path and checkpoint.source = "directory" need each other'
+        yield Problem(where, f"{rule}: source is {source or 'the default'}", also=(("checkpoint", "source"),))
+    if spec.checkpoint.revision and source not in (None, "hub"):
+        yield Problem(("checkpoint", "revision"), f'is of source = "hub" only: it is "{source}"')
+
+
+def _rest(spec: Spec, site: Site) -> Iterator[Problem]:
+    if spec.window.last_steps > spec.max_steps:
+        yield Problem(
+            ("window", "last_steps"),
+            f"must be steps that are run: {spec.window.last_steps} of {spec.max_steps} (max_steps)",
+            also=(("max_steps",),),
+        )
+    if spec.scheme == "sft" and "lora" in spec.model_fields_set:
+        yield Problem(("lora",), 'is read for scheme = "lora" only: it is "sft"', also=(("scheme",),))
+    for prefix, environment in (((), spec.environment), (("site",), site.environment)):
+        for name in sorted(SET_BY_THE_SCRIPT & environment.keys()):
+            yield Problem((*prefix, "environment", name), "is set by the generated script")
+    yield from _python(site)
+
+
+def _python(site: Site) -> Iterator[Problem]:
+    python = site.python
+    if (python.kind == "container") != bool(python.image):
+        yield Problem(("site", "python", "image"), f'goes with python.kind = "container": it is "{python.kind}"')
+    if python.kind == "venv" and not python.path:
+        yield Problem(("site", "python", "path"), 'is needed by python.kind = "venv"')
+    if python.mounts and python.kind != "container":
+        yield Problem(("site", "python", "mounts"), f'goes with python.kind = "container": it is "{python.kind}"')
+    if site.gpu_type and site.gpu_request == "none":
+        yield Problem(("site", "gpu_type"), 'goes with a gpu_request: it is "none"', 'set gpu_request = "gres"')
+
+
+def _fits_the_model(spec: Spec, model: Model) -> Iterator[Problem]:
+    split = spec.parallelism
+    tp, pp = split.tensor_model_parallel_size, split.pipeline_model_parallel_size
+    stages = pp * (split.virtual_pipeline_model_parallel_size or 1)
+    for what, count in (("attention heads", model.num_attention_heads), ("query groups", model.num_query_groups)):
+        if count % tp:
+            yield Problem(TP, f"must divide the {what}: {count} is not a multiple of {tp}", also=(("model",),))
+    if model.num_layers % stages:
+        yield Problem(
+            PP, f"PP x VP must divide the layers: {model.num_layers} is not a multiple of {stages}", also=(("model",), VP)
+        )
+    if spec.seq_length > model.max_position_embeddings:
+        yield Problem(
+            ("seq_length",),
+            f"must not exceed the model's positions: {spec.seq_length} > {model.max_position_embeddings}",
+            also=(("model",),),
+        )
+
+
+def _fits_the_gpu(spec: Spec, gpu: Gpu) -> Iterator[Problem]:
+    if spec.precision not in gpu.precisions:
+        yield Problem(
+            ("precision",),
+            f"must be one that the GPU has: {gpu.name} has no {spec.precision}",
+            "one of " + ", ".join(gpu.precisions),
+            also=(("gpu",),),
+        )
+    split = spec.parallelism
+    shared = split.tensor_model_parallel_size * split.pipeline_model_parallel_size * split.context_parallel_size
+    if gpu.name == "cpu" and shared > 1:
+        yield Problem(("parallelism",), f"a CPU run is data-parallel only: TP x PP x CP is {shared}", also=(("gpu",),))
+    if gpu.name == "cpu" and spec.data.packed:
+        yield Problem(("data", "packed"), "packed sequences need a GPU's attention kernels", also=(("gpu",),))

@@ -1,0 +1,147 @@
+"""The vocabulary of a spec: every key, its unit, its default. In: a document. Out: a frozen `Spec`, or every problem of shape.
+
+What the keys mean together (do the GPUs fill whole nodes?) is decided in `plan`.
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+
+from ftgen.units import parse_walltime
+
+Positive = Annotated[int, Field(ge=1)]
+OneLine = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]*$")]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+
+SECRET = re.compile(r"TOKEN$|TOKEN_|SECRET|PASSWORD|PASSWD|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
+NOT_SECRET = {"TOKENIZERS_PARALLELISM"}
+
+
+def _walltime(text: str) -> str:
+    parse_walltime(text)
+    return text
+
+
+def _environment(variables: dict[str, str]) -> dict[str, str]:
+    for name in variables:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(f"must be names that a shell can export, found {name!r}")
+        if SECRET.search(name) and name not in NOT_SECRET:
+            raise ValueError(f"must hold no secrets, found {name}: export it where the job is submitted")
+    return variables
+
+
+Walltime = Annotated[str, AfterValidator(_walltime)]
+Environment = Annotated[dict[str, OneLine], AfterValidator(_environment)]
+
+
+class Table(BaseModel):
+    """A TOML table: unknown keys and wrong types are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, defer_build=True)
+
+
+class Lora(Table):
+    """Low-rank adaptation; read when scheme = "lora"."""
+
+    rank: Positive = Field(8, description="Rank of the adapters.")
+    alpha: Positive = Field(16, description="Scale of the adapters: their output is multiplied by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in the adapters, a fraction.")
+    targets: list[Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]] = Field(
+        ["linear_qkv"], min_length=1, description="Megatron's names of the layers that get adapters."
+    )
+
+
+class Parallelism(Table):
+    """How the model is split over GPUs; what is left is data-parallel."""
+
+    tensor_model_parallel_size: Positive = Field(1, description="GPUs that share each layer (TP).")
+    pipeline_model_parallel_size: Positive = Field(1, description="GPUs that share the stack of layers (PP).")
+    context_parallel_size: Positive = Field(1, description="GPUs that share each sequence (CP).")
+    virtual_pipeline_model_parallel_size: Positive | None = Field(
+        None, description="Chunks of layers for each pipeline stage (VP); needs PP > 1."
+    )
+    sequence_parallel: bool = Field(False, description="Split norms and dropout along the sequence; needs TP > 1.")
+
+
+class Data(Table):
+    """What is trained on."""
+
+    kind: Literal["squad", "synthetic", "jsonl"] = Field(
+        "squad",
+        description='"squad": SQuAD from the Hugging Face hub, as the recipe; "synthetic": SQuAD-shaped text made on the '
+        'spot, no network; "jsonl": a file of yours.',
+    )
+    path: OneLine | None = Field(
+        None, description='For kind = "jsonl": a file with a JSON object {"input", "output"} on each line.'
+    )
+    examples: Positive = Field(14000, description='For kind = "synthetic": how many examples are made.')
+    packed: bool | None = Field(
+        None,
+        description="Pack examples into full sequences, so that every token of a step is a real one. "
+        "Default: true on GPUs, false on a CPU.",
+    )
+
+
+class Checkpoint(Table):
+    """Where the weights come from; the default is the model's own in the catalogue."""
+
+    source: Literal["hub", "random", "directory"] | None = Field(
+        None,
+        description='"hub": the model\'s Hugging Face repository; "random": random weights of its shape, for speed alone; '
+        '"directory": a Hugging Face checkpoint on a disk.',
+    )
+    revision: OneLine | None = Field(None, description='For source = "hub": a branch, tag or commit. Default: main.')
+    path: OneLine | None = Field(None, description='For source = "directory": where it is.')
+
+
+class Optimizer(Table):
+    """Adam with a cosine schedule, as NeMo's recipe."""
+
+    learning_rate: float | None = Field(
+        None, gt=0, description="Peak learning rate. Default: the recipe's, 1e-4 for LoRA and 5e-6 for SFT."
+    )
+    warmup_steps: int = Field(50, ge=0, description="Steps over which the learning rate rises to its peak.")
+
+
+class Window(Table):
+    """The steps whose mean is the reported step time."""
+
+    last_steps: Positive = Field(20, description="How many steps at the end of the run are timed.")
+
+
+class Spec(Table):
+    """One fine-tuning benchmark. Only scheme, precision and gpus have no default; the defaults are the recipe's."""
+
+    scheme: Literal["sft", "lora"] = Field(description="Train every weight (sft), or low-rank adapters (lora).")
+    precision: Literal["bf16", "fp8", "fp32"] = Field(
+        description="Arithmetic of the matrix products; fp8 is delayed scaling over BF16, fp32 is for the CPU alone."
+    )
+    gpus: Positive = Field(description="GPUs in all; whole nodes, or a part of one.")
+    model: Name = Field("llama3_8b", description="The model's name in the catalogue.")
+    gpu: Name = Field("h100", description='The GPU\'s name in the catalogue; "cpu" trains without one.')
+    gpus_per_node: Positive | None = Field(None, description="GPUs of a node. Default: the site profile's, or 8.")
+    max_steps: Positive = Field(100, description="Training steps.")
+    global_batch_size: Positive | None = Field(None, description="Sequences a step. Default: 4 x gpus.")
+    micro_batch_size: Positive = Field(1, description="Sequences a GPU works on at once.")
+    seq_length: Positive = Field(4096, description="Tokens in a sequence.")
+    seed: int = Field(1234, ge=0, lt=2**32, description="Seed of the weights' initialization and the data's order.")
+    walltime: Walltime = Field("00:30:00", description="Time limit of the job, [days-]hours:minutes:seconds.")
+    convert_walltime: Walltime = Field(
+        "02:00:00", description="Time limit of the checkpoint's download and conversion, [days-]hours:minutes:seconds."
+    )
+    lora: Lora = Field(default_factory=Lora, description="The adapters.")
+    parallelism: Parallelism = Field(default_factory=Parallelism, description="How the model is split over GPUs.")
+    data: Data = Field(default_factory=Data, description="What is trained on.")
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="Where the weights come from.")
+    optimizer: Optimizer = Field(default_factory=Optimizer, description="Adam's settings.")
+    window: Window = Field(default_factory=Window, description="The steps that are timed.")
+    environment: Environment = Field(
+        {}, description="Environment variables of the training, over the recipe's and the site's."
+    )
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a spec, for editors."""
+    return Spec.model_json_schema()

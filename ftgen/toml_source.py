@@ -1,0 +1,104 @@
+"""TOML text to a document, and a key path back to its line. In: a file. Out: plain dicts; line numbers on demand."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import tomli
+
+from ftgen.errors import KeyPath, Problem, SpecError
+
+Document = dict[str, Any]
+
+
+def read_toml(path: Path) -> tuple[str, Document]:
+    """The file's text and what it says; SpecError with the line if it cannot be read as TOML."""
+    try:
+        text = path.read_bytes().decode()
+    except OSError as error:
+        raise SpecError(Problem((), error.strerror or str(error), "is the path right?", file=str(path))) from None
+    except UnicodeDecodeError as error:
+        raise SpecError(Problem((), f"is not UTF-8: {error.reason} at byte {error.start}", file=str(path))) from None
+    try:
+        return text, tomli.loads(text)
+    except tomli.TOMLDecodeError as error:
+        line = re.search(r"at line (\d+)", str(error))
+        number = int(line[1]) if line else text.count("\n") + 1
+        raise SpecError(Problem((), f"is not TOML: {error}", file=str(path), line=number)) from None
+
+
+def has(document: Any, path: KeyPath) -> bool:
+    """Whether the document says anything at this key path."""
+    return get(document, path, default=_MISSING) is not _MISSING
+
+
+_MISSING = object()
+
+
+def get(document: Any, path: KeyPath, default: Any = None) -> Any:
+    """What stands at this key path."""
+    for key in path:
+        try:
+            document = document[key]
+        except (KeyError, IndexError, TypeError):
+            return default
+    return document
+
+
+def line_of(text: str, path: KeyPath) -> int:
+    """1-based line where the key, or the nearest table around it, is first said; 0 if nowhere.
+
+    Asks the parser itself: the shortest run of whole lines that parses and has the key ends where the key's value ends,
+    and the key starts after the longest shorter run that parses.
+    """
+    for length in range(len(path), 0, -1):
+        line = _first_line_with(text, path[:length])
+        if line:
+            return line
+    return 0
+
+
+def _first_line_with(text: str, path: KeyPath) -> int:
+    lines = text.splitlines(keepends=True)
+    start = 0  # lines that are known to parse without the key
+    for end in range(1, len(lines) + 1):
+        try:
+            document = tomli.loads("".join(lines[:end]))
+        except tomli.TOMLDecodeError:
+            continue  # inside a value of several lines
+        if has(document, path):
+            blank = (n for n in range(start, end) if lines[n].strip() and not lines[n].lstrip().startswith("#"))
+            return next(blank, end - 1) + 1
+        start = end
+    return 0
+
+
+def parse_override(text: str) -> tuple[KeyPath, Any]:
+    """`key.path=value` to a key path and a TOML value; what is no TOML value is a string."""
+    key, equals, value = text.partition("=")
+    path = tuple(key.strip().split("."))
+    if not equals or not all(path):
+        raise SpecError(Problem((), f"must be key.path=value, found {text!r}", file="--set"))
+    try:
+        return path, tomli.loads(f"value = {value}")["value"]
+    except tomli.TOMLDecodeError:
+        return path, value
+
+
+def with_value(document: Document, path: KeyPath, value: Any) -> Document:
+    """A copy of the document with the value at this key path, tables made as needed."""
+    key, *rest = path
+    inner = document.get(str(key), {})
+    if not rest:
+        return {**document, str(key): value}
+    return {**document, str(key): with_value(inner if isinstance(inner, dict) else {}, tuple(rest), value)}
+
+
+def without(document: Document, path: KeyPath) -> Document:
+    """A copy of the document that says nothing at this key path."""
+    key, *rest = path
+    if key not in document:
+        return document
+    if not rest or not isinstance(document[str(key)], dict):
+        return {k: v for k, v in document.items() if k != key}
+    return {**document, str(key): without(document[str(key)], tuple(rest))}
