@@ -3,6 +3,8 @@
 In: problems found anywhere in ftgen. Out: one exception that carries them all; `cli` alone prints it.
 """
 
+import difflib
+from collections.abc import Iterable
 from typing import NamedTuple
 
 KeyPath = tuple[str | int, ...]  # ("parallelism", "tensor_model_parallel_size"); () is the file itself
@@ -27,6 +29,13 @@ class Problem(NamedTuple):
 def dotted(path: KeyPath) -> str:
     """The key path as it is written in TOML and after --set."""
     return ".".join(map(str, path))
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """A hint that names the nearest known word, or all of them where none is near."""
+    words = sorted(known)
+    near = difflib.get_close_matches(word, words, n=1)
+    return f"did you mean {near[0]}?" if near else "one of " + ", ".join(words)
 
 
 class UserError(Exception):

@@ -1,10 +1,9 @@
 """What a spec's keys must satisfy together. In: shapes that are right. Out: every rule broken, with the values found."""
 
-import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from ftgen.catalogue import Gpu, Model, gpus, models
-from ftgen.errors import KeyPath, Problem
+from ftgen.errors import KeyPath, Problem, closest
 from ftgen.site import Site
 from ftgen.spec import Spec
 
@@ -18,13 +17,6 @@ PP: KeyPath = ("parallelism", "pipeline_model_parallel_size")
 CP: KeyPath = ("parallelism", "context_parallel_size")
 VP: KeyPath = ("parallelism", "virtual_pipeline_model_parallel_size")
 GBS: KeyPath = ("global_batch_size",)
-
-
-def closest(word: str, known: Iterable[str]) -> str:
-    """A hint that names the nearest known word, or all of them where none is near."""
-    words = sorted(known)
-    near = difflib.get_close_matches(word, words, n=1)
-    return f"did you mean {near[0]}?" if near else "one of " + ", ".join(words)
 
 
 def broken_rules(spec: Spec, site: Site, model: Model | None, gpu: Gpu | None) -> list[Problem]:

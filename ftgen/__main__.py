@@ -1,0 +1,5 @@
+"""`python -m ftgen`."""
+
+from ftgen.cli import main
+
+main()

@@ -1,0 +1,142 @@
+"""The command line: parse, call, print, exit code. Results go to stdout, prose to stderr.
+
+Exit codes: 0 fine, 1 something the user must change, 2 usage, 3 a bug of ftgen's, 130 interrupted.
+What a command needs is imported inside it, so that each starts as fast as it can.
+"""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ftgen import __version__
+from ftgen.errors import SpecError, UserError
+
+# pydantic would look through every installed package for plug-ins, which ftgen does not have
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+ANYWHERE = click.Path(path_type=Path)
+
+spec_argument = click.argument("specs", nargs=-1, required=True, type=FILE, metavar="SPEC...")
+site_option = click.option("--site", type=FILE, help="The cluster's profile, a TOML file.")
+set_option = click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Change a key of the spec.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def ftgen() -> None:
+    """Specs of Llama fine-tuning benchmarks in, self-contained sbatch scripts and result tables out."""
+
+
+@ftgen.command("compile")
+@spec_argument
+@site_option
+@set_option
+@click.option("--out", type=FOLDER, default=Path("generated"), show_default=True, help="Where the scripts go.")
+@click.option("--check", is_flag=True, help="Write nothing: compare, and exit 1 with a diff where files are stale.")
+def compile_specs(specs: tuple[Path, ...], site: Path | None, overrides: tuple[str, ...], out: Path, check: bool) -> None:
+    """Compile each SPEC into OUT/<name>.sh, which stands alone, and OUT/<name>.py, its entrypoint."""
+    from ftgen import files
+    from ftgen.render import render
+
+    plans = _load_all(specs, site, overrides)
+    texts = {name: text for plan in plans for name, text in render(plan).items()}
+    if check:
+        stale = files.differences(out, texts)
+        click.echo(stale, nl=False)
+        if stale:
+            click.echo(f"{out} is stale: compile the specs again", err=True)
+            sys.exit(1)
+        return
+    for path in files.write(out, texts):
+        if path.suffix == ".sh":
+            click.echo(path)
+
+
+@ftgen.command()
+@click.argument("spec", type=FILE)
+@site_option
+@set_option
+@click.option("--json", "as_json", is_flag=True, help="The plan as the job gets it.")
+def plan(spec: Path, site: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show every number that SPEC resolves to, and where it comes from."""
+    from ftgen import experiment, origins
+
+    loaded = experiment.load(spec, site, overrides)
+    if as_json:
+        click.echo(loaded.plan.to_json())
+        return
+    rows = origins.explain(loaded)
+    wide = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for key, value, origin in rows:
+        click.echo(f"{key:{wide[0]}}  {value:{min(wide[1], 44)}}  {origin}".rstrip())
+
+
+@ftgen.command()
+def schema() -> None:
+    """Print the JSON Schema of a spec."""
+    from ftgen.spec import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))
+
+
+@ftgen.command()
+@click.argument("logs", nargs=-1, required=True, type=ANYWHERE, metavar="LOGS...")
+@click.option("--format", "format_", default="terminal", show_default=True, metavar="FORMAT", help="terminal, markdown, csv or json.")
+@click.option("--window", type=click.IntRange(min=1), help="Time the last N steps. Default: the plan's, or 20.")
+@click.option("--output", type=FILE, help="Write there instead of to stdout.")
+def tabulate(logs: tuple[Path, ...], format_: str, window: int | None, output: Path | None) -> None:
+    """Find every run below LOGS and print the result tables."""
+    from ftgen import export, files
+    from ftgen.logs import find_runs
+    from ftgen.summarize import summarize
+
+    if format_ not in export.FORMATS:
+        raise click.BadParameter(f"one of {', '.join(export.FORMATS)}", param_hint="--format")
+    text = export.FORMATS[format_]([summarize(run, window=window) for run in find_runs(logs)])
+    if output:
+        files.write(output.parent, {output.name: text})
+    else:
+        click.echo(text, nl=False)
+
+
+def _load_all(specs: tuple[Path, ...], site: Path | None, overrides: tuple[str, ...]) -> list[Any]:
+    """The plan of every spec, or one error with the problems of all."""
+    from ftgen.experiment import load
+
+    plans, problems = [], []
+    for spec in specs:
+        try:
+            plans.append(load(spec, site, overrides).plan)
+        except SpecError as error:
+            problems += error.problems
+    if problems:
+        raise SpecError(*dict.fromkeys(problems))
+    return plans
+
+
+def main() -> None:
+    """The process: one command, its exit code."""
+    try:
+        ftgen.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except UserError as error:
+        click.echo(str(error), err=True)
+        sys.exit(1)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+    except Exception:  # noqa: BLE001 - the last resort, which prints all it knows
+        traceback.print_exc()
+        click.echo(f"This is a bug of ftgen {__version__}: please report it with the lines above.", err=True)
+        sys.exit(3)

@@ -1,0 +1,40 @@
+"""Compiled files and the disk: written atomically, or compared. In: {file name: text}. Out: paths, or differences."""
+
+import difflib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def write(folder: Path, texts: Mapping[str, str]) -> list[Path]:
+    """Write each file as a whole or not at all; scripts are executable. Gives their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [_write(folder / name, text) for name, text in texts.items()]
+
+
+def _write(path: Path, text: str) -> Path:
+    mode = 0o755 if path.suffix == ".sh" else 0o644
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        Path(temporary).chmod(mode)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def differences(folder: Path, texts: Mapping[str, str]) -> str:
+    """A unified diff from what is there to what would be written; empty if that is the same."""
+    return "".join(_difference(folder / name, text) for name, text in texts.items())
+
+
+def _difference(path: Path, text: str) -> str:
+    there = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    lines = difflib.unified_diff(
+        there.splitlines(keepends=True), text.splitlines(keepends=True), str(path), f"{path} (compiled now)", n=1
+    )
+    return "".join(line if line.endswith("\n") else line + "\n" for line in lines)

@@ -1,0 +1,140 @@
+"""A plan to its files, pure. In: a frozen `Plan`. Out: {file name: text}, the same for the same plan."""
+
+import re
+import shlex
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from ftgen.plan import Plan
+from ftgen.units import format_walltime
+
+_HERE = Path(__file__).parent
+END_OF_FILE = "END_OF_FTGEN_FILE"
+
+
+def source_folder(name: str) -> Path:
+    """`templates` or `runtime`: inside the installed package, or beside it in ftgen's sources."""
+    installed = _HERE / f"_{name}"
+    return installed if installed.is_dir() else _HERE.parent / name
+
+
+class Verbatim(str):
+    """Text that a bash template takes as it is, because it has been made safe for its place."""
+
+    __slots__ = ()
+
+
+def render(plan: Plan) -> dict[str, str]:
+    """`<name>.sh`, which stands alone, and `<name>.py`, its entrypoint."""
+    entrypoint = _python().get_template("entrypoint.py.j2").render(plan=plan, plan_json=plan.to_json())
+    files = {f"{plan.name}.py": entrypoint, **_runtime()}
+    script = _bash().get_template("job.sh.j2").render(
+        plan=plan,
+        summary=summary(plan),
+        overrides=" ".join(f"--set {key}={value}" for key, value in plan.overrides.items()),
+        sbatch_lines=sbatch_lines(plan),
+        stage_path=_stage_path(plan),
+        interpreter=_interpreter(plan),
+        srun_flags=plan.slurm.srun_flags,
+        mounts=Verbatim("".join("," + expand_path(mount) for mount in plan.python.mounts)),
+        files=sorted(files.items()),
+        end_of_file=Verbatim(END_OF_FILE),
+    )
+    return {f"{plan.name}.sh": script, f"{plan.name}.py": entrypoint}
+
+
+def summary(plan: Plan) -> str:
+    """The run in one line."""
+    scheme = {"lora": "LoRA", "sft": "SFT"}[plan.scheme]
+    where = f"{plan.nodes} node{'s' * (plan.nodes > 1)} of {plan.gpus_per_node} {plan.gpu.name}"
+    return f"{scheme} {plan.precision.upper()} fine-tuning of {plan.model.name} on {where}"
+
+
+def sbatch_lines(plan: Plan) -> list[str]:
+    """What stands after #SBATCH, in sbatch's long form."""
+    slurm = plan.slurm
+    gpus = f"{slurm.gpu_type}:{plan.gpus_per_node}" if slurm.gpu_type else plan.gpus_per_node
+    options = {
+        "job-name": plan.experiment,
+        "account": slurm.account,
+        "partition": slurm.partition,
+        "qos": slurm.qos,
+        "reservation": slurm.reservation,
+        "constraint": slurm.constraint,
+        "nodes": plan.nodes,
+        "ntasks-per-node": plan.gpus_per_node,
+        "gres": f"gpu:{gpus}" if slurm.gpu_request == "gres" else None,
+        "gpus-per-node": gpus if slurm.gpu_request == "gpus-per-node" else None,
+        "time": format_walltime(slurm.walltime_s),
+        "mem": slurm.mem,
+        "output": "sbatch_%x_%j.out",
+    }
+    lines = [f"--{option}={value}" for option, value in options.items() if value is not None]
+    return [*lines, *(["--exclusive"] if slurm.exclusive else []), *slurm.sbatch_flags]
+
+
+def expand_path(path: str) -> str:
+    """A path as bash reads it: $STAGE_PATH is expanded, every other character is itself."""
+    parts = re.split(r"\$STAGE_PATH|\$\{STAGE_PATH\}", path)
+    return '"$STAGE_PATH"'.join(shlex.quote(part) if part else "" for part in parts)
+
+
+def _stage_path(plan: Plan) -> Verbatim:
+    return Verbatim(shlex.quote(plan.stage_path) if plan.stage_path else "${SLURM_SUBMIT_DIR:-$PWD}")
+
+
+def _interpreter(plan: Plan) -> str:
+    path = plan.python.path
+    return f"{path}/bin/python" if plan.python.kind == "venv" else path or "python3"
+
+
+@cache
+def _runtime() -> dict[str, str]:
+    """The runtime's files by the path they have in a run directory."""
+    folder = source_folder("runtime")
+    files = {f"runtime/{path.name}": path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))}
+    clash = [path for path, text in files.items() if END_OF_FILE in text.splitlines() or not text.endswith("\n")]
+    assert not clash, f"these cannot be carried in a here-document: {clash}"  # noqa: S101 - our own files
+    return files
+
+
+def _environment(**options: Any) -> Environment:
+    return Environment(
+        loader=FileSystemLoader(source_folder("templates")),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # noqa: S701 - bash and Python, not HTML
+        **options,
+    )
+
+
+def _python() -> Environment:
+    return _environment()
+
+
+def _bash() -> Environment:
+    """Every {{ value }} is one shell word, unless a filter has made it safe for another place."""
+    environment = _environment(finalize=_quote)
+    environment.filters |= {
+        "comment": lambda text: Verbatim(" ".join(str(text).split())),
+        "directive": _directive,
+        "path": lambda path: Verbatim(expand_path(path)),
+        "verbatim": Verbatim,
+        "words": lambda words: Verbatim(shlex.join(words)),
+    }
+    return environment
+
+
+def _quote(value: Any) -> str:
+    return value if isinstance(value, Verbatim) else shlex.quote(str(value))
+
+
+def _directive(line: str) -> Verbatim:
+    """A line for Slurm, or a variable's name: one word without quotes; the vocabulary lets nothing else through."""
+    assert re.fullmatch(r"[A-Za-z0-9_.,:&|()\[\]*/%+@=-]+", line), line  # noqa: S101 - spec.py and site.py check it
+    return Verbatim(line)
