@@ -1,0 +1,1 @@
+"""What runs inside the job: the standard library and the framework, never ftgen."""

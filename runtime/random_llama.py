@@ -1,0 +1,134 @@
+"""A Llama of the plan's shape with random weights, in Hugging Face format. In: a plan. Out: a directory to import.
+
+It is for speed: it trains as fast as the real one, and no hub is needed. The tokenizer is a byte-level BPE of exactly
+`vocab_size` entries. Weights are made and written one layer at a time: 8 billion of them need 1 GiB of memory, not 16.
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime import text
+
+if TYPE_CHECKING:
+    import torch
+
+SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>"]
+LARGE = 10**9  # parameters from which weights are kept in bfloat16, as published models keep them
+STD = 0.02  # of the random weights, Llama's `initializer_range`
+
+
+def write(plan: dict[str, Any], directory: Path) -> None:
+    """Config, tokenizer and weights of plan["model"], made from plan["seed"]."""
+    directory.mkdir(parents=True, exist_ok=True)
+    model = plan["model"]
+    dtype = "bfloat16" if model["parameters"] >= LARGE else "float32"
+    (directory / "config.json").write_text(json.dumps(_config(model, dtype), indent=1))
+    _write_tokenizer(model["vocab_size"], model["max_position_embeddings"], directory)
+    _write_weights(model, dtype, plan["seed"], directory)
+
+
+def _config(model: dict[str, Any], dtype: str) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "head_dim": model["hidden_size"] // model["num_attention_heads"],
+        "hidden_act": "silu",
+        "hidden_size": model["hidden_size"],
+        "initializer_range": STD,
+        "intermediate_size": model["ffn_hidden_size"],
+        "max_position_embeddings": model["max_position_embeddings"],
+        "num_attention_heads": model["num_attention_heads"],
+        "num_hidden_layers": model["num_layers"],
+        "num_key_value_heads": model["num_query_groups"],
+        "rms_norm_eps": 1e-5,
+        "rope_theta": model["rope_theta"],
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        "vocab_size": model["vocab_size"],
+    }
+
+
+def _write_tokenizer(vocab_size: int, max_length: int, directory: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=1,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_corpus(vocab_size), trainer)
+    missing = vocab_size - tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens([f"<|reserved_special_token_{index}|>" for index in range(missing)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    named = {"bos_token": SPECIAL[0], "eos_token": SPECIAL[1]}
+    settings = named | {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    (directory / "special_tokens_map.json").write_text(json.dumps(named, indent=1))
+
+
+def _corpus(vocab_size: int) -> list[str]:
+    """Text with enough different names to give as many tokens as are asked for."""
+    rng = random.Random(vocab_size)  # noqa: S311
+    examples = (text.example(rng) for _ in range(400))
+    names = [text.name(rng) for _ in range(vocab_size // 2)]
+    return [f"{example['input']} {example['output']}" for example in examples] + [f" {name}" for name in names]
+
+
+def _write_weights(model: dict[str, Any], dtype: str, seed: int, directory: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    shards = _shards(model)
+    index: dict[str, str] = {}
+    size = 0
+    for number, shapes in enumerate(shards):
+        generator = torch.Generator().manual_seed(seed * 1000 + number)  # a shard can be made again by itself
+        tensors = {key: _weight(shape, getattr(torch, dtype), generator) for key, shape in shapes.items()}
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, file)
+        size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    document = {"metadata": {"total_size": size}, "weight_map": index}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(document, indent=1))
+
+
+def _shards(model: dict[str, Any]) -> list[dict[str, tuple[int, ...]]]:
+    """The shapes of every weight, by name, in as many files as there are layers, and one."""
+    hidden, ffn, vocab = model["hidden_size"], model["ffn_hidden_size"], model["vocab_size"]
+    kv = hidden // model["num_attention_heads"] * model["num_query_groups"]
+    layer = {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (hidden, hidden),
+        "self_attn.k_proj.weight": (kv, hidden),
+        "self_attn.v_proj.weight": (kv, hidden),
+        "self_attn.o_proj.weight": (hidden, hidden),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (ffn, hidden),
+        "mlp.up_proj.weight": (ffn, hidden),
+        "mlp.down_proj.weight": (hidden, ffn),
+    }
+    ends: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (vocab, hidden),
+    }
+    numbers = range(model["num_layers"])
+    return [ends, *({f"model.layers.{number}.{key}": shape for key, shape in layer.items()} for number in numbers)]
+
+
+def _weight(shape: tuple[int, ...], dtype: "torch.dtype", generator: "torch.Generator") -> "torch.Tensor":
+    import torch
+
+    if len(shape) == 1:  # the norms
+        return torch.ones(shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype).normal_(0, STD, generator=generator)
