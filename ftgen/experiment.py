@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ftgen.errors import KeyPath, Problem, SpecError
 from ftgen.plan import Plan, resolve
@@ -12,6 +12,8 @@ from ftgen.shape import validate
 from ftgen.site import Site
 from ftgen.spec import Spec
 from ftgen.toml_source import Document, has, line_of, parse_override, read_toml, with_value, without
+
+T = TypeVar("T", Spec, Site)
 
 # Stand in for keys that are missing or of the wrong shape, so that the rules on the other keys can still be checked.
 _PLACEHOLDERS: Document = {"scheme": "lora", "precision": "bf16", "gpus": 8}
@@ -46,14 +48,14 @@ def load(spec_path: Path, site_path: Path | None = None, overrides: Sequence[str
     """The experiment that a spec file describes at a site; SpecError with every problem, sorted by file and line."""
     changes = dict(parse_override(text) for text in overrides)
     spec_source, site_source = _read(spec_path, changes), _read(site_path, {})
-    spec, spec_problems = validate(Spec, spec_source.document)
-    site, site_problems = validate(Site, site_source.document)
+    spec, spec_problems = _shaped(Spec, spec_source.document, _PLACEHOLDERS)
+    site, site_problems = _shaped(Site, site_source.document, {})
     problems = [*spec_problems, *_bad_name(spec_path), *(p._replace(where=("site", *p.where)) for p in site_problems)]
     plan = None
     try:
         plan = resolve(
-            spec or _shaped(Spec, _PLACEHOLDERS | spec_source.document, spec_problems),
-            site or _shaped(Site, site_source.document, site_problems),
+            spec,
+            site,
             name=spec_path.stem,
             spec_text=spec_source.text,
             overrides={".".join(map(str, path)): value for path, value in changes.items()},
@@ -82,11 +84,15 @@ def _bad_name(path: Path) -> list[Problem]:
     return [Problem((), f"a spec's file name must be letters, digits, '.', '_' and '-', found {path.name!r}")]
 
 
-def _shaped(table: type[Any], document: Document, problems: Sequence[Problem]) -> Any:
-    """The table without the keys that have problems: for checking the rules on the rest."""
+def _shaped(table: type[T], document: Document, placeholders: Document) -> tuple[T, list[Problem]]:
+    """The table without the keys that have problems, for checking the rules on the rest; and all those problems."""
+    found, problems = validate(table, document)
+    if found:
+        return found, problems
     for problem in problems:
         document = without(document, problem.where)
-    return table.model_validate({k: v for k, v in _PLACEHOLDERS.items() if table is Spec} | document)
+    found, more = _shaped(table, placeholders | document, placeholders)
+    return found, problems + more
 
 
 def _touches(problem: Problem, keys: Sequence[KeyPath]) -> bool:

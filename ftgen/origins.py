@@ -68,6 +68,8 @@ def _text(value: Any) -> str:
 
 def _origin(experiment: Experiment, path: KeyPath) -> str:
     key = dotted(path)
+    if path[0] == "overrides":
+        return "--set"
     spec_path = _SPEC_KEYS.get(key, path)
     site_path = path[1:] if path[0] == "slurm" else path
     worked_out = _WORKED_OUT.get(key)

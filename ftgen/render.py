@@ -39,7 +39,6 @@ def render(plan: Plan) -> dict[str, str]:
         stage_path=_stage_path(plan),
         interpreter=_interpreter(plan),
         srun_flags=plan.slurm.srun_flags,
-        mounts=Verbatim("".join("," + expand_path(mount) for mount in plan.python.mounts)),
         files=sorted(files.items()),
         end_of_file=Verbatim(END_OF_FILE),
     )
@@ -77,9 +76,11 @@ def sbatch_lines(plan: Plan) -> list[str]:
 
 
 def expand_path(path: str) -> str:
-    """A path as bash reads it: $STAGE_PATH is expanded, every other character is itself."""
-    parts = re.split(r"\$STAGE_PATH|\$\{STAGE_PATH\}", path)
-    return '"$STAGE_PATH"'.join(shlex.quote(part) if part else "" for part in parts)
+    """A path as one word of bash: $STAGE_PATH is expanded, every other character is itself."""
+    parts = re.split(r"\$STAGE_PATH\b|\$\{STAGE_PATH\}", path)
+    if len(parts) == 1:
+        return shlex.quote(path)
+    return '"' + "$STAGE_PATH".join(re.sub(r'([\\"$`])', r"\\\1", part) for part in parts) + '"'
 
 
 def _stage_path(plan: Plan) -> Verbatim:

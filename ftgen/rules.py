@@ -101,7 +101,8 @@ def _data(spec: Spec) -> Iterator[Problem]:
     source = spec.checkpoint.source
     if (source == "directory") != bool(spec.checkpoint.path):
         rule = 'checkpoint.path and checkpoint.source = "directory" need each other'
-        yield Problem(where, f"{rule}: source is {source or 'the default'}", also=(("checkpoint", "source"),))
+        found = f'source is "{source}"' if source else "source is not set"
+        yield Problem(where, f"{rule}: {found}", also=(("checkpoint", "source"),))
     if spec.checkpoint.revision and source not in (None, "hub"):
         yield Problem(("checkpoint", "revision"), f'is of source = "hub" only: it is "{source}"')
 
@@ -109,9 +110,10 @@ def _data(spec: Spec) -> Iterator[Problem]:
 def _rest(spec: Spec, site: Site) -> Iterator[Problem]:
     if spec.window.last_steps > spec.max_steps:
         yield Problem(
-            ("window", "last_steps"),
-            f"must be steps that are run: {spec.window.last_steps} of {spec.max_steps} (max_steps)",
-            also=(("max_steps",),),
+            ("window", "last_steps") if "window" in spec.model_fields_set else ("max_steps",),
+            f"the timed steps must be run: window.last_steps is {spec.window.last_steps}, max_steps {spec.max_steps}",
+            f"set window.last_steps to {spec.max_steps} or fewer",
+            also=(("max_steps",), ("window", "last_steps")),
         )
     if spec.scheme == "sft" and "lora" in spec.model_fields_set:
         yield Problem(("lora",), 'is read for scheme = "lora" only: it is "sft"', also=(("scheme",),))

@@ -52,6 +52,8 @@ def _problem(table: type[BaseModel], document: Document, detail: Any) -> Problem
             return Problem(path, str(context["error"]), _description(table, path))
         case "string_pattern_mismatch":
             return Problem(path, f"must match {context['pattern']}, found {show(found)}", _description(table, path))
+        case "at_key":
+            return Problem((*path, context["key"]), detail["msg"], "export it in the shell that submits the job")
         case kind if kind in _WANTED:
             what = _FOUND.get(type(found), f"a {type(found).__name__}")
             return Problem(path, f"must be {_WANTED[kind]}, found {what}: {show(found)}", _description(table, path))

@@ -7,6 +7,7 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic_core import PydanticCustomError
 
 from ftgen.units import parse_walltime
 
@@ -26,9 +27,9 @@ def _walltime(text: str) -> str:
 def _environment(variables: dict[str, str]) -> dict[str, str]:
     for name in variables:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError(f"must be names that a shell can export, found {name!r}")
+            raise PydanticCustomError("at_key", "is no name that a shell can export", {"key": name})
         if SECRET.search(name) and name not in NOT_SECRET:
-            raise ValueError(f"must hold no secrets, found {name}: export it where the job is submitted")
+            raise PydanticCustomError("at_key", "looks like a secret, which no file may hold", {"key": name})
     return variables
 
 

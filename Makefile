@@ -1,0 +1,46 @@
+# make run    a fine-tune from nothing to its result table, on this machine's CPU
+# make test   every test; make check is the part of it that only reads the code
+PYTHON ?= python3
+VENV ?= .venv
+bin := $(VENV)/bin
+installed := $(VENV)/.installed
+
+.PHONY: run test check pytest install compile clean
+.DEFAULT_GOAL := help
+help:
+	@sed -n 's/^# //p' Makefile
+
+run: $(installed)
+	@echo "1/3 compile specs/quickstart.toml"
+	$(bin)/ftgen compile specs/quickstart.toml
+	@echo "2/3 bash generated/quickstart.sh (converts a checkpoint, trains 100 steps)"
+	PATH="$(abspath $(bin)):$$PATH" bash generated/quickstart.sh
+	@echo "3/3 ftgen tabulate logs/"
+	$(bin)/ftgen tabulate logs/
+
+test: check pytest
+
+check: $(installed)
+	$(bin)/ruff check ftgen runtime tests
+	$(bin)/ruff format --check ftgen runtime tests
+	$(bin)/mypy
+	$(bin)/lint-imports
+	$(bin)/ftgen compile $(filter-out specs/quickstart.toml,$(wildcard specs/*.toml)) --check
+	$(bin)/shellcheck generated/*.sh
+
+pytest: $(installed)
+	$(bin)/pytest
+
+compile: $(installed)
+	$(bin)/ftgen compile $(filter-out specs/quickstart.toml,$(wildcard specs/*.toml))
+
+install: $(installed)
+$(installed): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ftgen needs Python 3.10 or later: make PYTHON=<one>")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing NeMo, Megatron-Core and torch into $(VENV): some minutes, about 3 GB"
+	$(bin)/python -m pip install --disable-pip-version-check --progress-bar off --quiet -c constraints.txt -e '.[runtime,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) logs HF_ckpt data generated/quickstart.*
