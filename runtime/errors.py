@@ -2,14 +2,14 @@
 
 
 class JobError(Exception):
-    """One thing the user must change; the entrypoint prints it in a line, the hint in another, and exits with 1."""
+    """One thing the user must change; as text it is that line, and the hint on a line of its own. Exit status 1."""
 
     def __init__(self, what: str, hint: str = "") -> None:
         """`what` and `hint` are one line each."""
-        super().__init__(what)
+        super().__init__(what, hint)
         self.what = what
         self.hint = hint
 
-    def lines(self) -> str:
-        """`ftgen: error: …`, and the hint on a line of its own."""
-        return f"ftgen: error: {self.what}" + (f"\n  hint: {self.hint}" if self.hint else "")
+    def __str__(self) -> str:
+        """Show the rule, then the hint."""
+        return self.what + (f"\n  hint: {self.hint}" if self.hint else "")

@@ -1,0 +1,149 @@
+"""Megatron-Core and NeMo on a machine without a GPU: for trying things, not for measuring.
+
+In: nothing; `stand_in()` is called once, before NeMo is used. Out: torch.cuda's calls that the two make without asking
+do nothing, tensors meant for "cuda" land on the CPU, and `PLAIN` is what a model's config needs beside that: no fused
+kernels, and Megatron's own layers in place of Transformer Engine's. Both kinds of layers keep the same names in a
+checkpoint, so what is converted here can be trained on GPUs.
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+FUSIONS = (
+    "apply_rope_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "cross_entropy_loss_fusion",
+    "gradient_accumulation_fusion",
+    "masked_softmax_fusion",
+    "persist_layer_norm",
+)
+# Where the norms are that Transformer Engine fuses into the linear layer behind them, and Megatron's own layers do not.
+NORMS = {
+    "model.layers.*.input_layernorm.weight": "decoder.layers.*.input_layernorm.weight",
+    "model.layers.*.post_attention_layernorm.weight": "decoder.layers.*.pre_mlp_layernorm.weight",
+}
+
+
+def plain() -> dict[str, Any]:
+    """The fields of a model's config that run anywhere."""
+    from nemo.collections.llm.gpt.model.base import local_layer_spec
+
+    return dict.fromkeys(FUSIONS, False) | {"transformer_layer_spec": local_layer_spec}
+
+
+def stand_in() -> None:
+    """Make torch.cuda's calls harmless, once; the rest of this process has no GPU."""
+    if torch.cuda.is_available() or torch.cuda.Stream is _Idle:
+        return
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron asks for it before it looks for a GPU
+    for name, value in _stand_ins().items():
+        setattr(torch.cuda, name, value)
+    torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
+    torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
+    torch.Tensor.cuda = _same
+    torch.nn.Module.cuda = _same
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    megatron_random._set_cuda_rng_state = torch.cuda.set_rng_state
+    megatron_random._get_cuda_rng_state = torch.cuda.get_rng_state
+    _OnTheCpu().__enter__()  # for good
+
+
+@contextlib.contextmanager
+def plain_import() -> Iterator[None]:
+    """Within it, NeMo's importer of Hugging Face Llamas makes a plain model and finds its norms."""
+    from nemo.collections.llm.gpt.model import llama
+    from nemo.lightning import io
+
+    with contextlib.ExitStack() as stack:
+        for config in (llama.LlamaConfig, llama.Llama31Config):
+            stack.enter_context(_replaced(config, "__init__", _with_defaults(config.__init__, plain())))
+        stack.enter_context(_replaced(io, "apply_transforms", _with_norms(io.apply_transforms)))
+        yield
+
+
+class _Idle:
+    """A stream or an event of a device that is not there."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, _name: str) -> Callable[..., None]:
+        return _nothing
+
+
+class _OnTheCpu(TorchFunctionMode):  # type: ignore[misc]
+    """Tensors that are made for, or moved to, "cuda" stay on the CPU."""
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        if getattr(func, "__name__", "") == "to":
+            args = tuple("cpu" if _is_cuda(value) else value for value in args)
+        return func(*args, **kwargs)
+
+
+def _stand_ins() -> dict[str, Any]:
+    names = ("ByteTensor", "IntTensor", "LongTensor", "HalfTensor", "BFloat16Tensor", "FloatTensor", "DoubleTensor")
+    return {
+        **{name: getattr(torch, name) for name in names},
+        "Event": _Idle,
+        "Stream": _Idle,
+        "current_device": lambda: torch.device("cpu"),
+        "current_stream": _Idle,
+        "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        "get_rng_state": lambda *_args, **_kwargs: torch.get_rng_state(),
+        "manual_seed": _nothing,
+        "set_device": _nothing,
+        "set_rng_state": lambda state, *_args, **_kwargs: torch.set_rng_state(state),
+        "stream": lambda _stream: contextlib.nullcontext(),
+        "synchronize": _nothing,
+        "_lazy_call": _nothing,
+        "_lazy_init": _nothing,
+    }
+
+
+def _nothing(*_args: Any, **_kwargs: Any) -> None:
+    return None
+
+
+def _same(self: Any, *_args: Any, **_kwargs: Any) -> Any:
+    return self
+
+
+def _is_cuda(value: Any) -> bool:
+    return isinstance(value, str | torch.device) and str(value).startswith("cuda")
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _with_defaults(init: Callable[..., None], defaults: dict[str, Any]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def with_defaults(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **(defaults | kwargs))
+
+    return with_defaults
+
+
+def _with_norms(apply_transforms: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(apply_transforms)
+    def with_norms(source: Any, target: Any, mapping: dict[str, str], *args: Any, **kwargs: Any) -> Any:
+        return apply_transforms(source, target, mapping | NORMS, *args, **kwargs)
+
+    return with_norms

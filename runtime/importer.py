@@ -1,0 +1,49 @@
+"""NeMo's own importer of Hugging Face Llamas, kept to one directory. In: a Hugging Face one. Out: a NeMo checkpoint.
+
+This module imports NeMo (15-40 s): only a conversion does.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from nemo.collections.llm.gpt.model.llama import HFLlamaImporter
+from transformers import AutoTokenizer
+
+from runtime import cpu
+
+
+class Importer(HFLlamaImporter):  # type: ignore[misc]
+    """Of the stock importer's habits two are left out: a shared folder in /tmp, and a second process for saving."""
+
+    tokenizer_directory: Path
+
+    def save_hf_tokenizer_assets(self, tokenizer_name_or_path: str, save_path: str = "") -> str:
+        """Keep the tokenizer in a folder of our own; the checkpoint gets a copy under the folder's name."""
+        target = save_path or str(self.tokenizer_directory)
+        AutoTokenizer.from_pretrained(tokenizer_name_or_path).save_pretrained(target)  # and no code of the model's
+        return target
+
+    def nemo_setup(self, model: Any, trainer: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Save in this process: another one would import everything again, and may outlive us."""
+        return super().nemo_setup(model, trainer, *args, ckpt_async_save=False, **kwargs)
+
+
+def import_directory(source: Path, output: Path, scratch: Path) -> str:
+    """Convert the Hugging Face directory `source` to `output`/{context,weights}; the kind of layers it was made with.
+
+    `scratch` is a new directory's name beside them; it is removed again.
+    """
+    importer = Importer(str(source))
+    importer.tokenizer_directory = scratch / "nemo_tokenizer"  # the name that NeMo looks for in a checkpoint
+    try:
+        if torch.cuda.is_available():
+            importer.apply(output)
+            return "transformer_engine"
+        cpu.stand_in()
+        with cpu.plain_import():
+            importer.apply(output)
+        return "local"
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
