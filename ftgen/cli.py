@@ -9,12 +9,15 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ftgen import __version__
-from ftgen.errors import SpecError, UserError
+from ftgen.errors import Problem, SpecError, UserError
+
+if TYPE_CHECKING:
+    from ftgen.plan import Plan
 
 # pydantic would look through every installed package for plug-ins, which ftgen does not have
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
@@ -88,7 +91,13 @@ def schema() -> None:
 
 @ftgen.command()
 @click.argument("logs", nargs=-1, required=True, type=ANYWHERE, metavar="LOGS...")
-@click.option("--format", "format_", default="terminal", show_default=True, metavar="FORMAT", help="terminal, markdown, csv or json.")
+@click.option(
+    "--format",
+    "format_",
+    default="terminal",
+    show_default=True,
+    help="terminal, markdown, csv, json",
+)
 @click.option("--window", type=click.IntRange(min=1), help="Time the last N steps. Default: the plan's, or 20.")
 @click.option("--output", type=FILE, help="Write there instead of to stdout.")
 def tabulate(logs: tuple[Path, ...], format_: str, window: int | None, output: Path | None) -> None:
@@ -106,11 +115,12 @@ def tabulate(logs: tuple[Path, ...], format_: str, window: int | None, output: P
         click.echo(text, nl=False)
 
 
-def _load_all(specs: tuple[Path, ...], site: Path | None, overrides: tuple[str, ...]) -> list[Any]:
+def _load_all(specs: tuple[Path, ...], site: Path | None, overrides: tuple[str, ...]) -> list[Plan]:
     """The plan of every spec, or one error with the problems of all."""
     from ftgen.experiment import load
 
-    plans, problems = [], []
+    plans: list[Plan] = []
+    problems: list[Problem] = []
     for spec in specs:
         try:
             plans.append(load(spec, site, overrides).plan)
@@ -136,7 +146,7 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
-    except Exception:  # noqa: BLE001 - the last resort, which prints all it knows
+    except Exception:
         traceback.print_exc()
         click.echo(f"This is a bug of ftgen {__version__}: please report it with the lines above.", err=True)
         sys.exit(3)

@@ -181,9 +181,7 @@ class Plan:
         return json.dumps(asdict(self), indent=2, ensure_ascii=True)
 
 
-def resolve(
-    spec: Spec, site: Site, *, name: str, spec_text: str = "", overrides: dict[str, Any] | None = None
-) -> Plan:
+def resolve(spec: Spec, site: Site, *, name: str, spec_text: str = "", overrides: dict[str, Any] | None = None) -> Plan:
     """The plan of a spec at a site; SpecError with every rule it breaks."""
     model = catalogue.models().get(spec.model)
     gpu = catalogue.gpus().get(spec.gpu)

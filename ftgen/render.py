@@ -31,16 +31,20 @@ def render(plan: Plan) -> dict[str, str]:
     """`<name>.sh`, which stands alone, and `<name>.py`, its entrypoint."""
     entrypoint = _python().get_template("entrypoint.py.j2").render(plan=plan, plan_json=plan.to_json())
     files = {f"{plan.name}.py": entrypoint, **_runtime()}
-    script = _bash().get_template("job.sh.j2").render(
-        plan=plan,
-        summary=summary(plan),
-        overrides=" ".join(f"--set {key}={value}" for key, value in plan.overrides.items()),
-        sbatch_lines=sbatch_lines(plan),
-        stage_path=_stage_path(plan),
-        interpreter=_interpreter(plan),
-        srun_flags=plan.slurm.srun_flags,
-        files=sorted(files.items()),
-        end_of_file=Verbatim(END_OF_FILE),
+    script = (
+        _bash()
+        .get_template("job.sh.j2")
+        .render(
+            plan=plan,
+            summary=summary(plan),
+            overrides=" ".join(f"--set {key}={value}" for key, value in plan.overrides.items()),
+            sbatch_lines=sbatch_lines(plan),
+            stage_path=_stage_path(plan),
+            interpreter=_interpreter(plan),
+            srun_flags=plan.slurm.srun_flags,
+            files=sorted(files.items()),
+            end_of_file=Verbatim(END_OF_FILE),
+        )
     )
     return {f"{plan.name}.sh": script, f"{plan.name}.py": entrypoint}
 

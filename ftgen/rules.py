@@ -8,10 +8,8 @@ from ftgen.site import Site
 from ftgen.spec import Spec
 
 # What the generated script sets in every task, and therefore no spec or site may.
-SET_BY_THE_SCRIPT = frozenset(
-    "STAGE_PATH NEMO_HOME HF_HOME HF_TOKEN_PATH NEMORUN_HOME RANK LOCAL_RANK NODE_RANK WORLD_SIZE MASTER_ADDR "
-    "MASTER_PORT CUDA_VISIBLE_DEVICES PATH".split()
-)
+SET_BY_THE_SCRIPT = {"STAGE_PATH", "NEMO_HOME", "HF_HOME", "HF_TOKEN_PATH", "NEMORUN_HOME", "FTGEN_RUN_DIR", "PATH"}
+SET_BY_THE_SCRIPT |= {"RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 TP: KeyPath = ("parallelism", "tensor_model_parallel_size")
 PP: KeyPath = ("parallelism", "pipeline_model_parallel_size")
 CP: KeyPath = ("parallelism", "context_parallel_size")
@@ -65,9 +63,7 @@ def _split(spec: Spec) -> Iterator[Problem]:
     if split.sequence_parallel and tp == 1:
         yield Problem(("parallelism", "sequence_parallel"), "needs tensor parallelism: TP is 1", also=(TP,))
     if cp > 1 and spec.seq_length % (2 * cp):
-        yield Problem(
-            ("seq_length",), f"must be a multiple of 2 x CP: {spec.seq_length} is none of {2 * cp}", also=(CP,)
-        )
+        yield Problem(("seq_length",), f"must be a multiple of 2 x CP: {spec.seq_length} is none of {2 * cp}", also=(CP,))
 
 
 def _batch(spec: Spec, data_parallel_size: int) -> Iterator[Problem]:
@@ -144,7 +140,9 @@ def _fits_the_model(spec: Spec, model: Model) -> Iterator[Problem]:
             yield Problem(TP, f"must divide the {what}: {count} is not a multiple of {tp}", also=(("model",),))
     if model.num_layers % stages:
         yield Problem(
-            PP, f"PP x VP must divide the layers: {model.num_layers} is not a multiple of {stages}", also=(("model",), VP)
+            PP,
+            f"PP x VP must divide the layers: {model.num_layers} is not a multiple of {stages}",
+            also=(("model",), VP),
         )
     if spec.seq_length > model.max_position_embeddings:
         yield Problem(

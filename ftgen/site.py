@@ -22,7 +22,8 @@ class Python(Table):
         None, description="The interpreter (path), the environment's folder (venv); $STAGE_PATH is understood."
     )
     image: OneLine | None = Field(
-        None, description="Image for pyxis: a .sqsh file (with a slash), or registry#image:tag; $STAGE_PATH is understood."
+        None,
+        description="Image for pyxis: a .sqsh file (with a slash), or registry#image:tag; $STAGE_PATH is understood.",
     )
     mounts: list[OneLine] = Field([], description="SRC:DST for pyxis, beside STAGE_PATH, which is always mounted.")
 

@@ -1,6 +1,6 @@
-"""The vocabulary of a spec: every key, its unit, its default. In: a document. Out: a frozen `Spec`, or every problem of shape.
+"""The vocabulary of a spec: every key, its unit, its default. In: a document. Out: a frozen `Spec`.
 
-What the keys mean together (do the GPUs fill whole nodes?) is decided in `plan`.
+What the keys mean together (do the GPUs fill whole nodes?) is decided in `rules`.
 """
 
 import re

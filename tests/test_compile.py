@@ -12,7 +12,9 @@ from conftest import ROOT
 
 CASES = Path(__file__).parent / "golden"
 SPECS = sorted((ROOT / "specs").glob("*.toml"))
-DOCUMENTED = {f"{scheme}_{precision}_{gpus}" for scheme in ("sft", "lora") for precision in ("bf16", "fp8") for gpus in (8, 16, 32)}
+DOCUMENTED = {
+    f"{scheme}_{precision}_{gpus}" for scheme in ("sft", "lora") for precision in ("bf16", "fp8") for gpus in (8, 16, 32)
+}
 
 
 def compile_case(ftgen, case: Path, out: Path) -> str:
@@ -148,5 +150,7 @@ def test_compiling_is_quick_and_loads_nothing_heavy(ftgen, tmp_path):
         took.append(time.perf_counter() - start)
     assert min(took) < 0.3, took
     probe = "import sys, ftgen.cli, ftgen.render, ftgen.experiment, ftgen.export; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
+    loaded = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout.split()
     assert not {"torch", "nemo", "megatron", "transformers", "huggingface_hub", "lightning", "numpy"} & set(loaded)

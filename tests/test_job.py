@@ -30,7 +30,11 @@ def script(ftgen, tmp_path):
 
 
 def run(script: Path, *arguments: object, seconds: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
-    base = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(script.parent), "HF_TOKEN": TOKEN}
+    base = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HOME": str(script.parent),
+        "HF_TOKEN": TOKEN,
+    }
     return subprocess.run(
         ["bash", script, *map(str, arguments)],
         cwd=script.parent,
@@ -110,7 +114,10 @@ def test_the_exit_status_is_that_of_the_step_that_failed(script, tmp_path, comma
 
 def test_each_task_knows_its_rank_and_the_first_failure_ends_all(script, tmp_path):
     alone = script(SPEC.replace("gpus = 1", "gpus = 3"))
-    body = '[[ $2 != finetune ]] || { echo "$RANK/$LOCAL_RANK of $WORLD_SIZE at $MASTER_ADDR"; [[ $RANK = 1 ]] && exit 5; exec sleep 60; }'
+    body = """[[ $2 = finetune ]] || exit 0
+        echo "$RANK/$LOCAL_RANK of $WORLD_SIZE at $MASTER_ADDR"
+        [[ $RANK = 1 ]] && exit 5
+        exec sleep 60"""
     done = run(alone, FTGEN_PYTHON=stand_in(tmp_path, body), seconds=30)
     assert done.returncode == 5
     assert {line for line in done.stdout.splitlines() if " of 3" in line} == {f"{n}/{n} of 3 at 127.0.0.1" for n in range(3)}
@@ -121,7 +128,9 @@ def test_scripts_after_the_first_run_after_it(script, tmp_path):
     body = 'echo "$2 by $(basename "$1")"; [[ $(basename "$1") != first.py || $2 != convert ]] || exit 3'
     done = run(first, second, FTGEN_PYTHON=stand_in(tmp_path, body))
     order = [line for line in done.stdout.splitlines() if " by " in line]
-    assert order == ["check by first.py", "convert by first.py"] + [f"{c} by second.py" for c in ("check", "convert", "finetune")]
+    assert order == ["check by first.py", "convert by first.py"] + [
+        f"{c} by second.py" for c in ("check", "convert", "finetune")
+    ]
     assert done.returncode == 3
 
 

@@ -101,8 +101,7 @@ def models() -> dict[str, Model]:
 def gpus() -> dict[str, Gpu]:
     """Every known accelerator by name."""
     return {
-        name: Gpu(name=name, **table | {"precisions": tuple(table["precisions"])})
-        for name, table in _read("gpus").items()
+        name: Gpu(name=name, **table | {"precisions": tuple(table["precisions"])}) for name, table in _read("gpus").items()
     }
 
 
