@@ -4,6 +4,8 @@ Exit codes: 0 fine, 1 something the user must change, 2 usage, 3 a bug of ftgen'
 What a command needs is imported inside it, so that each starts as fast as it can.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import sys

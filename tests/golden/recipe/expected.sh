@@ -175,7 +175,7 @@ run_tasks() {
         wait -n || status=$?
         if ((status)); then
             kill "${pids[@]}" 2>/dev/null || true
-            wait
+            wait "${pids[@]}" || true
             return "$status"
         fi
     done
