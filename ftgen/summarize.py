@@ -1,0 +1,195 @@
+"""A run's figures and its verdict. In: a `Run` and the `Log` it left. Out: a `Summary`.
+
+The formulas are those of the recipe; a figure that is not known, or not to be trusted, is None and has a reason.
+"""
+
+from dataclasses import dataclass
+from math import fsum
+from typing import NamedTuple
+
+from ftgen import catalogue
+from ftgen.catalogue import Published
+from ftgen.errors import LogError, Problem
+from ftgen.identity import Identity
+from ftgen.log_lines import Log, Step
+from ftgen.logs import Run, read_log
+
+RECIPE_WINDOW = 20  # steps
+LORA_WORK = 2 / 3  # of SFT's FLOPs: the frozen weights need no gradients of their own
+SECONDS_PER_DAY = 86400
+TRILLION = 1e12  # tokens
+
+# What made a run fail, in the order in which one explains the others.
+FAILURES = {
+    "error": "",
+    "out of memory": "out of GPU memory: ",
+    "host memory": "out of host memory: ",
+    "collective": "a collective operation timed out: ",
+    "cancelled": "cancelled: ",
+    "exception": "",
+    "traceback": "an exception: ",
+    "killed": "",
+    "task exit": "",
+}
+AFTER_TRAINING = frozenset(FAILURES) - {"exception", "traceback"}  # what spoils a run that has all its steps
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One run in figures; None is not known."""
+
+    experiment: str
+    run_id: str
+    status: str  # complete, incomplete, failed, invalid
+    reason: str | None
+    model: str | None
+    scheme: str | None
+    precision: str | None
+    gpu: str | None
+    gpus: int | None
+    global_batch_size: int | None
+    seq_length: int | None  # tokens
+    steps: int  # that the log tells of
+    window: int  # the last steps, whose mean is the step time
+    step_time_s: float | None
+    tokens_per_s: float | None
+    mfu: float | None  # a fraction
+    days_per_1t_tokens: float | None
+    peak_memory_gib: float | None
+    published: Published | None  # the recipe's figures for the same work
+    log: str
+
+    @property
+    def published_step_time_s(self) -> float | None:
+        """The recipe's step time for the same work, in seconds."""
+        return self.published.step_time_s if self.published else None
+
+
+class Verdict(NamedTuple):
+    """How a run ended, and why that is said of it."""
+
+    status: str
+    reason: str | None
+
+
+def summarize(run: Run, *, window: int | None = None) -> Summary:
+    """Read a run's log and judge it; `window` in place of the plan's, in steps."""
+    return judge(run, read_log(run), window=window)
+
+
+def judge(run: Run, log: Log, *, window: int | None = None) -> Summary:
+    """The figures of a log, over its last `window` steps, and what is to be thought of them."""
+    if window is not None and window < 1:
+        raise LogError(Problem(("window",), f"must be at least 1 step, found {window}"))
+    what = log.identity
+    window = window or what.window_steps or RECIPE_WINDOW
+    verdict = _verdict(log)
+    time_s, no_time = (None, None) if verdict.status == "invalid" else mean_of_last(log.steps, window)
+    tokens = tokens_per_s(what, time_s)
+    return Summary(
+        experiment=what.experiment,
+        run_id=run.run_id,
+        status=verdict.status,
+        reason="; ".join(filter(None, (verdict.reason, no_time, *_remarks(run, log)))) or None,
+        model=what.model,
+        scheme=what.scheme,
+        precision=what.precision,
+        gpu=what.gpu,
+        gpus=what.gpus,
+        global_batch_size=what.global_batch_size,
+        seq_length=what.seq_length,
+        steps=len(log.steps),
+        window=window,
+        step_time_s=time_s,
+        tokens_per_s=tokens,
+        mfu=model_flops_utilization(what, time_s),
+        days_per_1t_tokens=TRILLION / tokens / SECONDS_PER_DAY if tokens else None,
+        peak_memory_gib=log.peak_memory / 2**30 if log.peak_memory else None,
+        published=_published(what),
+        log=str(run.log),
+    )
+
+
+def mean_of_last(steps: dict[int, Step], window: int) -> tuple[float | None, str | None]:
+    """The mean time of the last `window` steps in seconds, or None and why: it is of all of them or of none."""
+    if len(steps) < window:
+        return None, f"{count(len(steps), 'step')}, the window needs {window}: no step time is reported"
+    last = max(steps)
+    times = []
+    first = last - window + 1
+    for number in range(first, last + 1):
+        time_s = steps[number].time_s if number in steps else None
+        if time_s is None:
+            what = "has no time" if number in steps else "is missing"
+            return None, f"step {number} {what}, the window needs {first} to {last}: no step time is reported"
+        times.append(time_s)
+    return fsum(times) / window, None
+
+
+def tokens_per_s(what: Identity, time_s: float | None) -> float | None:
+    """seq_length x global_batch_size / step time."""
+    if not (time_s and what.seq_length and what.global_batch_size):
+        return None
+    return what.seq_length * what.global_batch_size / time_s
+
+
+def model_flops_utilization(what: Identity, time_s: float | None) -> float | None:
+    """global_batch_size x FLOPs per sample / step time / GPUs / peak, as a fraction; two thirds of it for LoRA."""
+    if not (time_s and what.global_batch_size and what.flops_per_sample and what.gpus and what.peak_flops):
+        return None
+    work = LORA_WORK if what.scheme == "lora" else 1.0
+    return what.global_batch_size * what.flops_per_sample * work / time_s / what.gpus / what.peak_flops
+
+
+def count(number: int, noun: str) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _verdict(log: Log) -> Verdict:
+    not_finite = log.not_finite or log.endings.get("not finite")
+    if not_finite:
+        return Verdict("invalid", not_finite)
+    planned, there = _planned(log), len(log.steps)
+    failure = _failure(log)
+    if planned and there == planned and max(log.steps) == planned - 1:
+        spoiled = log.exit_status or (log.exit_status is None and AFTER_TRAINING & log.endings.keys())
+        return Verdict("failed", f"all {planned} steps, then: {failure}") if spoiled else Verdict("complete", None)
+    progress = f"{there} of {count(planned, 'step')}" if planned else f"{count(there, 'step')}, of how many is not known"
+    beyond = f", and step {max(log.steps)} among them" if planned and max(log.steps, default=0) >= planned else ""
+    if failure:
+        return Verdict("failed", f"{failure}; {progress}{beyond}")
+    return Verdict("incomplete", progress + beyond)
+
+
+def _planned(log: Log) -> int | None:
+    """Steps the run was to have: by its plan, else by what it says when it stops, else by its step lines."""
+    return log.identity.max_steps or log.stopped_at or log.planned
+
+
+def _failure(log: Log) -> str | None:
+    for kind, words in FAILURES.items():
+        if kind in log.endings:
+            return words + log.endings[kind]
+    return f"exit status {log.exit_status}" if log.exit_status else None
+
+
+def _remarks(run: Run, log: Log) -> list[str]:
+    """What a reader should know besides."""
+    remarks = list(log.problems)
+    planned, said = log.identity.global_batch_size, log.global_batch_size
+    other = said if said != planned else log.other_global_batch_size
+    if planned and other and other != planned:
+        remarks.append(f"the log has steps of global_batch_size {other}, the figures are for {planned}")
+    if run.earlier:
+        remarks.append(f"restart {run.restart}; {count(run.earlier, 'earlier log')} not counted")
+    return remarks
+
+
+def _published(what: Identity) -> Published | None:
+    """The recipe's figures, where they are for the same tokens a step; on whatever GPU."""
+    if not (what.model and what.scheme and what.precision and what.gpus):
+        return None
+    row = catalogue.published_for(what.model, what.scheme, what.precision, what.gpus)
+    same = row and (row.global_batch_size, row.seq_length) == (what.global_batch_size, what.seq_length)
+    return row if same else None
