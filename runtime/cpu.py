@@ -8,6 +8,7 @@ checkpoint, so what is converted here can be trained on GPUs.
 
 import contextlib
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -50,9 +51,15 @@ def stand_in() -> None:
     torch.Tensor.cuda = _same
     torch.nn.Module.cuda = _same
     import megatron.core.tensor_parallel.random as megatron_random
+    from nemo.lightning import megatron_init
+    from nemo.lightning.io import pl as nemo_checkpoints
 
     megatron_random._set_cuda_rng_state = torch.cuda.set_rng_state
     megatron_random._get_cuda_rng_state = torch.cuda.get_rng_state
+    megatron_init._set_random_seed = _with_a_device(megatron_init._set_random_seed)
+    nemo_checkpoints._fix_tensors_device = _same  # it moves what was loaded between GPUs
+    # The CPU's random numbers are the GPU's here, and Megatron warns each time that it sees them change.
+    logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
     _OnTheCpu().__enter__()  # for good
 
 
@@ -86,6 +93,8 @@ class _OnTheCpu(TorchFunctionMode):  # type: ignore[misc]
         kwargs = dict(kwargs or {})
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = "cpu"
+        if isinstance(kwargs.get("pin_memory"), bool):
+            kwargs["pin_memory"] = False
         if getattr(func, "__name__", "") == "to":
             args = tuple("cpu" if _is_cuda(value) else value for value in args)
         return func(*args, **kwargs)
@@ -99,7 +108,6 @@ def _stand_ins() -> dict[str, Any]:
         "Stream": _Idle,
         "current_device": lambda: torch.device("cpu"),
         "current_stream": _Idle,
-        "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         "get_rng_state": lambda *_args, **_kwargs: torch.get_rng_state(),
         "manual_seed": _nothing,
         "set_device": _nothing,
@@ -139,6 +147,16 @@ def _with_defaults(init: Callable[..., None], defaults: dict[str, Any]) -> Calla
         init(self, *args, **(defaults | kwargs))
 
     return with_defaults
+
+
+def _with_a_device(set_random_seed: Callable[[int], None]) -> Callable[[int], None]:
+    """NeMo seeds the generator of its weights only where it counts a GPU."""
+
+    def with_a_device(seed: int) -> None:
+        with _replaced(torch.cuda, "device_count", lambda: 1):
+            set_random_seed(seed)
+
+    return with_a_device
 
 
 def _with_norms(apply_transforms: Callable[..., Any]) -> Callable[..., Any]:

@@ -61,7 +61,7 @@ def _settle_ranks(plan: Plan) -> None:
 
 def _set_switches(plan: Plan) -> None:
     """What NeMo and Lightning read from the environment when they are imported or built."""
-    os.environ["PL_GLOBAL_SEED"] = str(plan["seed"])  # of Megatron's random weights and dropout
+    os.environ["PL_GLOBAL_SEED"] = str(plan["seed"])
     if plan["gpu"]["name"] != "cpu":
         os.environ.setdefault("NEMO_LOG_MEMORY_USAGE", "1")
 

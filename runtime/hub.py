@@ -36,9 +36,7 @@ def bytes_to_download(repository: str, revision: str | None) -> int:
         info.siblings or [], allow_patterns=PATTERNS, ignore_patterns=OUTSIDE, key=lambda file: str(file.rfilename)
     )
     missing = [
-        file
-        for file in wanted
-        if not isinstance(try_to_load_from_cache(repository, file.rfilename, revision=info.sha), str)
+        file for file in wanted if not isinstance(try_to_load_from_cache(repository, file.rfilename, revision=info.sha), str)
     ]
     return sum(file.size or 0 for file in missing)
 
@@ -82,9 +80,7 @@ def _other(repository: str, error: Exception) -> Exception:
     """An error of the network in one line; any other as it is."""
     status: Any = getattr(getattr(error, "response", None), "status_code", None)
     if status in {401, 403}:
-        return JobError(
-            f"the Hugging Face hub refuses {repository} ({status})", "export HF_TOKEN=<a token with access>"
-        )
+        return JobError(f"the Hugging Face hub refuses {repository} ({status})", "export HF_TOKEN=<a token with access>")
     if status or (isinstance(error, OSError) and error.errno is None) or "onnection" in type(error).__name__:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return JobError(

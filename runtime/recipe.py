@@ -1,8 +1,9 @@
-"""NeMo's own fine-tuning recipe with the plan's numbers in it. In: plan, checkpoint, data. Out: what trains when called.
+"""NeMo's own fine-tuning recipe with the plan's numbers. In: plan, checkpoint, data. Out: what trains when called.
 
 This module imports NeMo (15-40 s): only a training does.
 """
 
+import functools
 import importlib
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
 from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
 from nemo.collections.llm.recipes.precision.mixed_precision import bf16_with_fp8_mixed
+from nemo.lightning import _strategy_lib
 
 from runtime.data import Files
 from runtime.progress import say
@@ -45,6 +47,8 @@ def build(plan: Plan, checkpoint: Path, files: Files, log_directory: Path) -> An
     recipe.resume = run.Config(nl.AutoResume, restore_config=run.Config(nl.RestoreConfig, path=str(checkpoint)))
     if plan["gpu"]["name"] == "cpu":
         _for_the_cpu(recipe)
+    # The seed of adapters and dropout is no setting of NeMo's: its default stands in this function's signature.
+    _strategy_lib.init_parallel_ranks = functools.partial(_strategy_lib.init_parallel_ranks, seed=plan["seed"])
     return recipe
 
 
