@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 import os
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,11 +52,16 @@ def stand_in() -> None:
     torch.Tensor.cuda = _same
     torch.nn.Module.cuda = _same
     import megatron.core.tensor_parallel.random as megatron_random
+    from nemo.collections.llm.peft import lora
+    from nemo.collections.llm.peft import utils as lora_layers
     from nemo.lightning import megatron_init
     from nemo.lightning.io import pl as nemo_checkpoints
 
     megatron_random._set_cuda_rng_state = torch.cuda.set_rng_state
     megatron_random._get_cuda_rng_state = torch.cuda.get_rng_state
+    if not lora.HAVE_TE:
+        lora.te = types.SimpleNamespace(Linear=None)  # it asks of each layer whether it is Transformer Engine's
+        lora_layers.HAVE_TE = False  # NeMo 2.7 takes it for installed here when it is not
     megatron_init._set_random_seed = _with_a_device(megatron_init._set_random_seed)
     nemo_checkpoints._fix_tensors_device = _same  # it moves what was loaded between GPUs
     # The CPU's random numbers are the GPU's here, and Megatron warns each time that it sees them change.
