@@ -96,17 +96,17 @@ def read_block(block: bytes, log: Log) -> None:
 
 def _read_step(line: bytes, log: Log) -> None:
     """One step line into the log: a step that several lines tell of is as slow as the slowest of them says."""
-    if not NUMBER.fullmatch(line.rpartition(b": ")[2].strip()):
-        _read_endings(line, log)  # something else was printed into it
+    glued = None if NUMBER.fullmatch(line.rpartition(b": ")[2].strip()) else ENDING.search(line)
+    if glued:
+        _read_endings(line[glued.start() :], log)  # printed into the step line
     fields = _fields(line)
-    time_s = _number(fields.get(STEP_TIME))
-    if time_s is None:
+    printed = _number(fields.get(STEP_TIME))
+    if printed is None:
         return
     step = _step_number(fields, log)
     loss = _number(fields.get(LOSS))
     before = log.steps.get(step)
-    if not 1e-6 < time_s < 1e6:  # no step is so short, or so long, or NaN
-        time_s = None
+    time_s = printed if 1e-6 < printed < 1e6 else None  # no step is so short, or so long, or NaN
     if before:
         time_s = max(filter(None, (time_s, before.time_s)), default=None)
         loss = before.loss if loss is None else loss

@@ -1,0 +1,174 @@
+"""Write the logs of the cases in this folder: made up, line by line as NeMo 2 prints them. Run it after a change here.
+
+Each case is a folder with `logs/` as a cluster would have them, and what `ftgen tabulate` is to make of it.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from ftgen.plan import resolve
+from ftgen.site import Site
+from ftgen.spec import Spec
+
+HERE = Path(__file__).parent
+WOBBLE = (-0.01, 0.01)  # around the mean, so that the last steps' mean is not any one step's time
+
+
+def plan(scheme, precision, gpus, max_steps, **more):
+    spec = Spec.model_validate({"scheme": scheme, "precision": precision, "gpus": gpus, "max_steps": max_steps} | more)
+    return resolve(spec, Site(), name=f"{scheme}_{precision}_{gpus}")
+
+
+def step_line(step, last, batch, time_s, **keys):
+    values = {
+        "lr": f"{1e-6 * (step + 1):.4}",
+        "global_batch_size": batch,
+        "global_step": step,
+        "peak_memory_usage": 52613349376,
+        "memory_allocated": 34359738368,
+        "reduced_train_loss": f"{12 - step / 10:.4}",
+        "train_step_timing in s": f"{time_s:.4}",
+        "consumed_samples": batch * (step + 1),
+    } | keys
+    shown = [f"{key.replace('__', ' ')}: {value}" for key, value in values.items() if value is not None]
+    return " | ".join([f"Training epoch 0, iteration {step}/{last}", *shown]) + "\n"
+
+
+def step_lines(steps, batch, mean_s, planned=None, first=0, **keys):
+    last = (planned or steps) - 1
+    times = [3 * mean_s if step < 5 else mean_s + WOBBLE[step % 2] for step in range(steps)]
+    return [step_line(step, last, batch, time_s, **keys) for step, time_s in enumerate(times) if step >= first]
+
+
+def run(case, experiment, run_id, lines, plan=None, head=None, restart=0, account="acct", name=None):
+    folder = HERE / case / "logs" / "experiments" / experiment / f"{experiment}_{run_id}" / experiment
+    folder.mkdir(parents=True, exist_ok=True)
+    if plan:
+        (folder / "plan.json").write_text(plan if isinstance(plan, str) else plan.to_json() + "\n")
+    if head:
+        lines = [f"ftgen plan: {json.dumps(json.loads(head.to_json()))}\n", *lines]
+    name = name or f"log-{account}.{experiment}_{run_id}_{restart}.out"
+    (folder / name).write_bytes(b"".join(line if isinstance(line, bytes) else line.encode() for line in lines))
+
+
+def ended(status=0):
+    return ["`Trainer.fit` stopped: `max_steps=25` reached.\n", f"ftgen: exit status {status}\n"]
+
+
+def labelled(lines, rank=0):
+    return [f"{rank}: {line}" for line in lines]
+
+
+def documented():
+    """The recipe's four 8-GPU step times."""
+    measured = {("sft", "bf16"): 1.32, ("sft", "fp8"): 0.95, ("lora", "bf16"): 0.92, ("lora", "fp8"): 0.68}
+    for (scheme, precision), mean_s in measured.items():
+        what = plan(scheme, precision, 8, 25)
+        run("documented", what.experiment, 1771198, step_lines(25, 32, mean_s) + ended(), plan=what, head=what)
+
+
+def sizes():
+    """8, 16 and 32 GPUs, one of them twice, and a run of another batch size, for which nothing is published."""
+    for gpus, run_id, mean_s in ((8, 101, 0.68), (16, 102, 0.69), (32, 103, 0.7), (16, 99, 0.71)):
+        what = plan("lora", "fp8", gpus, 25)
+        run("sizes", what.experiment, run_id, step_lines(25, 4 * gpus, mean_s) + ended(), plan=what)
+    what = plan("lora", "fp8", 8, 25, global_batch_size=64)
+    run("sizes", what.experiment, 104, step_lines(25, 64, 1.3) + ended(), plan=what)
+
+
+def verdicts():
+    """One run for each way of not being right."""
+    what = plan("lora", "bf16", 8, 25)
+    good = step_lines(25, 32, 0.92)
+
+    def case(run_id, lines):
+        run("verdicts", what.experiment, run_id, lines, plan=what)
+
+    nan = step_line(12, 24, 32, 0.92, reduced_train_loss="nan")
+    case(1, [*good[:12], nan, *good[13:], *ended()])
+    case(2, good[:18])
+    case(3, [*good[:23], good[23][:-40]])
+    oom = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79.11 GiB\n"
+    trace = ["[rank0]: Traceback (most recent call last):\n", '[rank0]:   File "finetune.py", line 7, in <module>\n']
+    case(4, [*good[:1], *trace, f"[rank0]: {oom}", "ftgen: exit status 1\n"])
+    limit = "slurmstepd: error: *** STEP 608.0 ON node1 CANCELLED AT 2025-01-01T00:30:00 DUE TO TIME LIMIT ***\n"
+    case(5, [*good[:23], limit])
+    case(6, [*good, "`Trainer.fit` stopped: `max_steps=25` reached.\n", "ftgen: exit status 134\n"])
+    case(7, [*good[:3], *trace, "[rank0]: ValueError: the loader is empty\n", limit.replace(" DUE TO TIME LIMIT", "")])
+    case(8, [*good[:15], *good[16:], *ended()])
+    case(9, [*good[:24], *ended()])
+    case(10, [])
+    case(11, ["ftgen: error: HF_TOKEN is not set\n", "  hint: export HF_TOKEN\n", "ftgen: exit status 1\n"])
+    case(12, [*good[:6], "RuntimeError: found NaN in local grad norm for bucket #0\n"])
+    case(13, [*good[:9], "[rank3]:[E] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)\n", limit])
+    case(14, [*good[:24], good[24].replace("0.91", "nan"), *ended()])
+
+
+def launcher():
+    """As the recipe's own launcher leaves them: no plan, srun's labels, NeMo-Run's names, an older NeMo's memory keys."""
+    experiment = "lora_nemo_llama3_8b_bf16_16"
+    lines = step_lines(25, 64, 0.924, peak_memory_usage=None, max_memory_reserved=52613349376)
+    start = ["0: [NeMo I 2025-01-01 00:00:00 nemo_logging:393] Experiments will be logged\n"]
+    run("launcher", experiment, 1771198, [*start, *labelled(lines), "0: [after training is done] datetime: 2025\n"])
+    name = "log-acct-acct.sft_nemo_llama3_8b_fp8_8_77_0.out"
+    run("launcher", "sft_nemo_llama3_8b_fp8_8", 1736000000, labelled(step_lines(25, 32, 0.95)), name=name)
+    unknown = step_lines(25, 32, 0.5, peak_memory_usage=None, memory_allocated=None, lr=None)
+    run("launcher", "sft_nemo_llama9_1b_bf16_8", 5, unknown)
+    run("launcher", "my-own-thing", 6, unknown)
+    without = dict.fromkeys(("lr", "global_batch_size", "global_step"))
+    bare = [line.partition(" | ")[2] for line in step_lines(25, 32, 0.92, **without)]
+    run("launcher", "lora_nemo_llama3_8b_bf16_8", 7, bare)
+
+
+def restarts():
+    """The highest restart counts; an attempt that is repeated in the same file counts alone; ranks print the same step."""
+    what = plan("sft", "fp8", 8, 25)
+    requeue = "slurmstepd: error: *** JOB 9 ON node1 CANCELLED AT 2025-01-01T00:10:00 DUE TO JOB REQUEUE ***\n"
+    run("restarts", what.experiment, 9, [*step_lines(22, 32, 5.0, planned=25), requeue], plan=what, restart=9)
+    run("restarts", what.experiment, 9, step_lines(25, 32, 0.95) + ended(), plan=what, restart=10)
+    what = plan("sft", "fp8", 16, 25)
+    again = plan("sft", "fp8", 16, 25)
+    head = f"ftgen plan: {json.dumps(json.loads(again.to_json()))}\n"
+    first = step_lines(22, 64, 5.0, planned=25)
+    run("restarts", what.experiment, 11, [*first, requeue, head, *step_lines(25, 64, 0.96), *ended()], head=what)
+    what = plan("sft", "fp8", 32, 25)
+    both = zip(labelled(step_lines(25, 128, 0.96)), labelled(step_lines(25, 128, 0.9), 8), strict=True)
+    run("restarts", what.experiment, 12, [*(line for pair in both for line in pair), *ended()], plan=what)
+
+
+def plans():
+    """Where the plan comes from: the head line, a later ftgen's plan, none that can be read."""
+    what = plan("sft", "bf16", 8, 25)
+    lines = step_lines(25, 32, 1.32) + ended()
+    run("plans", what.experiment, 1, lines, head=what)
+    later = json.loads(what.to_json()) | {"format": 9, "weather": {"wind": "west"}}
+    run("plans", what.experiment, 2, lines, plan=json.dumps(later, indent=2))
+    run("plans", what.experiment, 3, lines, plan='{\n  "format": 1,\n  "experiment": \n')
+    wrong = json.loads(what.to_json()) | {"gpus": "8", "seq_length": 0}
+    run("plans", what.experiment, 4, lines, plan=json.dumps(wrong), head=what)
+    tiny = plan("sft", "fp32", 1, 25, model="tiny_llama", gpu="cpu", global_batch_size=4, seq_length=256)
+    run("plans", tiny.experiment, 5, step_lines(25, 4, 0.05, peak_memory_usage=0) + ended(), plan=tiny)
+    run("plans", what.experiment, 6, step_lines(25, 64, 1.32) + ended(), plan=what)
+
+
+def garbled():
+    """Lines that are not as they were written, and one that would like to be more than text."""
+    lines = [*step_lines(3, 32, 1.0, planned=25), b"ftgen: error: \x1b[31m\xff\xfe | `<b>` [link](x)\x07\n"]
+    run("garbled", "sft_nemo_llama3_8b_bf16_8", 1, lines)
+    lines = step_lines(25, 32, 1.32)
+    lines[9] = lines[9].rstrip("\n") + lines[9]
+    lines[10] = lines[10].replace(" | ", " | \x00", 1)
+    run("garbled", "sft_nemo_llama3_8b_bf16_8", 2, lines)
+    lines = step_lines(25, 32, 1.32)
+    killed = "slurmstepd: error: *** STEP 608.0 ON node1 CANCELLED AT 2025-01-01T00:30:00 DUE TO PREEMPTION ***\n"
+    lines[24] = lines[24].partition("1.31")[0] + "1.3" + killed
+    run("garbled", "sft_nemo_llama3_8b_bf16_8", 3, lines)
+    crlf = [line.replace("\n", "\r\n") for line in step_lines(25, 32, 1.32)]
+    run("garbled", "sft_nemo_llama3_8b_bf16_8", 4, crlf)
+
+
+if __name__ == "__main__":
+    for make in (documented, sizes, verdicts, launcher, restarts, plans, garbled):
+        shutil.rmtree(HERE / make.__name__ / "logs", ignore_errors=True)
+        make()
