@@ -108,9 +108,9 @@ def _read_step(line: bytes, log: Log) -> None:
     before = log.steps.get(step)
     time_s = printed if 1e-6 < printed < 1e6 else None  # no step is so short, or so long, or NaN
     if before:
-        time_s = max(filter(None, (time_s, before.time_s)), default=None)
-        loss = before.loss if loss is None else loss
-    log.steps[step] = Step(time_s, loss)
+        log.steps[step] = Step(max(time_s or 0.0, before.time_s or 0.0) or None, before.loss if loss is None else loss)
+    else:
+        log.steps[step] = Step(time_s, loss)
     for key in FINITE:
         if key in fields and not math.isfinite(value := _number(fields[key]) or 0.0) and not log.not_finite:
             log.not_finite = f"{key.decode()} is {value} at step {step}"
