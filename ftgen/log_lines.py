@@ -115,7 +115,7 @@ def _read_step(line: bytes, log: Log) -> None:
         if key in fields and not math.isfinite(value := _number(fields[key]) or 0.0) and not log.not_finite:
             log.not_finite = f"{key.decode()} is {value} at step {step}"
     _read_batch_size(fields, log)
-    memory = next((value for key in PEAK_MEMORY if (value := _number(fields.get(key)))), 0.0)
+    memory = next(filter(None, (_number(fields.get(key)) for key in PEAK_MEMORY)), 0.0)
     if 0 < memory < MOST:  # 0 is what a machine without a GPU prints
         log.peak_memory = max(memory, log.peak_memory or 0.0)
 
