@@ -71,7 +71,7 @@ def source(plan: Plan) -> dict[str, Any]:
         return identity | {"hf_id": plan["model"]["hf_id"], "revision": plan["checkpoint"]["revision"]}
     if kind == "random":
         return identity | {"seed": plan["seed"]}
-    return identity | {"path": str(_user_directory(plan))}
+    return identity | {"path": str(user_directory(plan))}
 
 
 def _build(plan: Plan, staging: Path) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def _fetch(plan: Plan, scratch: Path) -> tuple[Path, dict[str, Any]]:
         with timed(f"making random weights: {model['parameters']:,} parameters"):
             random_llama.write(plan, scratch)
         return scratch, {}
-    return _user_directory(plan), {}
+    return user_directory(plan), {}
 
 
 def _need_bytes(plan: Plan) -> int:
@@ -110,7 +110,8 @@ def _need_bytes(plan: Plan) -> int:
     return int(weights * MARGIN) + ROOM_FOR_CONTEXT
 
 
-def _user_directory(plan: Plan) -> Path:
+def user_directory(plan: Plan) -> Path:
+    """Where a checkpoint of source "directory" is; a relative path is one below STAGE_PATH."""
     return Path(os.environ.get("STAGE_PATH") or Path.cwd(), plan["checkpoint"]["path"])
 
 

@@ -1,0 +1,122 @@
+"""The job's first seconds: what is missing, all of it, before anything is done. In: a plan. Out: an exit status.
+
+Nothing heavy is imported: versions are read from the packages' metadata, and the GPUs of this host from its driver.
+
+Environment: STAGE_PATH, NEMO_HOME, HF_TOKEN, HF_TOKEN_PATH, HF_HOME, CUDA_VISIBLE_DEVICES.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from runtime import checkpoint, data
+from runtime.errors import JobError
+from runtime.progress import say
+
+Plan = dict[str, Any]
+# Package, the versions that work (a prefix), why others do not.
+PACKAGES = (
+    ("nemo_toolkit", "2.7.", "2.7 is the last one with nemo.collections.llm, and 3 has none"),
+    ("megatron-core", "0.15.", "NeMo 2.7 works with no other"),
+    ("torch", "", ""),
+    ("lightning", "", ""),
+    ("transformers", "", ""),
+    ("huggingface_hub", "", ""),
+)
+ON_A_GPU = (("transformer-engine", "", ""),)
+DRIVER = Path("/proc/driver/nvidia/gpus")
+
+
+def check(plan: Plan) -> int:
+    """0 when the job can begin; else 1, and on stderr a line for each thing that is missing and one for what to do."""
+    problems = [*_stage_path(), *_packages(plan), *_weights(plan), *_data(plan), *_gpus(plan)]
+    for problem in problems:
+        print(f"ftgen: error: {problem}", file=sys.stderr, flush=True)
+    if not problems:
+        say(f"nothing is missing for {plan['experiment']}")
+    return 1 if problems else 0
+
+
+def _stage_path() -> Iterator[JobError]:
+    path = os.environ.get("STAGE_PATH", "")
+    hint = "export STAGE_PATH=<a folder that all nodes see and you can write to>"
+    if not path:
+        yield JobError("STAGE_PATH is not set", hint)
+    elif not Path(path).is_dir():
+        yield JobError(f"STAGE_PATH: there is no folder {path} on this machine", hint)
+    elif not os.access(path, os.W_OK | os.X_OK):
+        yield JobError(f"STAGE_PATH: {path} cannot be written to", hint)
+
+
+def _packages(plan: Plan) -> Iterator[JobError]:
+    hint = f"install ftgen's extra {'runtime' if plan['gpu']['name'] == 'cpu' else 'gpu'} for {sys.executable}"
+    for name, wanted, why in PACKAGES + (() if plan["gpu"]["name"] == "cpu" else ON_A_GPU):
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            yield JobError(f"the package {name} is not installed", hint)
+            continue
+        if not found.startswith(wanted):
+            yield JobError(f"{name} {found} is installed, {wanted}x is needed: {why}", hint)
+
+
+def _weights(plan: Plan) -> Iterator[JobError]:
+    asked = plan["checkpoint"]
+    if checkpoint.converted(plan):
+        return
+    if asked["source"] == "directory" and not (folder := checkpoint.user_directory(plan)).is_dir():
+        yield JobError(f"checkpoint.path: there is no folder {folder}", "give the path of a Hugging Face checkpoint")
+    if asked["gated"] and not _has_token():
+        yield JobError(
+            f"{plan['model']['hf_id']} is gated, and there is no Hugging Face token",
+            "export HF_TOKEN=<your token>, or run huggingface-cli login",
+        )
+
+
+def _has_token() -> bool:
+    """Whether huggingface_hub would find one; it is not read here."""
+    if os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"):
+        return True
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    file = Path(os.environ.get("HF_TOKEN_PATH") or Path(home, "token"))
+    return file.is_file() and file.stat().st_size > 0
+
+
+def _data(plan: Plan) -> Iterator[JobError]:
+    if plan["data"]["kind"] == "jsonl":
+        try:
+            data.user_file(plan)
+        except JobError as problem:
+            yield problem
+
+
+def _gpus(plan: Plan) -> Iterator[JobError]:
+    if plan["gpu"]["name"] == "cpu":
+        return
+    count = gpu_count()
+    if count is not None and count < plan["gpus_per_node"]:
+        yield JobError(
+            f"the plan needs {plan['gpus_per_node']} GPUs on each node, and {count} can be used here",
+            'ask Slurm for them (gpu_request in the site profile), or set gpus; gpu = "cpu" runs without',
+        )
+
+
+def gpu_count() -> int | None:
+    """GPUs that this process may use; None when the driver is there and does not say."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([device for device in visible.split(",") if device.strip() not in {"", "-1"}])
+    if DRIVER.is_dir():
+        return len(list(DRIVER.iterdir()))
+    if not shutil.which("nvidia-smi"):
+        return 0
+    try:
+        answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.count("UUID: GPU") if answer.returncode == 0 else None
