@@ -19,6 +19,7 @@ name (for tests); SLURM_JOB_ID, SLURM_RESTART_COUNT.
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -62,6 +63,8 @@ class Claim:
             _write(self.directory / "released", "")
 
     def _beat_until_released(self) -> None:
+        # Signals are for the main thread: one that comes here would not wake it from a long call.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         count = 0
         while not self._stop.wait(stale_s() / BEATS_PER_STALE):
             count += 1
