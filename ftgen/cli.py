@@ -110,11 +110,13 @@ def tabulate(logs: tuple[Path, ...], format_: str, window: int | None, output: P
 
     if format_ not in export.FORMATS:
         raise click.BadParameter(f"one of {', '.join(export.FORMATS)}", param_hint="--format")
-    text = export.FORMATS[format_]([summarize(run, window=window) for run in find_runs(logs)])
-    if output:
-        files.write(output.parent, {output.name: text})
+    summaries = [summarize(run, window=window) for run in find_runs(logs)]
+    if output is None:
+        click.echo(export.FORMATS[format_](summaries), nl=False)
+    elif format_ == "terminal":
+        files.write(output.parent, {output.name: export.to_terminal(summaries, width=10_000, colour=False)})
     else:
-        click.echo(text, nl=False)
+        files.write(output.parent, {output.name: export.FORMATS[format_](summaries)})
 
 
 def _load_all(specs: tuple[Path, ...], site: Path | None, overrides: tuple[str, ...]) -> list[Plan]:

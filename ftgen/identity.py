@@ -15,9 +15,7 @@ from ftgen.errors import LogError, Problem, dotted
 RECIPE_GPU = "h100"
 RECIPE_SEQ_LENGTH = 4096
 
-RECIPE_NAME = re.compile(
-    r"(?P<scheme>lora|sft)_nemo_(?P<model>\w+)_(?P<precision>bf16|fp8|fp32)_(?P<gpus>[1-9]\d{0,8})"
-)
+RECIPE_NAME = re.compile(r"(?P<scheme>lora|sft)_nemo_(?P<model>\w+)_(?P<precision>bf16|fp8|fp32)_(?P<gpus>[1-9]\d{0,8})")
 
 MOST = 1e30  # beyond it a number is no measurement of anything, and arithmetic on it overflows
 

@@ -1,0 +1,2176 @@
+#!/usr/bin/env bash
+# lora_nemo_llama3_8b_bf16_32: LoRA BF16 fine-tuning of llama3_8b on 4 nodes of 8 h100
+# Written by ftgen 0.1.0 from lora_bf16_32.toml (sha256 b35d5c3409586a74934ae595c6f26ff66e1c75bf07bf004890ad8c5a65a159d4).
+# Change the spec and compile it again rather than this file.
+#
+#   sbatch lora_bf16_32.sh           on a Slurm cluster; several scripts after it run one after the other
+#   bash lora_bf16_32.sh             on this machine
+#   bash lora_bf16_32.sh --unpack F  only write the entrypoint and the runtime into folder F
+#
+# Reads: STAGE_PATH (where checkpoint, data and logs live; default: the folder it is submitted from),
+# HF_TOKEN (or huggingface_hub's token file) where the model is gated, FTGEN_PYTHON (an interpreter to use instead).
+#
+#SBATCH --job-name=lora_nemo_llama3_8b_bf16_32
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=8
+#SBATCH --time=00:30:00
+#SBATCH --mem=0
+#SBATCH --output=sbatch_%x_%j.out
+#SBATCH --exclusive
+
+# shellcheck disable=SC2016 # what the spec says is literal: nothing in it is expanded
+set -euo pipefail
+
+readonly name=lora_bf16_32
+readonly experiment=lora_nemo_llama3_8b_bf16_32
+readonly nodes=4 tasks_per_node=8 tasks=32
+
+main() {
+    if [[ ${1:-} == --unpack ]]; then
+        unpack "${2:?--unpack needs a folder}"
+        return
+    fi
+    if (($# > 0)); then
+        run_after_this "$@"
+    fi
+    find_places
+    open_log
+    load_environment
+    find_python
+    # from here on a failing step ends the job with its own status
+    run_once check
+    run_once convert
+    run_tasks finetune
+}
+
+say() { printf 'ftgen: %s\n' "$*"; }
+die() {
+    printf 'ftgen: error: %s\n  hint: %s\n' "$1" "$2" >&2
+    exit 1
+}
+
+# `sbatch a.sh b.sh c.sh` makes b.sh and c.sh arguments of a.sh: submit them, each after the one before.
+# `bash a.sh b.sh c.sh` runs them, one after the other, and ends with the last failure.
+run_after_this() {
+    local script status=0 after=${SLURM_JOB_ID:-} variable inherited=()
+    if [[ -z $after ]]; then
+        for script in "$0" "$@"; do bash "$script" || status=$?; done
+        exit "$status"
+    fi
+    if ((${SLURM_RESTART_COUNT:-0} > 0)); then return; fi
+    # a job's own SLURM_ variables would reach into the jobs it submits
+    for variable in $(compgen -e SLURM_); do
+        if [[ $variable != SLURM_CONF ]]; then inherited+=(-u "$variable"); fi
+    done
+    for script in "$@"; do
+        after=$(cd "$SLURM_SUBMIT_DIR" && env "${inherited[@]}" sbatch --parsable --dependency="afterany:$after" "$script")
+        after=${after%%;*}
+        say "submitted $script as job $after"
+    done
+}
+
+# STAGE_PATH, and below it the recipe's layout: logs/experiments/<experiment>/<experiment>_<id>/<experiment>/log-….out
+find_places() {
+    local id=${SLURM_JOB_ID:-} account=${SLURM_JOB_ACCOUNT:-local} runs
+    export STAGE_PATH=${STAGE_PATH:-${SLURM_SUBMIT_DIR:-$PWD}}
+    if [[ ! -d $STAGE_PATH ]]; then
+        die "STAGE_PATH is no folder: $STAGE_PATH" "mkdir -p it, or export STAGE_PATH=<a folder that all nodes share>"
+    fi
+    if [[ ! -w $STAGE_PATH ]]; then
+        die "STAGE_PATH cannot be written to: $STAGE_PATH" "export STAGE_PATH=<a folder of yours that all nodes share>"
+    fi
+    STAGE_PATH=$(cd "$STAGE_PATH" && pwd)
+    account=${account//[^A-Za-z0-9_-]/}
+    runs=$STAGE_PATH/logs/experiments/$experiment
+    mkdir -p "$runs"
+    if [[ -z $id ]]; then
+        id=$(date +%s)
+        until mkdir "$runs/${experiment}_$id" 2>/dev/null; do
+            [[ -d $runs/${experiment}_$id ]] || die "cannot write to $runs" "is the disk full, or the folder somebody else's?"
+            ((id += 1))
+        done
+    fi
+    export FTGEN_RUN_DIR=$runs/${experiment}_$id/$experiment
+    code=$FTGEN_RUN_DIR/code
+    log=$FTGEN_RUN_DIR/log-${account:-none}.${experiment}_${id}_${SLURM_RESTART_COUNT:-0}.out
+    unpack "$code"
+}
+
+# Everything from here on goes to the log, whose first line is the plan; on a terminal it is shown as well.
+open_log() {
+    local plan
+    plan=$(sed -n '/^PLAN = /,/^""")$/{//!p;}' "$code/$name.py" | sed 's/^ *//' | tr -d '\n')
+    printf '%s\n' "$plan" >"$FTGEN_RUN_DIR/plan.json"
+    printf 'ftgen plan: %s\n' "$plan" >>"$log"
+    say "log: $log"
+    if [[ -n ${SLURM_JOB_ID:-} ]]; then
+        exec >>"$log" 2>&1
+    else
+        exec > >(exec tee -i -a "$log") 2>&1
+        tee=$!
+    fi
+    trap 'finish $?' EXIT
+}
+
+finish() {
+    say "exit status $1"
+    if [[ -n ${tee:-} ]]; then
+        exec >/dev/null 2>&1
+        wait "$tee" || true
+    fi
+}
+
+load_environment() {
+    export NCCL_NVLS_ENABLE=0
+    export NVTE_ASYNC_AMAX_REDUCTION=1
+    export NVTE_DP_AMAX_REDUCE_INTERVAL=0
+    export NVTE_FLASH_ATTN=1
+    export NVTE_FUSED_ATTN=1
+    export TOKENIZERS_PARALLELISM=False
+    export TORCH_NCCL_AVOID_RECORD_STREAMS=1
+    export PYTHONUNBUFFERED=1
+    MASTER_ADDR=127.0.0.1
+    MASTER_PORT=$((20000 + RANDOM % 20000))
+    if [[ -n ${SLURM_JOB_ID:-} ]]; then
+        if ((SLURM_JOB_NUM_NODES != nodes)); then
+            die "the job has $SLURM_JOB_NUM_NODES nodes, the plan needs $nodes" "unset SBATCH_NODES, or drop --nodes"
+        fi
+        read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+        MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+    elif ((nodes > 1)); then
+        die "this run needs $nodes nodes of $tasks_per_node GPUs" "submit it: sbatch $name.sh"
+    fi
+    export MASTER_ADDR MASTER_PORT
+}
+
+# The interpreter, and what srun needs for it.
+find_python() {
+    srun_flags=()
+    python=${FTGEN_PYTHON:-python3}
+    if ! command -v "$python" >/dev/null; then
+        die "no Python: $python" "activate the environment that holds NeMo, or export FTGEN_PYTHON=<its interpreter>"
+    fi
+}
+
+# One task: what the whole job needs once.
+run_once() {
+    "$python" "$code/$name.py" "$1"
+}
+
+# One task for each GPU.
+run_tasks() {
+    if [[ -n ${SLURM_JOB_ID:-} ]]; then
+        srun --nodes="$nodes" --ntasks="$tasks" --ntasks-per-node="$tasks_per_node" --kill-on-bad-exit=1 \
+            --mpi=pmix "${srun_flags[@]}" "$python" "$code/$name.py" "$1"
+        return
+    fi
+    local rank status=0 pids=()
+    for ((rank = 0; rank < tasks; rank++)); do
+        RANK=$rank LOCAL_RANK=$rank NODE_RANK=0 WORLD_SIZE=$tasks "$python" "$code/$name.py" "$1" &
+        pids+=($!)
+    done
+    trap 'kill "${pids[@]}" 2>/dev/null' INT TERM
+    for ((rank = 0; rank < tasks; rank++)); do
+        # the first task that fails decides; the others would wait for it for ever
+        wait -n || status=$?
+        if ((status)); then
+            kill "${pids[@]}" 2>/dev/null || true
+            wait "${pids[@]}" || true
+            return "$status"
+        fi
+    done
+}
+
+# The entrypoint and the runtime, verbatim.
+unpack() {
+    mkdir -p "$1/runtime"
+    cat >"$1"/lora_bf16_32.py <<'END_OF_FTGEN_FILE'
+#!/usr/bin/env python3
+"""lora_nemo_llama3_8b_bf16_32: what each task of the job runs.
+
+Written by ftgen 0.1.0 from lora_bf16_32.toml. The job's script does this for you; by hand it is
+
+    STAGE_PATH=/shared/folder python3 lora_bf16_32.py check|converted|convert|verify|finetune
+
+    check      say what is missing before anything is done
+    converted  exit 0 if the converted checkpoint is there, 1 if not
+    convert    download the weights and convert them to NeMo's format, unless that has been done
+    verify     read every byte of the converted checkpoint and compare it with what was written
+    finetune   train; one process for each GPU, told apart by RANK, LOCAL_RANK and WORLD_SIZE (or Slurm's own variables)
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+PLAN = json.loads(r"""
+{
+  "format": 1,
+  "ftgen_version": "0.1.0",
+  "name": "lora_bf16_32",
+  "experiment": "lora_nemo_llama3_8b_bf16_32",
+  "spec_sha256": "b35d5c3409586a74934ae595c6f26ff66e1c75bf07bf004890ad8c5a65a159d4",
+  "overrides": {},
+  "scheme": "lora",
+  "precision": "bf16",
+  "model": {
+    "name": "llama3_8b",
+    "hf_id": "meta-llama/Meta-Llama-3-8B",
+    "nemo_recipe": "llama3_8b",
+    "num_layers": 32,
+    "hidden_size": 4096,
+    "ffn_hidden_size": 14336,
+    "num_attention_heads": 32,
+    "num_query_groups": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+    "parameters": 8030261248,
+    "flops_per_sample": 184000000000000.0
+  },
+  "checkpoint": {
+    "source": "hub",
+    "revision": null,
+    "path": null,
+    "gated": true,
+    "place": "meta-llama/Meta-Llama-3-8B"
+  },
+  "lora": {
+    "rank": 8,
+    "alpha": 16,
+    "dropout": 0.0,
+    "targets": [
+      "linear_qkv"
+    ]
+  },
+  "gpu": {
+    "name": "h100",
+    "memory_gib": 80,
+    "peak_flops": 989000000000000.0
+  },
+  "gpus": 32,
+  "nodes": 4,
+  "gpus_per_node": 8,
+  "max_steps": 100,
+  "global_batch_size": 128,
+  "micro_batch_size": 1,
+  "seq_length": 4096,
+  "seed": 1234,
+  "parallelism": {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "context_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": null,
+    "sequence_parallel": false,
+    "data_parallel_size": 32
+  },
+  "data": {
+    "kind": "squad",
+    "path": null,
+    "examples": 14000,
+    "packed": true
+  },
+  "optimizer": {
+    "learning_rate": 0.0001,
+    "warmup_steps": 50
+  },
+  "window_steps": 20,
+  "environment": {
+    "NCCL_NVLS_ENABLE": "0",
+    "NVTE_ASYNC_AMAX_REDUCTION": "1",
+    "NVTE_DP_AMAX_REDUCE_INTERVAL": "0",
+    "NVTE_FLASH_ATTN": "1",
+    "NVTE_FUSED_ATTN": "1",
+    "TOKENIZERS_PARALLELISM": "False",
+    "TORCH_NCCL_AVOID_RECORD_STREAMS": "1"
+  },
+  "stage_path": null,
+  "modules": [],
+  "python": {
+    "kind": "path",
+    "path": null,
+    "image": null,
+    "mounts": []
+  },
+  "slurm": {
+    "partition": null,
+    "account": null,
+    "qos": null,
+    "reservation": null,
+    "constraint": null,
+    "gpu_request": "none",
+    "gpu_type": null,
+    "mpi": "pmix",
+    "exclusive": true,
+    "mem": "0",
+    "sbatch_flags": [],
+    "srun_flags": [],
+    "walltime_s": 1800,
+    "convert_walltime_s": 7200
+  }
+}
+""")
+
+HERE = Path(__file__).resolve().parent
+
+
+def find_runtime() -> None:
+    """Put the folder that holds runtime/ on the path: beside this file in a run directory, above it in ftgen's sources."""
+    for folder in (HERE, HERE.parent):
+        if (folder / "runtime" / "finetune.py").is_file():
+            sys.path.insert(0, str(folder))
+            return
+    sys.exit(f"ftgen: error: no runtime/ beside {__file__}\n  hint: bash {PLAN['name']}.sh --unpack FOLDER writes both")
+
+
+def set_environment() -> None:
+    """The variables of the recipe, set here too because a container's own would win over the script's."""
+    env = os.environ
+    stage = env.setdefault("STAGE_PATH", str(Path.cwd()))
+    env.setdefault("FTGEN_RUN_DIR", str(Path(stage, "logs", "by_hand", PLAN["experiment"])))
+    hugging_face = Path(env.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    env.setdefault("HF_TOKEN_PATH", str(hugging_face / "token"))
+    env["NEMO_HOME"] = env["HF_HOME"] = str(Path(stage, "HF_ckpt"))
+    env["NEMORUN_HOME"] = str(Path(stage, "logs"))
+    env.update(PLAN["environment"])
+
+
+def set_ranks() -> None:
+    """Slurm's word for each task's place, under the names that PyTorch reads."""
+    names = {"RANK": "PROCID", "LOCAL_RANK": "LOCALID", "NODE_RANK": "NODEID", "WORLD_SIZE": "NTASKS"}
+    for name, slurm in names.items():
+        if f"SLURM_{slurm}" in os.environ and "SLURM_STEP_ID" in os.environ:
+            os.environ.setdefault(name, os.environ[f"SLURM_{slurm}"])
+    tasks = int(os.environ.get("WORLD_SIZE", "1"))
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(min(tasks, PLAN["gpus_per_node"])))
+
+
+def main(command: str) -> int:
+    """Run one command; its exit status."""
+    find_runtime()
+    set_environment()
+    from runtime.errors import JobError
+
+    try:
+        if command == "finetune":
+            from runtime import finetune
+
+            set_ranks()
+            return finetune.finetune(PLAN)
+        if command == "check":
+            from runtime import check
+
+            return check.check(PLAN)
+        if command in {"converted", "convert", "verify"}:
+            from runtime import checkpoint
+
+            if command == "converted":
+                return 0 if checkpoint.converted(PLAN) else 1
+            return checkpoint.convert(PLAN) if command == "convert" else checkpoint.verify(PLAN)
+    except JobError as error:
+        print(f"ftgen: error: {error}", file=sys.stderr, flush=True)
+        return 1
+    print(__doc__, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1] if len(sys.argv) == 2 else ""))
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/__init__.py <<'END_OF_FTGEN_FILE'
+"""What runs inside the job: the standard library and the framework, never ftgen."""
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/check.py <<'END_OF_FTGEN_FILE'
+"""The job's first seconds: what is missing, all of it, before anything is done. In: a plan. Out: an exit status.
+
+Nothing heavy is imported: versions are read from the packages' metadata, and the GPUs of this host from its driver.
+
+Environment: STAGE_PATH, NEMO_HOME, HF_TOKEN, HF_TOKEN_PATH, HF_HOME, CUDA_VISIBLE_DEVICES.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from runtime import checkpoint, data
+from runtime.errors import JobError
+from runtime.progress import say
+
+Plan = dict[str, Any]
+# Package, the versions that work (a prefix), why others do not.
+PACKAGES = (
+    ("nemo_toolkit", "2.7.", "2.7 is the last one with nemo.collections.llm, and 3 has none"),
+    ("megatron-core", "0.15.", "NeMo 2.7 works with no other"),
+    ("torch", "", ""),
+    ("lightning", "", ""),
+    ("transformers", "", ""),
+    ("huggingface_hub", "", ""),
+)
+ON_A_GPU = (("transformer-engine", "", ""),)
+DRIVER = Path("/proc/driver/nvidia/gpus")
+
+
+def check(plan: Plan) -> int:
+    """0 when the job can begin; else 1, and on stderr a line for each thing that is missing and one for what to do."""
+    problems = [*_stage_path(), *_packages(plan), *_weights(plan), *_data(plan), *_gpus(plan)]
+    for problem in problems:
+        print(f"ftgen: error: {problem}", file=sys.stderr, flush=True)
+    if not problems:
+        say(f"nothing is missing for {plan['experiment']}")
+    return 1 if problems else 0
+
+
+def _stage_path() -> Iterator[JobError]:
+    path = os.environ.get("STAGE_PATH", "")
+    hint = "export STAGE_PATH=<a folder that all nodes see and you can write to>"
+    if not path:
+        yield JobError("STAGE_PATH is not set", hint)
+    elif not Path(path).is_dir():
+        yield JobError(f"STAGE_PATH: there is no folder {path} on this machine", hint)
+    elif not os.access(path, os.W_OK | os.X_OK):
+        yield JobError(f"STAGE_PATH: {path} cannot be written to", hint)
+
+
+def _packages(plan: Plan) -> Iterator[JobError]:
+    hint = f"install ftgen's extra {'runtime' if plan['gpu']['name'] == 'cpu' else 'gpu'} for {sys.executable}"
+    for name, wanted, why in PACKAGES + (() if plan["gpu"]["name"] == "cpu" else ON_A_GPU):
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            yield JobError(f"the package {name} is not installed", hint)
+            continue
+        if not found.startswith(wanted):
+            yield JobError(f"{name} {found} is installed, {wanted}x is needed: {why}", hint)
+
+
+def _weights(plan: Plan) -> Iterator[JobError]:
+    asked = plan["checkpoint"]
+    if checkpoint.converted(plan):
+        return
+    if asked["source"] == "directory" and not (folder := checkpoint.user_directory(plan)).is_dir():
+        yield JobError(f"checkpoint.path: there is no folder {folder}", "give the path of a Hugging Face checkpoint")
+    if asked["gated"] and not _has_token():
+        yield JobError(
+            f"{plan['model']['hf_id']} is gated, and there is no Hugging Face token",
+            "export HF_TOKEN=<your token>, or run huggingface-cli login",
+        )
+
+
+def _has_token() -> bool:
+    """Whether huggingface_hub would find one; it is not read here."""
+    if os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"):
+        return True
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    file = Path(os.environ.get("HF_TOKEN_PATH") or Path(home, "token"))
+    return file.is_file() and file.stat().st_size > 0
+
+
+def _data(plan: Plan) -> Iterator[JobError]:
+    if plan["data"]["kind"] == "jsonl":
+        try:
+            data.user_file(plan)
+        except JobError as problem:
+            yield problem
+
+
+def _gpus(plan: Plan) -> Iterator[JobError]:
+    if plan["gpu"]["name"] == "cpu":
+        return
+    count = gpu_count()
+    if count is not None and count < plan["gpus_per_node"]:
+        yield JobError(
+            f"the plan needs {plan['gpus_per_node']} GPUs on each node, and {count} can be used here",
+            'ask Slurm for them (gpu_request in the site profile), or set gpus; gpu = "cpu" runs without',
+        )
+
+
+def gpu_count() -> int | None:
+    """GPUs that this process may use; None when the driver is there and does not say."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([device for device in visible.split(",") if device.strip() not in {"", "-1"}])
+    if DRIVER.is_dir():
+        return len(list(DRIVER.iterdir()))
+    if not shutil.which("nvidia-smi"):
+        return 0
+    try:
+        answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.count("UUID: GPU") if answer.returncode == 0 else None
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/checkpoint.py <<'END_OF_FTGEN_FILE'
+"""The converted checkpoint, made once for all jobs. In: a plan. Out: $NEMO_HOME/models/<place>/{context,weights}.
+
+Where the weights come from: "hub" (Hugging Face, downloaded into $HF_HOME's cache, where a broken download goes on),
+"directory" (a Hugging Face checkpoint on a disk), "random" (made here). NeMo's own importer converts them, behind the
+guard. A checkpoint that is there already is found without importing NeMo.
+
+Environment: NEMO_HOME (default $STAGE_PATH/HF_ckpt), HF_HOME, HF_TOKEN or HF_TOKEN_PATH, HF_HUB_OFFLINE.
+"""
+
+import os
+import shutil
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from runtime import guard, hub, manifest, random_llama
+from runtime.errors import JobError
+from runtime.progress import say, timed
+
+Plan = dict[str, Any]
+ARCHITECTURE = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "vocab_size",
+)
+ROOM_FOR_CONTEXT = 64 << 20  # bytes: tokenizer, config, manifest
+MARGIN = 1.05
+
+
+def convert(plan: Plan) -> int:
+    """Make the checkpoint unless it is there; 0. JobError: no access, no network, no room, another shape."""
+    begin = time.monotonic()
+    place = directory(plan)
+    if converted(plan):
+        say(f"the converted checkpoint is there: {place} (looked for {time.monotonic() - begin:.1f} s)")
+        return 0
+    guard.ensure(place, source(plan), lambda staging: _build(plan, staging), need_bytes=lambda: _need_bytes(plan))
+    say(f"the converted checkpoint is in {place} (after {time.monotonic() - begin:.0f} s)")
+    return 0
+
+
+def converted(plan: Plan) -> bool:
+    """Whether the plan's checkpoint is there and can be used; takes milliseconds."""
+    return manifest.flaw(directory(plan), source(plan)) is None
+
+
+def verify(plan: Plan) -> int:
+    """Read every byte of the checkpoint; 0 if all is as it was made, else 1 and a line that says what is not."""
+    with timed(f"reading {directory(plan)}"):
+        flaw = manifest.flaw(directory(plan), source(plan), thorough=True)
+    if flaw:
+        say(f"the checkpoint in {directory(plan)} cannot be used: {flaw}. Move it away, and the next job makes it anew")
+    return 1 if flaw else 0
+
+
+def directory(plan: Plan) -> Path:
+    """Where the plan's converted checkpoint belongs."""
+    home = os.environ.get("NEMO_HOME") or Path(os.environ.get("STAGE_PATH") or Path.cwd(), "HF_ckpt")
+    return Path(home, "models", plan["checkpoint"]["place"])
+
+
+def source(plan: Plan) -> dict[str, Any]:
+    """What identifies the checkpoint: two plans with the same use the same one."""
+    kind = plan["checkpoint"]["source"]
+    identity = {"kind": "nemo checkpoint", "source": kind} | {key: plan["model"][key] for key in ARCHITECTURE}
+    if kind == "hub":
+        return identity | {"hf_id": plan["model"]["hf_id"], "revision": plan["checkpoint"]["revision"]}
+    if kind == "random":
+        return identity | {"seed": plan["seed"]}
+    return identity | {"path": str(user_directory(plan))}
+
+
+def _build(plan: Plan, staging: Path) -> dict[str, Any]:
+    weights, origin = _fetch(plan, staging / "from")
+    _refuse_another_shape(plan, weights)
+    with timed("importing NeMo"):
+        from runtime.importer import import_directory
+    with timed(f"converting {weights}"):
+        origin["layers"] = import_directory(weights, staging, staging / "tokenizer")
+    shutil.rmtree(staging / "from", ignore_errors=True)
+    return origin | {name: _version(name) for name in ("nemo_toolkit", "megatron-core", "torch", "transformers")}
+
+
+def _fetch(plan: Plan, scratch: Path) -> tuple[Path, dict[str, Any]]:
+    """A directory in Hugging Face format, and what is known of it."""
+    kind, model = plan["checkpoint"]["source"], plan["model"]
+    if kind == "hub":
+        with timed(f"downloading {model['hf_id']}"):
+            path = hub.download(model["hf_id"], plan["checkpoint"]["revision"])
+        return path, {"commit": path.name}
+    if kind == "random":
+        with timed(f"making random weights: {model['parameters']:,} parameters"):
+            random_llama.write(plan, scratch)
+        return scratch, {}
+    return user_directory(plan), {}
+
+
+def _need_bytes(plan: Plan) -> int:
+    """What download and conversion write; converted weights take two bytes a parameter, four in small models."""
+    parameters, kind = plan["model"]["parameters"], plan["checkpoint"]["source"]
+    weights = parameters * (2 if parameters >= random_llama.LARGE else 4)
+    if kind == "hub":
+        weights += hub.bytes_to_download(plan["model"]["hf_id"], plan["checkpoint"]["revision"])
+    if kind == "random":
+        weights *= 2
+    return int(weights * MARGIN) + ROOM_FOR_CONTEXT
+
+
+def user_directory(plan: Plan) -> Path:
+    """Where a checkpoint of source "directory" is; a relative path is one below STAGE_PATH."""
+    return Path(os.environ.get("STAGE_PATH") or Path.cwd(), plan["checkpoint"]["path"])
+
+
+def _refuse_another_shape(plan: Plan, weights: Path) -> None:
+    import json
+
+    names = {
+        "num_layers": "num_hidden_layers",
+        "hidden_size": "hidden_size",
+        "ffn_hidden_size": "intermediate_size",
+        "num_attention_heads": "num_attention_heads",
+        "num_query_groups": "num_key_value_heads",
+        "vocab_size": "vocab_size",
+    }
+    try:
+        config = json.loads((weights / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise JobError(
+            f"{weights} is no Hugging Face checkpoint: config.json: {error}", "set checkpoint.path to one"
+        ) from error
+    for key, name in names.items():
+        if config.get(name, plan["model"][key]) != plan["model"][key]:
+            raise JobError(
+                f"{weights} has {name} = {config[name]}, and model {plan['model']['name']} has {plan['model'][key]}",
+                "choose the model that this checkpoint is of",
+            )
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/claim.py <<'END_OF_FTGEN_FILE'
+"""Who may build a thing: numbered claims on a shared file system. In: a directory of claims. Out: the right to build.
+
+Claim n is the directory `<claims>/<n>`; the highest number is the current one, and taking over from n is `mkdir n+1`,
+which exactly one process can do anywhere (file locks succeed for everyone on many cluster file systems). No claim is
+ever deleted, so that a number never means two owners. A claim holds
+
+    owner.json   who has it: host, boot, pid namespace, pid and its start time, Slurm job and restart
+    heartbeat    a counter that its owner raises every few seconds
+    released     there once the owner is through, well or not
+
+An owner counts as dead as soon as somebody can tell: its process is gone from this machine, or Slurm says that its job
+has ended; and in any case when its heartbeat stands still, by the clock of the one who waits: clocks differ between
+machines, so no time that another one wrote is ever compared. Taking over from an owner that was only asleep does no
+harm: it finds that its number is no longer the highest (`is_current`).
+
+Environment: FTGEN_STALE_S, seconds without a heartbeat after which an owner is dead (60); FTGEN_HOST, this machine's
+name (for tests); SLURM_JOB_ID, SLURM_RESTART_COUNT.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+STALE_S = 60.0
+BEATS_PER_STALE = 12  # heartbeats that must fail before an owner is given up
+SLURM_EVERY_S = 20.0  # between two questions to Slurm's controller
+ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"}
+ENDED |= {"OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"}
+
+
+def stale_s() -> float:
+    """Seconds without a heartbeat after which an owner is dead."""
+    return float(os.environ.get("FTGEN_STALE_S") or STALE_S)
+
+
+class Claim:
+    """A claim that this process holds; its heart beats until `release`."""
+
+    def __init__(self, claims: Path, generation: int) -> None:
+        """Say who owns the claim that this process has just made, and start its heart."""
+        self.claims, self.generation = claims, generation
+        self.directory = claims / str(generation)
+        self._pid = os.getpid()
+        self._stop = threading.Event()
+        _write(self.directory / "owner.json", json.dumps(this_process()))
+        self._beat(0)
+        threading.Thread(target=self._beat_until_released, daemon=True).start()
+
+    def is_current(self) -> bool:
+        """Whether nobody has taken over."""
+        return highest(self.claims) == self.generation
+
+    def release(self) -> None:
+        """Let the next one begin at once; a forked child that ends does not speak for its parent."""
+        if os.getpid() == self._pid and not self._stop.is_set():
+            self._stop.set()
+            _write(self.directory / "released", "")
+
+    def _beat_until_released(self) -> None:
+        # Signals are for the main thread: one that comes here would not wake it from a long call.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        count = 0
+        while not self._stop.wait(stale_s() / BEATS_PER_STALE):
+            count += 1
+            self._beat(count)
+
+    def _beat(self, count: int) -> None:
+        # In place and of one length: a full disk must not stop the heart of the process that will make room on it.
+        _write(self.directory / "heartbeat", f"{count:012d}\n", in_place=count > 0)
+
+
+class Watch:
+    """The current claim as one who waits sees it."""
+
+    def __init__(self, claims: Path) -> None:
+        """Begin to watch; nothing is read yet."""
+        self.claims = claims
+        self._seen: tuple[int, str] = (0, "")
+        self._since = 0.0
+        self._asked_slurm = float("-inf")
+
+    def claim(self) -> Claim | None:
+        """The next claim if the current one is free and no other process was faster, else None: ask again later."""
+        current = highest(self.claims)
+        if current and not self._is_free(current):
+            return None
+        try:
+            (self.claims / str(current + 1)).mkdir()
+        except FileExistsError:
+            return None
+        return Claim(self.claims, current + 1)
+
+    def holder(self) -> str:
+        """Who holds the current claim, in words."""
+        owner = self._owner(highest(self.claims))
+        if not owner:
+            return "a process that has not said who it is"
+        job = f", Slurm job {owner['slurm_job']}" if owner.get("slurm_job") else ""
+        return f"process {owner.get('pid')} on {owner.get('host')}{job}"
+
+    def _is_free(self, current: int) -> bool:
+        if (self.claims / str(current) / "released").exists():
+            return True
+        owner = self._owner(current)
+        return _process_is_gone(owner) or self._slurm_job_is_over(owner) or self._heart_stands_still(current)
+
+    def _owner(self, current: int) -> dict[str, Any]:
+        try:
+            owner = json.loads((self.claims / str(current) / "owner.json").read_text())
+        except (OSError, ValueError):
+            return {}  # it died before it wrote it, or is about to: the heartbeat decides
+        return owner if isinstance(owner, dict) else {}
+
+    def _heart_stands_still(self, current: int) -> bool:
+        try:
+            beat = (self.claims / str(current) / "heartbeat").read_text()
+        except OSError:
+            beat = ""
+        if self._seen != (current, beat):
+            self._seen, self._since = (current, beat), time.monotonic()
+        return time.monotonic() - self._since > stale_s()
+
+    def _slurm_job_is_over(self, owner: dict[str, Any]) -> bool:
+        job, here = owner.get("slurm_job"), this_process()
+        if not job or time.monotonic() - self._asked_slurm < SLURM_EVERY_S:
+            return False
+        self._asked_slurm = time.monotonic()
+        if job == here["slurm_job"]:
+            return bool(owner.get("slurm_restart") != here["slurm_restart"])  # our job, before it was requeued
+        return _slurm_state(job) in ENDED
+
+
+def highest(claims: Path) -> int:
+    """The number of the current claim, 0 before the first."""
+    return max((int(path.name) for path in claims.iterdir() if path.name.isdigit()), default=0)
+
+
+def this_process() -> dict[str, Any]:
+    """What tells this process from every other one, on this machine or another."""
+    return {
+        "host": os.environ.get("FTGEN_HOST") or socket.gethostname(),
+        "boot": _read("/proc/sys/kernel/random/boot_id"),
+        "pid_namespace": _pid_namespace(),  # in a container the same number is another process
+        "pid": os.getpid(),
+        "start": _process(os.getpid())[1],
+        "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
+        "slurm_restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
+    }
+
+
+def _process_is_gone(owner: dict[str, Any]) -> bool:
+    """Whether the owner ran here and does no more; False where that cannot be told."""
+    here = this_process()
+    if not owner.get("start") or any(owner.get(key) != here[key] for key in ("host", "boot", "pid_namespace")):
+        return False
+    state, start = _process(int(owner["pid"]))
+    return start != owner["start"] or state in {"Z", "X"}
+
+
+def _process(pid: int) -> tuple[str, str]:
+    """State and start time (clock ticks since boot) of a process; two empty strings when there is none."""
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()  # a process's name may hold anything, ")" too
+    return (fields[0], fields[19]) if len(fields) > 19 else ("", "")
+
+
+def _slurm_state(job: str) -> str:
+    try:
+        command = ["squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""  # unknown jobs may be another cluster's
+
+
+def _pid_namespace() -> str:
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _write(path: Path, text: str, *, in_place: bool = False) -> None:
+    try:
+        if in_place:
+            with path.open("r+") as file:
+                file.write(text)
+        else:
+            path.write_text(text)
+    except OSError:
+        pass  # a full or absent file system: others will go by the heartbeat
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/cpu.py <<'END_OF_FTGEN_FILE'
+"""Megatron-Core and NeMo on a machine without a GPU: for trying things, not for measuring.
+
+In: nothing; `stand_in()` is called once, before NeMo is used. Out: torch.cuda's calls that the two make without asking
+do nothing, tensors meant for "cuda" land on the CPU, and `PLAIN` is what a model's config needs beside that: no fused
+kernels, and Megatron's own layers in place of Transformer Engine's. Both kinds of layers keep the same names in a
+checkpoint, so what is converted here can be trained on GPUs.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+FUSIONS = (
+    "apply_rope_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "cross_entropy_loss_fusion",
+    "gradient_accumulation_fusion",
+    "masked_softmax_fusion",
+    "persist_layer_norm",
+)
+# Where the norms are that Transformer Engine fuses into the linear layer behind them, and Megatron's own layers do not.
+NORMS = {
+    "model.layers.*.input_layernorm.weight": "decoder.layers.*.input_layernorm.weight",
+    "model.layers.*.post_attention_layernorm.weight": "decoder.layers.*.pre_mlp_layernorm.weight",
+}
+
+
+def plain() -> dict[str, Any]:
+    """The fields of a model's config that run anywhere."""
+    from nemo.collections.llm.gpt.model.base import local_layer_spec
+
+    return dict.fromkeys(FUSIONS, False) | {"transformer_layer_spec": local_layer_spec}
+
+
+def stand_in() -> None:
+    """Make torch.cuda's calls harmless, once; the rest of this process has no GPU."""
+    if torch.cuda.is_available() or torch.cuda.Stream is _Idle:
+        return
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron asks for it before it looks for a GPU
+    for name, value in _stand_ins().items():
+        setattr(torch.cuda, name, value)
+    torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
+    torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
+    torch.Tensor.cuda = _same
+    torch.nn.Module.cuda = _same
+    import megatron.core.tensor_parallel.random as megatron_random
+    from nemo.collections.llm.peft import lora
+    from nemo.collections.llm.peft import utils as lora_layers
+    from nemo.lightning import megatron_init
+    from nemo.lightning.io import pl as nemo_checkpoints
+
+    megatron_random._set_cuda_rng_state = torch.cuda.set_rng_state
+    megatron_random._get_cuda_rng_state = torch.cuda.get_rng_state
+    if not lora.HAVE_TE:
+        lora.te = types.SimpleNamespace(Linear=None)  # it asks of each layer whether it is Transformer Engine's
+        lora_layers.HAVE_TE = False  # NeMo 2.7 takes it for installed here when it is not
+    megatron_init._set_random_seed = _with_a_device(megatron_init._set_random_seed)
+    nemo_checkpoints._fix_tensors_device = _same  # it moves what was loaded between GPUs
+    # The CPU's random numbers are the GPU's here, and Megatron warns each time that it sees them change.
+    logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
+    _OnTheCpu().__enter__()  # for good
+
+
+@contextlib.contextmanager
+def plain_import() -> Iterator[None]:
+    """Within it, NeMo's importer of Hugging Face Llamas makes a plain model and finds its norms."""
+    from nemo.collections.llm.gpt.model import llama
+    from nemo.lightning import io
+
+    with contextlib.ExitStack() as stack:
+        for config in (llama.LlamaConfig, llama.Llama31Config):
+            stack.enter_context(_replaced(config, "__init__", _with_defaults(config.__init__, plain())))
+        stack.enter_context(_replaced(io, "apply_transforms", _with_norms(io.apply_transforms)))
+        yield
+
+
+class _Idle:
+    """A stream or an event of a device that is not there."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, _name: str) -> Callable[..., None]:
+        return _nothing
+
+
+class _OnTheCpu(TorchFunctionMode):  # type: ignore[misc]
+    """Tensors that are made for, or moved to, "cuda" stay on the CPU."""
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        if isinstance(kwargs.get("pin_memory"), bool):
+            kwargs["pin_memory"] = False
+        if getattr(func, "__name__", "") == "to":
+            args = tuple("cpu" if _is_cuda(value) else value for value in args)
+        return func(*args, **kwargs)
+
+
+def _stand_ins() -> dict[str, Any]:
+    names = ("ByteTensor", "IntTensor", "LongTensor", "HalfTensor", "BFloat16Tensor", "FloatTensor", "DoubleTensor")
+    return {
+        **{name: getattr(torch, name) for name in names},
+        "Event": _Idle,
+        "Stream": _Idle,
+        "current_device": lambda: torch.device("cpu"),
+        "current_stream": _Idle,
+        "get_rng_state": lambda *_args, **_kwargs: torch.get_rng_state(),
+        "manual_seed": _nothing,
+        "set_device": _nothing,
+        "set_rng_state": lambda state, *_args, **_kwargs: torch.set_rng_state(state),
+        "stream": lambda _stream: contextlib.nullcontext(),
+        "synchronize": _nothing,
+        "_lazy_call": _nothing,
+        "_lazy_init": _nothing,
+    }
+
+
+def _nothing(*_args: Any, **_kwargs: Any) -> None:
+    return None
+
+
+def _same(self: Any, *_args: Any, **_kwargs: Any) -> Any:
+    return self
+
+
+def _is_cuda(value: Any) -> bool:
+    return isinstance(value, str | torch.device) and str(value).startswith("cuda")
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _with_defaults(init: Callable[..., None], defaults: dict[str, Any]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def with_defaults(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **(defaults | kwargs))
+
+    return with_defaults
+
+
+def _with_a_device(set_random_seed: Callable[[int], None]) -> Callable[[int], None]:
+    """NeMo seeds the generator of its weights only where it counts a GPU."""
+
+    def with_a_device(seed: int) -> None:
+        with _replaced(torch.cuda, "device_count", lambda: 1):
+            set_random_seed(seed)
+
+    return with_a_device
+
+
+def _with_norms(apply_transforms: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(apply_transforms)
+    def with_norms(source: Any, target: Any, mapping: dict[str, str], *args: Any, **kwargs: Any) -> Any:
+        return apply_transforms(source, target, mapping | NORMS, *args, **kwargs)
+
+    return with_norms
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/data.py <<'END_OF_FTGEN_FILE'
+"""The training data, made once for all jobs. In: a plan and a tokenizer. Out: files that NeMo's data module reads.
+
+`files` gives a directory with training.jsonl and validation.jsonl, one {"input", "output"} on each line, and where the
+plan packs, one with the same tokenized and packed into sequences of seq_length tokens. Both are published by the guard
+below $STAGE_PATH/data, so that ranks, nodes and jobs that start together make them once, wherever they run.
+"""
+
+import json
+import os
+import random
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from runtime import guard, text
+from runtime.errors import JobError
+from runtime.manifest import sha256_of
+from runtime.progress import timed
+
+Plan = dict[str, Any]
+FORMAT = 1  # of what this module writes
+VALIDATION = 0.05  # of all examples, as NeMo's SQuAD module splits them
+SHOWN = 5  # faulty lines that an error shows
+
+
+class Files(NamedTuple):
+    """Where the data is."""
+
+    examples: Path  # training.jsonl, validation.jsonl
+    packed: Path | None  # training.npy, validation.npy, metadata.json
+
+
+def files(plan: Plan, tokenizer: Path) -> Files:
+    """Make what is not there yet. `tokenizer` is a Hugging Face tokenizer's directory. JobError: a faulty file."""
+    examples = source(plan)
+    place = _place(plan["data"]["kind"], examples)
+    guard.ensure(place, examples, lambda staging: _build(plan, staging))
+    if not plan["data"]["packed"]:
+        return Files(place, None)
+    packed = {
+        "kind": "packed examples",
+        "examples": examples,
+        "tokenizer": sha256_of(tokenizer / "tokenizer.json"),
+        "seq_length": plan["seq_length"],
+        "seed": plan["seed"],
+    }
+    packed_place = _place(f"{plan['data']['kind']}-packed-{plan['seq_length']}", packed)
+    guard.ensure(packed_place, packed, lambda staging: _pack(plan, place, tokenizer, staging))
+    return Files(place, packed_place)
+
+
+def source(plan: Plan) -> dict[str, Any]:
+    """What identifies the examples."""
+    data = plan["data"]
+    identity = {"kind": f"{data['kind']} examples", "format": FORMAT, "seed": plan["seed"]}
+    if data["kind"] == "synthetic":
+        return identity | {"examples": data["examples"]}
+    if data["kind"] == "jsonl":
+        return identity | {"sha256": sha256_of(user_file(plan))}
+    return identity
+
+
+def user_file(plan: Plan) -> Path:
+    """The file of kind "jsonl"; a relative path is one below STAGE_PATH. JobError: it cannot be read."""
+    path = Path(os.environ.get("STAGE_PATH") or Path.cwd(), plan["data"]["path"])
+    if not path.is_file() or not os.access(path, os.R_OK):
+        raise JobError(f"data.path: there is no file {path} that can be read", "give the path of a file on every node")
+    return path
+
+
+def _place(name: str, identity: dict[str, Any]) -> Path:
+    short = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(os.environ.get("STAGE_PATH") or Path.cwd(), "data", f"{name}-{short}")
+
+
+def _build(plan: Plan, staging: Path) -> None:
+    makers: dict[str, Callable[[Plan, Path], None]] = {"squad": _squad, "synthetic": _synthetic, "jsonl": _jsonl}
+    with timed(f"preparing the data: {plan['data']['kind']}"):
+        makers[plan["data"]["kind"]](plan, staging)
+        _index(staging)
+
+
+def _squad(plan: Plan, staging: Path) -> None:
+    from nemo.collections.llm import SquadDataModule
+
+    try:
+        SquadDataModule(dataset_root=staging, seed=plan["seed"]).prepare_data()
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise JobError(
+            f"SQuAD cannot be downloaded: {reason}", 'set data.kind = "synthetic" in the spec: it needs no network'
+        ) from error
+
+
+def _synthetic(plan: Plan, staging: Path) -> None:
+    rng = random.Random(plan["seed"])  # noqa: S311
+    _split([text.example(rng) for _ in range(plan["data"]["examples"])], plan["seed"], staging)
+
+
+def _jsonl(plan: Plan, staging: Path) -> None:
+    _split(read_jsonl(user_file(plan)), plan["seed"], staging)
+
+
+def read_jsonl(path: Path) -> list[dict[str, str]]:
+    """The examples of a file; JobError with the first faulty lines, numbered."""
+    found = list(_lines(path))
+    if faults := [example for example in found if isinstance(example, str)]:
+        more = f", and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        raise JobError("; ".join(faults[:SHOWN]) + more, 'each line is {"input": "...", "output": "..."}')
+    examples = [example for example in found if isinstance(example, dict)]
+    if len(examples) < 2:
+        raise JobError(f"{path}: {len(examples)} examples, at least 2 are needed", "one to train on, one to validate")
+    return examples
+
+
+def _lines(path: Path) -> Iterator[dict[str, str] | str]:
+    """Of each line that is not empty its example, or what is wrong with it."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _example(line, f"{path}:{number}")
+
+
+def _example(line: bytes, where: str) -> dict[str, str] | str:
+    try:
+        document = json.loads(line)
+    except ValueError as error:
+        return f"{where}: not JSON: {error}"
+    if not isinstance(document, dict):
+        return f"{where}: not an object"
+    for key in ("input", "output"):
+        if not isinstance(document.get(key), str) or not document[key].strip():
+            return f'{where}: no text under "{key}"'
+    return {key: document[key] for key in ("input", "output")}
+
+
+def _split(examples: list[dict[str, str]], seed: int, directory: Path) -> None:
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)  # noqa: S311
+    count = max(1, round(len(examples) * VALIDATION))
+    for name, numbers in (("validation", order[:count]), ("training", order[count:])):
+        with (directory / f"{name}.jsonl").open("w") as file:
+            file.writelines(json.dumps(examples[number]) + "\n" for number in sorted(numbers))
+
+
+def _index(directory: Path) -> None:
+    """Make NeMo's line index now: left to the training, several jobs would write the same file at once."""
+    from nemo.collections.llm.gpt.data.utils import build_index_files
+
+    build_index_files([str(path) for path in sorted(directory.glob("*.jsonl"))], newline_int=ord("\n"), workers=1)
+
+
+def _pack(plan: Plan, examples: Path, tokenizer: Path, staging: Path) -> None:
+    from nemo.collections.common.tokenizers import AutoTokenizer
+    from nemo.collections.llm.gpt.data.packed_sequence import prepare_packed_sequence_data
+
+    with timed(f"packing the data into sequences of {plan['seq_length']} tokens"):
+        for name in ("training", "validation"):
+            prepare_packed_sequence_data(
+                input_path=examples / f"{name}.jsonl",
+                output_path=staging / f"{name}.npy",
+                output_metadata_path=staging / "metadata.json",
+                packed_sequence_size=plan["seq_length"],
+                tokenizer=AutoTokenizer(str(tokenizer)),
+                max_seq_length=plan["seq_length"],
+                seed=plan["seed"],
+                dataset_kwargs={"pad_to_max_length": True},
+            )
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/errors.py <<'END_OF_FTGEN_FILE'
+"""Errors that the user can mend, as data: what is wrong, and what to do about it."""
+
+
+class JobError(Exception):
+    """One thing the user must change; as text it is that line, and the hint on a line of its own. Exit status 1."""
+
+    def __init__(self, what: str, hint: str = "") -> None:
+        """`what` and `hint` are one line each."""
+        super().__init__(what, hint)
+        self.what = what
+        self.hint = hint
+
+    def __str__(self) -> str:
+        """Show the rule, then the hint."""
+        return self.what + (f"\n  hint: {self.hint}" if self.hint else "")
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/finetune.py <<'END_OF_FTGEN_FILE'
+"""The training: one process of it. In: a plan, and this process's rank in the environment. Out: NeMo's own step lines.
+
+Environment: RANK, LOCAL_RANK, WORLD_SIZE, NODE_RANK, MASTER_ADDR, MASTER_PORT (alone: 0, 0, 1, 0, this machine, a free
+port), FTGEN_RUN_DIR for what NeMo writes (default $STAGE_PATH/logs).
+"""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from runtime import checkpoint, data
+from runtime.errors import JobError
+from runtime.progress import say, timed
+
+Plan = dict[str, Any]
+
+
+def finetune(plan: Plan) -> int:
+    """Train plan["max_steps"] steps; 0. JobError: no checkpoint, the wrong number of processes, faulty data."""
+    _settle_ranks(plan)
+    weights = checkpoint.directory(plan)
+    if not checkpoint.converted(plan):
+        raise JobError(f"there is no converted checkpoint in {weights}", "run the command convert first")
+    with timed("importing NeMo"):
+        _set_switches(plan)
+        import fiddle
+        import torch
+
+        from runtime import recipe
+    if plan["gpu"]["name"] == "cpu":
+        from runtime import cpu
+
+        cpu.stand_in()
+    elif not torch.cuda.is_available():
+        raise JobError("PyTorch finds no GPU in this process", 'see nvidia-smi; gpu = "cpu" in the spec runs without')
+    files = data.files(plan, weights / "context" / "nemo_tokenizer")
+    training = fiddle.build(recipe.build(plan, weights, files, _log_directory()))
+    say(f"training: {plan['experiment']}, {plan['max_steps']} steps")
+    training()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+def _settle_ranks(plan: Plan) -> None:
+    """Defaults for a process that is alone; PyTorch's name for the node's rank."""
+    env = os.environ
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
+        env.setdefault(name, value)
+    if "MASTER_PORT" not in env:
+        env["MASTER_PORT"] = str(_free_port())
+    env["GROUP_RANK"] = env["NODE_RANK"]
+    if int(env["WORLD_SIZE"]) != plan["gpus"]:
+        raise JobError(
+            f"{env['WORLD_SIZE']} processes train, and the plan has {plan['gpus']} GPUs",
+            "start one process for each GPU: the job's script does",
+        )
+
+
+def _set_switches(plan: Plan) -> None:
+    """What NeMo and Lightning read from the environment when they are imported or built."""
+    os.environ["PL_GLOBAL_SEED"] = str(plan["seed"])
+    if plan["gpu"]["name"] != "cpu":
+        os.environ.setdefault("NEMO_LOG_MEMORY_USAGE", "1")
+
+
+def _log_directory() -> Path:
+    return Path(os.environ.get("FTGEN_RUN_DIR") or Path(os.environ.get("STAGE_PATH") or Path.cwd(), "logs"))
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/guard.py <<'END_OF_FTGEN_FILE'
+"""A directory that is published once, for all who ask. In: its place and how to build it. Out: the directory, finished.
+
+    ensure(place, source, build)
+
+`build(staging)` fills a staging directory beside the place; it gets a manifest and reaches its place by one rename, so
+that what stands there is whole or is not there. Only a directory whose manifest names the same source and the files as
+they are is ever used; anything else found in the place is renamed aside, never deleted. One process builds (`claim`),
+the others wait for it and use its result; where it died, the next one starts over.
+
+In <parent of place>:  <name>/  .<name>.claims/<n>/  .<name>.staging-<n>/  <name>.untrusted-<time>/
+"""
+
+import errno
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from runtime import manifest
+from runtime.claim import Claim, Watch
+from runtime.errors import JobError
+from runtime.manifest import Source
+from runtime.progress import say
+
+REMIND_S = 60.0  # between two lines of one who waits
+POLL_S = 2.0  # between two looks at the claim, once the first seconds are over
+FULL = {errno.ENOSPC, errno.EDQUOT}
+GIB = 1 << 30
+
+Build = Callable[[Path], dict[str, Any] | None]
+
+
+def ensure(place: Path, source: Source, build: Build, *, need_bytes: int | Callable[[], int] = 0) -> Path:
+    """The directory `place`, made by `build` unless it is there already; `need_bytes` of room are asked for first.
+
+    `build` may return what it learned of the origin: it is recorded in the manifest, and nothing is compared with it.
+    JobError: the directory cannot be written, the disk is too small or fills up. SIGTERM meanwhile: SystemExit(143).
+    """
+    if manifest.flaw(place, source) is None:
+        return place
+    claims = place.parent / f".{place.name}.claims"
+    _make_directory(claims)
+    while claim := _next_claim(place, source, claims):
+        with _held(claim):
+            if manifest.flaw(place, source) is None or _make(place, source, build, need_bytes, claim):
+                break
+        say(f"another process took over while {place} was being made: waiting for it")
+    return place
+
+
+def require_space(directory: Path, need_bytes: int, what: str) -> None:
+    """JobError unless the directory's file system has room for `need_bytes` (a quota shows only when it is hit)."""
+    free = shutil.disk_usage(directory).free
+    if free < need_bytes:
+        raise JobError(
+            f"{what} needs {need_bytes / GIB:.1f} GiB in {directory}, and {free / GIB:.1f} GiB are free",
+            "make room there, or set STAGE_PATH to a directory on a larger file system",
+        )
+
+
+def staging_of(place: Path, generation: int) -> Path:
+    """Where owner `generation` builds."""
+    return place.parent / f".{place.name}.staging-{generation}"
+
+
+def _next_claim(place: Path, source: Source, claims: Path) -> Claim | None:
+    """Wait until it is our turn to build; None once somebody else has."""
+    watch, begin = Watch(claims), time.monotonic()
+    said: float | None = None
+    while True:
+        if claim := watch.claim():
+            return claim
+        now = time.monotonic()
+        if said is None or now - said > REMIND_S:
+            say(f"waiting for {place}: {watch.holder()} is making it ({now - begin:.0f} s so far)")
+            said = now
+        time.sleep(min(POLL_S, 0.05 + (now - begin) / 10))
+        if (place / manifest.NAME).exists() and manifest.flaw(place, source) is None:
+            return None
+
+
+def _make(place: Path, source: Source, build: Build, need_bytes: int | Callable[[], int], claim: Claim) -> bool:
+    """Build and publish; False when another process took over meanwhile."""
+    _sweep(place, claim)
+    staging = staging_of(place, claim.generation)
+    try:
+        with _plain_disk_errors(place.parent):
+            _set_aside(place, source)
+            if need := need_bytes() if callable(need_bytes) else need_bytes:
+                require_space(place.parent, need, place.name)
+            staging.mkdir()
+            origin = build(staging)
+            manifest.write(staging, source, origin or {})
+            return _publish(staging, place, source, claim)
+    except Exception:
+        if claim.is_current():
+            raise
+        return False  # the one who took over removed our staging directory under our feet: its result is as good
+    finally:
+        _remove(staging)
+
+
+def _publish(staging: Path, place: Path, source: Source, claim: Claim) -> bool:
+    while claim.is_current():
+        try:
+            staging.rename(place)  # fails when something is there
+        except OSError as error:
+            if error.errno not in {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}:
+                raise
+            if manifest.flaw(place, source) is None:
+                return True  # an owner that we had given up woke and was faster
+            _set_aside(place, source)
+        else:
+            manifest.sync(place.parent)
+            return True
+    return False
+
+
+def _set_aside(place: Path, source: Source) -> None:
+    """Rename what is in the place and cannot be trusted, and say so."""
+    flaw = manifest.flaw(place, source)
+    if flaw is None or not os.path.lexists(place):
+        return
+    aside = place.with_name(f"{place.name}.untrusted-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    place.rename(aside)
+    if manifest.flaw(aside, source) is None:  # another owner published between the look and the rename
+        aside.rename(place)
+        return
+    say(f"{place} is not used: {flaw}. It was moved to {aside}, which nothing needs any more")
+
+
+def _sweep(place: Path, claim: Claim) -> None:
+    """Remove what dead owners were building."""
+    for staging in place.parent.glob(f".{place.name}.staging-*"):
+        number = staging.name.rpartition("-")[2]
+        if number.isdigit() and int(number) < claim.generation:
+            _remove(staging)
+    for trash in place.parent.glob(f".{place.name}.trash-*"):
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def _remove(staging: Path) -> None:
+    """Remove by way of a rename: an owner that wakes up halfway must not publish what is left."""
+    trash = staging.with_name(f"{staging.name.replace('.staging-', '.trash-')}-{os.getpid()}")
+    try:
+        staging.rename(trash)
+    except OSError:
+        return
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+@contextmanager
+def _held(claim: Claim) -> Iterator[None]:
+    """The claim is released however the block ends, by SIGTERM too."""
+    try:
+        with _sigterm_ends_the_block():
+            yield
+    finally:
+        claim.release()
+
+
+@contextmanager
+def _sigterm_ends_the_block() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def end(_signal: int, _frame: FrameType | None) -> None:
+        if os.getpid() != owner:
+            os._exit(143)  # a forked child has no right to clean up
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise JobError(
+            f"{directory} cannot be made: {error.strerror}", "set STAGE_PATH to a directory that you can write to"
+        ) from error
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise JobError(f"{directory} cannot be written to", "set STAGE_PATH to a directory that you can write to")
+
+
+@contextmanager
+def _plain_disk_errors(directory: Path) -> Iterator[None]:
+    """A full disk is one line, however deep in a library it was met."""
+    try:
+        yield
+    except Exception as error:
+        if not any(isinstance(cause, OSError) and cause.errno in FULL for cause in _causes(error)):
+            raise
+        raise JobError(
+            f"the disk of {directory} is full, or your quota there is used up",
+            "make room there, or set STAGE_PATH to a directory on a larger file system",
+        ) from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/hub.py <<'END_OF_FTGEN_FILE'
+"""The Hugging Face hub, as far as a conversion needs it. In: a repository, a revision. Out: a directory, or JobError.
+
+The token is huggingface_hub's own affair (HF_TOKEN, or the file HF_TOKEN_PATH): it is never passed on or shown.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import JobError
+
+# What the importer reads. Not Meta's own format, which many repositories carry too ("original/", *.pth).
+PATTERNS = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "*.safetensors*"]
+OUTSIDE = ["*/*"]  # the patterns match in folders too
+
+
+def download(repository: str, revision: str | None) -> Path:
+    """The repository's files in $HF_HOME's cache, the newest of the revision; a broken download goes on."""
+    from huggingface_hub import snapshot_download
+
+    with _plain_errors(repository, revision):
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=PATTERNS, ignore_patterns=OUTSIDE))
+
+
+def bytes_to_download(repository: str, revision: str | None) -> int:
+    """Bytes of the files that `download` still lacks."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.utils import filter_repo_objects
+
+    if constants.HF_HUB_OFFLINE:
+        return 0
+    with _plain_errors(repository, revision):
+        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+    wanted = filter_repo_objects(
+        info.siblings or [], allow_patterns=PATTERNS, ignore_patterns=OUTSIDE, key=lambda file: str(file.rfilename)
+    )
+    missing = [
+        file for file in wanted if not isinstance(try_to_load_from_cache(repository, file.rfilename, revision=info.sha), str)
+    ]
+    return sum(file.size or 0 for file in missing)
+
+
+def has_token() -> bool:
+    """Whether there is a token to show, in the environment or in a file."""
+    from huggingface_hub import get_token
+
+    return bool(get_token())
+
+
+@contextmanager
+def _plain_errors(repository: str, revision: str | None) -> Iterator[None]:
+    from huggingface_hub import errors
+
+    page = f"https://huggingface.co/{repository}"
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise JobError(
+            f"{repository} is gated, and this token has no access to it" if has_token() else f"{repository} is gated",
+            f"ask for access on {page}" + ("" if has_token() else ", then export HF_TOKEN=<your token>"),
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise JobError(f"{repository} has no revision {revision!r}", f"see {page}/tree/main") from error
+    except errors.RepositoryNotFoundError as error:
+        raise JobError(
+            f"{repository} is not on the Hugging Face hub, or may not be seen with this token",
+            f"look at {page}, and export HF_TOKEN=<your token> if it is private",
+        ) from error
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+        raise JobError(
+            f"{repository} is not in the cache, and the Hugging Face hub cannot be reached",
+            'convert on a node with network, or set checkpoint.source = "random" or "directory" in the spec',
+        ) from error
+    except Exception as error:
+        raise _other(repository, error) from error
+
+
+def _other(repository: str, error: Exception) -> Exception:
+    """An error of the network in one line; any other as it is."""
+    status: Any = getattr(getattr(error, "response", None), "status_code", None)
+    if status in {401, 403}:
+        return JobError(f"the Hugging Face hub refuses {repository} ({status})", "export HF_TOKEN=<a token with access>")
+    if status or (isinstance(error, OSError) and error.errno is None) or "onnection" in type(error).__name__:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return JobError(
+            f"{repository} cannot be downloaded: {reason}", "try again: a broken download goes on where it ended"
+        )
+    return error
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/importer.py <<'END_OF_FTGEN_FILE'
+"""NeMo's own importer of Hugging Face Llamas, kept to one directory. In: a Hugging Face one. Out: a NeMo checkpoint.
+
+This module imports NeMo (15-40 s): only a conversion does.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from nemo.collections.llm.gpt.model.llama import HFLlamaImporter
+from transformers import AutoTokenizer
+
+from runtime import cpu
+
+
+class Importer(HFLlamaImporter):  # type: ignore[misc]
+    """Of the stock importer's habits two are left out: a shared folder in /tmp, and a second process for saving."""
+
+    tokenizer_directory: Path
+
+    def save_hf_tokenizer_assets(self, tokenizer_name_or_path: str, save_path: str = "") -> str:
+        """Keep the tokenizer in a folder of our own; the checkpoint gets a copy under the folder's name."""
+        target = save_path or str(self.tokenizer_directory)
+        AutoTokenizer.from_pretrained(tokenizer_name_or_path).save_pretrained(target)  # and no code of the model's
+        return target
+
+    def nemo_setup(self, model: Any, trainer: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Save in this process: another one would import everything again, and may outlive us."""
+        return super().nemo_setup(model, trainer, *args, ckpt_async_save=False, **kwargs)
+
+
+def import_directory(source: Path, output: Path, scratch: Path) -> str:
+    """Convert the Hugging Face directory `source` to `output`/{context,weights}; the kind of layers it was made with.
+
+    `scratch` is a new directory's name beside them; it is removed again.
+    """
+    importer = Importer(str(source))
+    importer.tokenizer_directory = scratch / "nemo_tokenizer"  # the name that NeMo looks for in a checkpoint
+    try:
+        if torch.cuda.is_available():
+            importer.apply(output)
+            return "transformer_engine"
+        cpu.stand_in()
+        with cpu.plain_import():
+            importer.apply(output)
+        return "local"
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/manifest.py <<'END_OF_FTGEN_FILE'
+"""What a published directory is made of. In: a directory and what identifies it. Out: its manifest, or its first flaw.
+
+manifest.json holds {"format", "source", "origin", "files": {path: {"size": bytes, "mtime": seconds, "sha256": hex}}}:
+`source` identifies what was asked for and is compared, `origin` is what the build met and is not. A file is
+taken for unchanged when it is small and its hash is right, or when its size and its time (in whole seconds: some file
+systems forget the rest) are those of the manifest; a large file with another time is hashed again, so that a copied
+directory stays good. `thorough` hashes every file. Files that the manifest does not name do not matter: frameworks
+leave caches beside their data.
+"""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+NAME = "manifest.json"
+SMALL = 1 << 20  # bytes; reading less costs about as much as asking for its size on a shared file system
+
+Source = dict[str, Any]
+
+
+def write(directory: Path, source: Source, origin: Source) -> None:
+    """Put a manifest into a finished directory, and everything in it onto the disk."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter
+        entries = list(pool.map(_entry, paths))
+    files = {path.relative_to(directory).as_posix(): entry for path, entry in zip(paths, entries, strict=True)}
+    text = json.dumps({"format": FORMAT, "source": source, "origin": origin, "files": files}, indent=1, sort_keys=True)
+    partial = directory / f".{NAME}"
+    partial.write_text(text + "\n")
+    sync(partial)
+    partial.rename(directory / NAME)
+    for folder in [directory, *(path for path in directory.rglob("*") if path.is_dir())]:
+        sync(folder)
+
+
+def flaw(directory: Path, source: Source, *, thorough: bool = False) -> str | None:
+    """What is wrong with a published directory, None when it can be used; never raises for what it finds there."""
+    try:
+        document = json.loads((directory / NAME).read_text())
+        if document["format"] != FORMAT or not document["files"]:
+            return f"{NAME} is of another format"
+        if difference := _difference(document["source"], json.loads(json.dumps(source))):
+            return difference
+        with ThreadPoolExecutor(4) as pool:
+            flaws = pool.map(lambda item: _file_flaw(directory / item[0], item[1], thorough), document["files"].items())
+        return next((found for found in flaws if found), None)
+    except FileNotFoundError:
+        return f"there is no {NAME}" if directory.exists() else "it does not exist"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{NAME} cannot be read: {error}"
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content or a directory's entries are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's content."""
+    digest = sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    sync(path)
+    digest, status = sha256_of(path), path.stat()
+    return {"size": status.st_size, "mtime": int(status.st_mtime), "sha256": digest}
+
+
+def _difference(found: Source, wanted: Source) -> str | None:
+    for key in sorted(found.keys() | wanted.keys()):
+        if found.get(key) != wanted.get(key):
+            return f"it was made with {key} = {found.get(key)!r}, not {wanted.get(key)!r}"
+    return None
+
+
+def _file_flaw(path: Path, entry: dict[str, Any], thorough: bool) -> str | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    if status.st_size != entry["size"]:
+        return f"{path.name} has {status.st_size} bytes, not {entry['size']}"
+    unchanged = status.st_size > SMALL and int(status.st_mtime) == entry["mtime"]
+    if (thorough or not unchanged) and sha256_of(path) != entry["sha256"]:
+        return f"{path.name} has another content than when it was made"
+    return None
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/progress.py <<'END_OF_FTGEN_FILE'
+"""Lines that say what the job is doing, whole ones, as they happen; under several ranks the first alone speaks."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def say(text: str) -> None:
+    """Print `ftgen: text` at once; ranks other than 0 are silent."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"ftgen: {text}", flush=True)
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Say `what` when it begins, and the seconds it took when it ends well."""
+    say(f"{what} ...")
+    begin = time.monotonic()
+    yield
+    say(f"{what}: done in {time.monotonic() - begin:.1f} s")
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/random_llama.py <<'END_OF_FTGEN_FILE'
+"""A Llama of the plan's shape with random weights, in Hugging Face format. In: a plan. Out: a directory to import.
+
+It is for speed: it trains as fast as the real one, and no hub is needed. The tokenizer is a byte-level BPE of exactly
+`vocab_size` entries. Weights are made and written one layer at a time: 8 billion of them need 1 GiB of memory, not 16.
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime import text
+
+if TYPE_CHECKING:
+    import torch
+
+SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>"]
+LARGE = 10**9  # parameters from which weights are kept in bfloat16, as published models keep them
+STD = 0.02  # of the random weights, Llama's `initializer_range`
+
+
+def write(plan: dict[str, Any], directory: Path) -> None:
+    """Config, tokenizer and weights of plan["model"], made from plan["seed"]."""
+    directory.mkdir(parents=True, exist_ok=True)
+    model = plan["model"]
+    dtype = "bfloat16" if model["parameters"] >= LARGE else "float32"
+    (directory / "config.json").write_text(json.dumps(_config(model, dtype), indent=1))
+    _write_tokenizer(model["vocab_size"], model["max_position_embeddings"], directory)
+    _write_weights(model, dtype, plan["seed"], directory)
+
+
+def _config(model: dict[str, Any], dtype: str) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "head_dim": model["hidden_size"] // model["num_attention_heads"],
+        "hidden_act": "silu",
+        "hidden_size": model["hidden_size"],
+        "initializer_range": STD,
+        "intermediate_size": model["ffn_hidden_size"],
+        "max_position_embeddings": model["max_position_embeddings"],
+        "num_attention_heads": model["num_attention_heads"],
+        "num_hidden_layers": model["num_layers"],
+        "num_key_value_heads": model["num_query_groups"],
+        "rms_norm_eps": 1e-5,
+        "rope_theta": model["rope_theta"],
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        "vocab_size": model["vocab_size"],
+    }
+
+
+def _write_tokenizer(vocab_size: int, max_length: int, directory: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=1,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_corpus(vocab_size), trainer)
+    missing = vocab_size - tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens([f"<|reserved_special_token_{index}|>" for index in range(missing)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    named = {"bos_token": SPECIAL[0], "eos_token": SPECIAL[1]}
+    settings = named | {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    (directory / "special_tokens_map.json").write_text(json.dumps(named, indent=1))
+
+
+def _corpus(vocab_size: int) -> list[str]:
+    """Text with enough different names to give as many tokens as are asked for."""
+    rng = random.Random(vocab_size)  # noqa: S311
+    examples = (text.example(rng) for _ in range(400))
+    names = [text.name(rng) for _ in range(vocab_size // 2)]
+    return [f"{example['input']} {example['output']}" for example in examples] + [f" {name}" for name in names]
+
+
+def _write_weights(model: dict[str, Any], dtype: str, seed: int, directory: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    shards = _shards(model)
+    index: dict[str, str] = {}
+    size = 0
+    for number, shapes in enumerate(shards):
+        generator = torch.Generator().manual_seed(seed * 1000 + number)  # a shard can be made again by itself
+        tensors = {key: _weight(shape, getattr(torch, dtype), generator) for key, shape in shapes.items()}
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, file)
+        size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    document = {"metadata": {"total_size": size}, "weight_map": index}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(document, indent=1))
+
+
+def _shards(model: dict[str, Any]) -> list[dict[str, tuple[int, ...]]]:
+    """The shapes of every weight, by name, in as many files as there are layers, and one."""
+    hidden, ffn, vocab = model["hidden_size"], model["ffn_hidden_size"], model["vocab_size"]
+    kv = hidden // model["num_attention_heads"] * model["num_query_groups"]
+    layer = {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (hidden, hidden),
+        "self_attn.k_proj.weight": (kv, hidden),
+        "self_attn.v_proj.weight": (kv, hidden),
+        "self_attn.o_proj.weight": (hidden, hidden),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (ffn, hidden),
+        "mlp.up_proj.weight": (ffn, hidden),
+        "mlp.down_proj.weight": (hidden, ffn),
+    }
+    ends: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (vocab, hidden),
+    }
+    numbers = range(model["num_layers"])
+    return [ends, *({f"model.layers.{number}.{key}": shape for key, shape in layer.items()} for number in numbers)]
+
+
+def _weight(shape: tuple[int, ...], dtype: "torch.dtype", generator: "torch.Generator") -> "torch.Tensor":
+    import torch
+
+    if len(shape) == 1:  # the norms
+        return torch.ones(shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype).normal_(0, STD, generator=generator)
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/recipe.py <<'END_OF_FTGEN_FILE'
+"""NeMo's own fine-tuning recipe with the plan's numbers. In: plan, checkpoint, data. Out: what trains when called.
+
+This module imports NeMo (15-40 s): only a training does.
+"""
+
+import functools
+import importlib
+from pathlib import Path
+from typing import Any
+
+import nemo_run as run
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from megatron.core.distributed import DistributedDataParallelConfig
+from nemo import lightning as nl
+from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
+from nemo.collections.llm.recipes.precision.mixed_precision import bf16_with_fp8_mixed
+from nemo.lightning import _strategy_lib
+
+from runtime.data import Files
+from runtime.progress import say
+
+Plan = dict[str, Any]
+ARCHITECTURE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+
+
+def build(plan: Plan, checkpoint: Path, files: Files, log_directory: Path) -> Any:
+    """The recipe as a `run.Partial`; `fdl.build(recipe)()` trains. Nothing is written outside `log_directory`."""
+    library = importlib.import_module(f"nemo.collections.llm.recipes.{plan['model']['nemo_recipe']}")
+    recipe = library.finetune_recipe(
+        dir=str(log_directory),
+        name="nemo",
+        num_nodes=plan["nodes"],
+        num_gpus_per_node=plan["gpus_per_node"],
+        peft_scheme="lora" if plan["scheme"] == "lora" else "none",
+        seq_length=plan["seq_length"],
+        packed_sequence=plan["data"]["packed"],
+        performance_mode=True,
+    )
+    _set_model(recipe, plan)
+    _set_optimizer(recipe, plan)
+    _set_parallelism(recipe, plan)
+    _set_precision(recipe, plan)
+    _set_data(recipe, plan, files)
+    _set_trainer(recipe, plan)
+    recipe.log.ckpt = recipe.log.tensorboard = None
+    recipe.log.use_datetime_version = False
+    recipe.resume = run.Config(nl.AutoResume, restore_config=run.Config(nl.RestoreConfig, path=str(checkpoint)))
+    if plan["gpu"]["name"] == "cpu":
+        _for_the_cpu(recipe)
+    # The seed of adapters and dropout is no setting of NeMo's: its default stands in this function's signature.
+    _strategy_lib.init_parallel_ranks = functools.partial(_strategy_lib.init_parallel_ranks, seed=plan["seed"])
+    return recipe
+
+
+def _set_model(recipe: Any, plan: Plan) -> None:
+    for key in ARCHITECTURE:
+        setattr(recipe.model.config, key, plan["model"][key])
+    recipe.model.config.rotary_base = int(plan["model"]["rope_theta"])
+    if plan["scheme"] == "lora":
+        recipe.peft.dim = plan["lora"]["rank"]
+        recipe.peft.alpha = plan["lora"]["alpha"]
+        recipe.peft.dropout = plan["lora"]["dropout"]
+        recipe.peft.target_modules = plan["lora"]["targets"]
+
+
+def _set_optimizer(recipe: Any, plan: Plan) -> None:
+    recipe.optim.config.lr = plan["optimizer"]["learning_rate"]
+    warmup = min(plan["optimizer"]["warmup_steps"], plan["max_steps"] - 1)  # the schedule refuses a longer one
+    if warmup != plan["optimizer"]["warmup_steps"]:
+        say(f"warmup: {warmup} steps, because max_steps = {plan['max_steps']}")
+    recipe.optim.lr_scheduler.warmup_steps = warmup
+
+
+def _set_parallelism(recipe: Any, plan: Plan) -> None:
+    strategy, split = recipe.trainer.strategy, plan["parallelism"]
+    for key in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+        "virtual_pipeline_model_parallel_size",
+        "sequence_parallel",
+    ):
+        setattr(strategy, key, split[key])
+    if split["context_parallel_size"] > 1:
+        # A rank whose part of the sequence holds no answer has no loss of its own: NeMo insists on these two.
+        recipe.model.config.calculate_per_token_loss = True
+        strategy.ddp = _ddp(recipe, average_in_collective=False)
+
+
+def _ddp(recipe: Any, **changes: Any) -> Any:
+    """The recipe's settings of data parallelism, which may be a word, with changes."""
+    ddp = recipe.trainer.strategy.ddp
+    if isinstance(ddp, str):
+        ddp = run.Config(DistributedDataParallelConfig, check_for_nan_in_grad=True)
+    for key, value in changes.items():
+        setattr(ddp, key, value)
+    return ddp
+
+
+def _set_precision(recipe: Any, plan: Plan) -> None:
+    if plan["precision"] == "fp8":
+        recipe.trainer.plugins = bf16_with_fp8_mixed()
+    recipe.trainer.plugins.grad_reduce_in_fp32 = False
+
+
+def _set_data(recipe: Any, plan: Plan, files: Files) -> None:
+    # The module is called SquadDataModule, and downloads nothing where training.jsonl exists.
+    recipe.data.dataset_root = str(files.examples)
+    recipe.data.seed = plan["seed"]
+    recipe.data.global_batch_size = plan["global_batch_size"]
+    recipe.data.micro_batch_size = plan["micro_batch_size"]
+    if files.packed:
+        recipe.data.packed_sequence_specs = run.Config(
+            PackedSequenceSpecs,
+            packed_sequence_size=plan["seq_length"],
+            packed_train_data_path=str(files.packed / "training.npy"),
+            packed_val_data_path=str(files.packed / "validation.npy"),
+            packed_metadata_path=str(files.packed / "metadata.json"),
+        )
+
+
+def _set_trainer(recipe: Any, plan: Plan) -> None:
+    trainer = recipe.trainer
+    trainer.max_steps = plan["max_steps"]
+    trainer.limit_val_batches = 0
+    trainer.val_check_interval = None
+    trainer.enable_checkpointing = False
+    trainer.logger = False
+    # Launchers differ in the variables that they set; the job's script sets torchrun's, whatever started it.
+    trainer.plugins = [trainer.plugins, run.Config(TorchElasticEnvironment)]
+
+
+def _for_the_cpu(recipe: Any) -> None:
+    from runtime import cpu
+
+    for key, value in cpu.plain().items():
+        setattr(recipe.model.config, key, value)
+    trainer, optimizer = recipe.trainer, recipe.optim.config
+    trainer.accelerator = "cpu"
+    trainer.plugins = trainer.plugins[1:]  # no mixed precision
+    trainer.callbacks = [callback for callback in trainer.callbacks if "CommOverlap" not in str(callback)]
+    trainer.strategy.ddp = _ddp(recipe, overlap_grad_reduce=False, overlap_param_gather=False)
+    trainer.strategy.pipeline_dtype = None
+    optimizer.bf16 = False
+    optimizer.use_distributed_optimizer = False
+    optimizer.clip_grad = 0.0  # its kernel is CUDA's
+    recipe.data.num_workers = 0
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/text.py <<'END_OF_FTGEN_FILE'
+"""Made-up text with the statistics of SQuAD: contexts, questions, answers. In: a random.Random. Out: words.
+
+Most words are the commonest English ones, drawn by Zipf's law, so that a real tokenizer cuts the text into about as
+many tokens as real text; the rest are invented names, so that a tokenizer can be trained to any vocabulary on it.
+"""
+
+import random
+from itertools import accumulate
+
+ENGLISH = """
+the of and to in a is that for it was on are as with his they at be this from have or by one had not but what all were
+when we there can an your which their said if do will each about how up out them then she many some so these would
+other into has more her two like him see time could no make than first been its who now people my made over did down
+only way find use may water long little very after words called just where most know get through back much before also
+around another came come work three word must because does part even place well such here take why things help put
+years different away again off went old number great tell men say small every found still between name should home big
+give air line set own under read last never us left end along while might next sound below saw something thought both
+few those always looked show large often together asked house world going want school important until form food keep
+children feet land side without boy once animals life enough took four head above kind began almost live page got
+earth need far hand high year mother light parts country father let night following picture being study second eyes
+soon times story boys since white days ever paper hard near sentence better best across during today others however
+sure means knew try told young miles sun ways thing whole hear example heard several change answer room sea against
+top turned learn point city play toward five using himself usually century government university war state system
+music church river
+"""
+COMMON = ENGLISH.split()
+ONSETS = [
+    "b",
+    "br",
+    "c",
+    "ch",
+    "cl",
+    "d",
+    "dr",
+    "f",
+    "fl",
+    "g",
+    "gr",
+    "h",
+    "j",
+    "k",
+    "l",
+    "m",
+    "n",
+    "p",
+    "pl",
+    "qu",
+    "r",
+    "s",
+    "sh",
+    "st",
+    "t",
+    "th",
+    "tr",
+    "v",
+    "w",
+    "z",
+]
+VOWELS = ["a", "e", "i", "o", "u", "ai", "ea", "io", "ou", "y"]
+CODAS = ["", "", "", "n", "r", "s", "l", "t", "nd", "rk", "m", "st"]
+QUESTIONS = ["What", "Who", "Where", "When", "Which", "How"]
+NAME_SHARE = 0.06  # of the words of a context
+CONTEXT_WORDS, CONTEXT_SPREAD = 140, 45  # with question and answer an example has about 160
+_WEIGHTS = list(accumulate(1 / (rank + 2) for rank in range(len(COMMON))))
+
+
+def name(rng: random.Random) -> str:
+    """An invented name of one to four syllables."""
+    syllables = rng.choice((1, 2, 2, 3, 3, 4))
+    letters = "".join(rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(syllables))
+    return letters.capitalize()
+
+
+def words(rng: random.Random, count: int, names: list[str]) -> list[str]:
+    """Common words by frequency, now and then one of `names`."""
+    drawn = rng.choices(COMMON, cum_weights=_WEIGHTS, k=count)
+    return [rng.choice(names) if rng.random() < NAME_SHARE else word for word in drawn]
+
+
+def context(rng: random.Random, names: list[str]) -> list[str]:
+    """A paragraph's words, in sentences."""
+    count = max(20, round(rng.gauss(CONTEXT_WORDS, CONTEXT_SPREAD)))
+    drawn = words(rng, count, names)
+    start = 0
+    while start < count:
+        end = min(count, start + rng.randint(8, 24))
+        drawn[start] = drawn[start][0].upper() + drawn[start][1:]
+        drawn[end - 1] += "."
+        start = end
+    return drawn
+
+
+def example(rng: random.Random) -> dict[str, str]:
+    """One example in the form that NeMo gives SQuAD: the answer is a span of the context."""
+    paragraph = context(rng, [name(rng) for _ in range(3)])
+    length = rng.choice((1, 1, 2, 2, 3, 4, 6))
+    start = rng.randrange(len(paragraph) - length)
+    question = f"{rng.choice(QUESTIONS)} {' '.join(words(rng, rng.randint(6, 12), paragraph[start : start + 1]))}?"
+    return {
+        "input": f"Context: {' '.join(paragraph)} Question: {question} Answer:",
+        "output": " ".join(paragraph[start : start + length]).rstrip("."),
+    }
+END_OF_FTGEN_FILE
+}
+
+main "$@"

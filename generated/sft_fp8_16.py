@@ -1,0 +1,185 @@
+#!/usr/bin/env python3
+"""sft_nemo_llama3_8b_fp8_16: what each task of the job runs.
+
+Written by ftgen 0.1.0 from sft_fp8_16.toml. The job's script does this for you; by hand it is
+
+    STAGE_PATH=/shared/folder python3 sft_fp8_16.py check|converted|convert|verify|finetune
+
+    check      say what is missing before anything is done
+    converted  exit 0 if the converted checkpoint is there, 1 if not
+    convert    download the weights and convert them to NeMo's format, unless that has been done
+    verify     read every byte of the converted checkpoint and compare it with what was written
+    finetune   train; one process for each GPU, told apart by RANK, LOCAL_RANK and WORLD_SIZE (or Slurm's own variables)
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+PLAN = json.loads(r"""
+{
+  "format": 1,
+  "ftgen_version": "0.1.0",
+  "name": "sft_fp8_16",
+  "experiment": "sft_nemo_llama3_8b_fp8_16",
+  "spec_sha256": "4f2fb27003656a897a0401d71ca6f3a70c40f930ada0898ae2bb60b30eb84e63",
+  "overrides": {},
+  "scheme": "sft",
+  "precision": "fp8",
+  "model": {
+    "name": "llama3_8b",
+    "hf_id": "meta-llama/Meta-Llama-3-8B",
+    "nemo_recipe": "llama3_8b",
+    "num_layers": 32,
+    "hidden_size": 4096,
+    "ffn_hidden_size": 14336,
+    "num_attention_heads": 32,
+    "num_query_groups": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+    "parameters": 8030261248,
+    "flops_per_sample": 184000000000000.0
+  },
+  "checkpoint": {
+    "source": "hub",
+    "revision": null,
+    "path": null,
+    "gated": true,
+    "place": "meta-llama/Meta-Llama-3-8B"
+  },
+  "lora": null,
+  "gpu": {
+    "name": "h100",
+    "memory_gib": 80,
+    "peak_flops": 1979000000000000.0
+  },
+  "gpus": 16,
+  "nodes": 2,
+  "gpus_per_node": 8,
+  "max_steps": 100,
+  "global_batch_size": 64,
+  "micro_batch_size": 1,
+  "seq_length": 4096,
+  "seed": 1234,
+  "parallelism": {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "context_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": null,
+    "sequence_parallel": false,
+    "data_parallel_size": 16
+  },
+  "data": {
+    "kind": "squad",
+    "path": null,
+    "examples": 14000,
+    "packed": true
+  },
+  "optimizer": {
+    "learning_rate": 5e-06,
+    "warmup_steps": 50
+  },
+  "window_steps": 20,
+  "environment": {
+    "NCCL_NVLS_ENABLE": "0",
+    "NVTE_ASYNC_AMAX_REDUCTION": "1",
+    "NVTE_DP_AMAX_REDUCE_INTERVAL": "0",
+    "NVTE_FLASH_ATTN": "1",
+    "NVTE_FUSED_ATTN": "1",
+    "TOKENIZERS_PARALLELISM": "False",
+    "TORCH_NCCL_AVOID_RECORD_STREAMS": "1"
+  },
+  "stage_path": null,
+  "modules": [],
+  "python": {
+    "kind": "path",
+    "path": null,
+    "image": null,
+    "mounts": []
+  },
+  "slurm": {
+    "partition": null,
+    "account": null,
+    "qos": null,
+    "reservation": null,
+    "constraint": null,
+    "gpu_request": "none",
+    "gpu_type": null,
+    "mpi": "pmix",
+    "exclusive": true,
+    "mem": "0",
+    "sbatch_flags": [],
+    "srun_flags": [],
+    "walltime_s": 1800,
+    "convert_walltime_s": 7200
+  }
+}
+""")
+
+HERE = Path(__file__).resolve().parent
+
+
+def find_runtime() -> None:
+    """Put the folder that holds runtime/ on the path: beside this file in a run directory, above it in ftgen's sources."""
+    for folder in (HERE, HERE.parent):
+        if (folder / "runtime" / "finetune.py").is_file():
+            sys.path.insert(0, str(folder))
+            return
+    sys.exit(f"ftgen: error: no runtime/ beside {__file__}\n  hint: bash {PLAN['name']}.sh --unpack FOLDER writes both")
+
+
+def set_environment() -> None:
+    """The variables of the recipe, set here too because a container's own would win over the script's."""
+    env = os.environ
+    stage = env.setdefault("STAGE_PATH", str(Path.cwd()))
+    env.setdefault("FTGEN_RUN_DIR", str(Path(stage, "logs", "by_hand", PLAN["experiment"])))
+    hugging_face = Path(env.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    env.setdefault("HF_TOKEN_PATH", str(hugging_face / "token"))
+    env["NEMO_HOME"] = env["HF_HOME"] = str(Path(stage, "HF_ckpt"))
+    env["NEMORUN_HOME"] = str(Path(stage, "logs"))
+    env.update(PLAN["environment"])
+
+
+def set_ranks() -> None:
+    """Slurm's word for each task's place, under the names that PyTorch reads."""
+    names = {"RANK": "PROCID", "LOCAL_RANK": "LOCALID", "NODE_RANK": "NODEID", "WORLD_SIZE": "NTASKS"}
+    for name, slurm in names.items():
+        if f"SLURM_{slurm}" in os.environ and "SLURM_STEP_ID" in os.environ:
+            os.environ.setdefault(name, os.environ[f"SLURM_{slurm}"])
+    tasks = int(os.environ.get("WORLD_SIZE", "1"))
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(min(tasks, PLAN["gpus_per_node"])))
+
+
+def main(command: str) -> int:
+    """Run one command; its exit status."""
+    find_runtime()
+    set_environment()
+    from runtime.errors import JobError
+
+    try:
+        if command == "finetune":
+            from runtime import finetune
+
+            set_ranks()
+            return finetune.finetune(PLAN)
+        if command == "check":
+            from runtime import check
+
+            return check.check(PLAN)
+        if command in {"converted", "convert", "verify"}:
+            from runtime import checkpoint
+
+            if command == "converted":
+                return 0 if checkpoint.converted(PLAN) else 1
+            return checkpoint.convert(PLAN) if command == "convert" else checkpoint.verify(PLAN)
+    except JobError as error:
+        print(f"ftgen: error: {error}", file=sys.stderr, flush=True)
+        return 1
+    print(__doc__, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1] if len(sys.argv) == 2 else ""))
