@@ -116,7 +116,7 @@ def test_each_task_knows_its_rank_and_the_first_failure_ends_all(script, tmp_pat
     alone = script(SPEC.replace("gpus = 1", "gpus = 3"))
     body = """[[ $2 = finetune ]] || exit 0
         echo "$RANK/$LOCAL_RANK of $WORLD_SIZE at $MASTER_ADDR"
-        [[ $RANK = 1 ]] && exit 5
+        [[ $RANK = 1 ]] && sleep 2 && exit 5
         exec sleep 60"""
     done = run(alone, FTGEN_PYTHON=stand_in(tmp_path, body), seconds=30)
     assert done.returncode == 5
