@@ -154,10 +154,14 @@ def test_after_a_sigkill_nothing_partial_is_taken_and_the_next_one_finishes(
     assert is_clean(place)
 
 
-def test_a_dead_owner_on_this_machine_is_replaced_at_once(place: Path, racer: Callable[..., Racer]) -> None:
-    racer(stop_at="in build").reach("AT").kill()
+@pytest.mark.parametrize("reaped", [True, False])  # a dead process lingers until its parent asks for its status
+def test_a_dead_owner_on_this_machine_is_replaced_at_once(reaped: bool, place: Path, racer: Callable[..., Racer]) -> None:
+    owner = racer(stop_at="in build").reach("AT")
+    owner.process.kill()
+    if reaped:
+        owner.process.wait()
     begin = time.monotonic()
-    racer(FTGEN_STALE_S="600").finish()
+    racer(FTGEN_STALE_S="15").finish()
     assert time.monotonic() - begin < 10
 
 
@@ -217,6 +221,15 @@ def test_sigterm_releases_the_claim_and_leaves_nothing(place: Path, racer: Calla
     assert owner.process.wait(timeout=10) == 143
     assert sorted(path.name for path in place.parent.iterdir()) == [".place.claims", "builds.log"]
     assert (place.parent / ".place.claims" / "1" / "released").exists()
+
+
+def test_sigterm_reaches_an_owner_that_is_just_waking_up(place: Path, racer: Callable[..., Racer]) -> None:
+    owner = racer(stop_at="in build").reach("AT")
+    owner.process.send_signal(signal.SIGSTOP)
+    time.sleep(0.2)
+    owner.process.send_signal(signal.SIGCONT)
+    owner.process.terminate()
+    assert owner.process.wait(timeout=10) == 143
 
 
 def test_a_failed_build_releases_the_claim_and_raises_what_it_raised(place: Path) -> None:
