@@ -223,8 +223,10 @@ def test_sigterm_releases_the_claim_and_leaves_nothing(place: Path, racer: Calla
     assert (place.parent / ".place.claims" / "1" / "released").exists()
 
 
-def test_sigterm_reaches_an_owner_that_is_just_waking_up(place: Path, racer: Callable[..., Racer]) -> None:
-    owner = racer(stop_at="in build").reach("AT")
+def test_sigterm_ends_a_long_call_of_an_owner_that_is_just_waking_up(place: Path, racer: Callable[..., Racer]) -> None:
+    owner = racer(pause=30)
+    while not (place.parent / "builds.log").exists():
+        time.sleep(0.05)
     owner.process.send_signal(signal.SIGSTOP)
     time.sleep(0.2)
     owner.process.send_signal(signal.SIGCONT)
