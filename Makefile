@@ -1,11 +1,12 @@
 # make run    a fine-tune from nothing to its result table, on this machine's CPU
 # make test   every test; make check is the part of it that only reads the code
+# make docs   the documentation, as a site in site/
 PYTHON ?= python3
 VENV ?= .venv
 bin := $(VENV)/bin
 installed := $(VENV)/.installed
 
-.PHONY: run test check pytest install compile clean
+.PHONY: run test check docs pytest install compile clean
 .DEFAULT_GOAL := help
 help:
 	@sed -n 's/^# //p' Makefile
@@ -18,11 +19,11 @@ run: $(installed)
 	@echo "3/3 ftgen tabulate logs/"
 	$(bin)/ftgen tabulate logs/
 
-test: check pytest
+test: check docs pytest
 
 check: $(installed)
-	$(bin)/ruff check ftgen runtime tests
-	$(bin)/ruff format --check ftgen runtime tests
+	$(bin)/ruff check ftgen runtime tests docs
+	$(bin)/ruff format --check ftgen runtime tests docs
 	$(bin)/mypy
 	$(bin)/lint-imports
 	$(bin)/ftgen compile $(filter-out specs/quickstart.toml,$(wildcard specs/*.toml)) --check
@@ -30,6 +31,9 @@ check: $(installed)
 
 pytest: $(installed)
 	$(bin)/pytest
+
+docs: $(installed)
+	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs --quiet build --strict
 
 compile: $(installed)
 	$(bin)/ftgen compile $(filter-out specs/quickstart.toml,$(wildcard specs/*.toml))
@@ -39,8 +43,8 @@ $(installed): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ftgen needs Python 3.10 or later: make PYTHON=<one>")'
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing NeMo, Megatron-Core and torch into $(VENV): some minutes, about 3 GB"
-	$(bin)/python -m pip install --disable-pip-version-check --progress-bar off --quiet -c constraints.txt -e '.[runtime,dev]'
+	$(bin)/python -m pip install --disable-pip-version-check --progress-bar off --quiet -c constraints.txt -e '.[runtime,dev,docs]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) logs HF_ckpt data generated/quickstart.*
+	rm -rf $(VENV) site logs HF_ckpt data generated/quickstart.*
