@@ -25,6 +25,8 @@ KEYS = (
     "run_id",
     "status",
     "reason",
+    "doubts",
+    "notes",
     "model",
     "scheme",
     "precision",
@@ -44,7 +46,13 @@ KEYS = (
 )
 FORMULA = ("=", "+", "-", "@")  # what makes a spreadsheet take a text for a formula
 MARKDOWN = re.compile(r"[\\`*\[\]<>&|~$#!]|(?<![^\W_])_|_(?![^\W_])")  # an underscore within a word is only that
-STATUS_STYLE = {"failed": "bold red", "invalid": "bold red", "incomplete": "yellow", "complete": "green"}
+STATUS_STYLE = {
+    "failed": "bold red",
+    "invalid": "bold red",
+    "ended-badly": "yellow",
+    "incomplete": "yellow",
+    "complete": "green",
+}
 NARROW = 15  # columns a figure's column needs: "published, 16x" and "(GBS=128)" stay in one piece
 
 
@@ -101,10 +109,18 @@ FORMATS: Mapping[str, Callable[[Sequence[Summary]], str]] = {
 
 def _record(summary: Summary) -> dict[str, Any]:
     values = {key: getattr(summary, key) for key in KEYS}
-    return {key: clean(value) if isinstance(value, str) else value for key, value in values.items()}
+    return {key: _cleaned(value) for key, value in values.items()}
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [clean(text) for text in value]
+    return clean(value) if isinstance(value, str) else value
 
 
 def _csv_cell(value: Any) -> Any:
+    if isinstance(value, list):
+        value = "; ".join(value)
     return f"'{value}" if isinstance(value, str) and value.lstrip().startswith(FORMULA) else value
 
 

@@ -7,7 +7,8 @@ tell how the run ended. Nothing is decoded but what is kept.
 import math
 import re
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from datetime import datetime
+from typing import Any, NamedTuple
 
 from ftgen.identity import MOST, Identity
 
@@ -55,6 +56,9 @@ class Step(NamedTuple):
 
     time_s: float | None  # of the slowest rank that said so
     loss: float | None
+    grad_norm: float | None = None
+    peak_memory: float | None = None  # bytes
+    tflops_per_gpu: float | None = None  # TFLOP/s, as the framework counts them
 
 
 @dataclass
@@ -63,6 +67,7 @@ class Log:
 
     identity: Identity
     problems: list[str] = field(default_factory=list)  # why less is known than should be
+    unread: str | None = None  # why the file is not known to its end
     steps: dict[int, Step] = field(default_factory=dict)  # by number, from 0
     planned: int | None = None  # steps, as the step lines have it
     not_finite: str | None = None  # the first NaN or Inf that training came upon
@@ -73,11 +78,16 @@ class Log:
     stopped_at: int | None = None  # the max_steps that training says it reached
     exit_status: int | None = None
     head: bytes = b""  # the plan's JSON
+    plan: dict[str, Any] | None = None  # all of it, as plan.json or the head line has it
+    environment: dict[str, Any] | None = None  # what the job found around it: versions, GPU, driver, nodes
+    attempts: int = 1  # in this one file
+    started: datetime | None = None  # the first and the last time that a line tells
+    ended: datetime | None = None
     consumed: tuple[int, float] | None = None  # the last line's step, and samples until then
 
     def start_again(self) -> None:
         """Forget what came before: another attempt begins in the same file."""
-        self.__dict__.update(Log(self.identity, self.problems).__dict__)
+        self.__dict__.update(Log(self.identity, self.problems, attempts=self.attempts + bool(self.steps)).__dict__)
 
 
 def read_block(block: bytes, log: Log) -> None:

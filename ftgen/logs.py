@@ -89,14 +89,14 @@ def _experiment(log: Path, stem: str) -> str:
 
 
 def read_log(run: Run) -> Log:
-    """What the run's log says; never fails: what could not be read is in `problems`."""
+    """What the run's log says; never fails: what could not be read is in `unread` or in `problems`."""
     log = Log(identity.from_name(run.experiment))
     try:
         with run.log.open("rb") as file:
             for block in _blocks(file):
                 read_block(block, log)
     except OSError as error:
-        log.problems.append(f"the log cannot be read: {error.strerror}")
+        log.unread = f"the log cannot be read: {error.strerror}"
     _identify(run, log)
     return log
 

@@ -4,20 +4,21 @@ The formulas are those of the recipe; a figure that is not known, or not to be t
 """
 
 from dataclasses import dataclass
-from math import fsum
+from datetime import datetime
 from typing import NamedTuple
 
 from ftgen import catalogue
 from ftgen.catalogue import Published
-from ftgen.errors import LogError, Problem
 from ftgen.identity import Identity
-from ftgen.log_lines import Log, Step
+from ftgen.log_lines import Log
 from ftgen.logs import Run, read_log
+from ftgen.window import RECIPE_WINDOW, Window, checked, count, timed
 
-RECIPE_WINDOW = 20  # steps
 LORA_WORK = 2 / 3  # of SFT's FLOPs: the frozen weights need no gradients of their own
 SECONDS_PER_DAY = 86400
 TRILLION = 1e12  # tokens
+
+STATUSES = ("complete", "ended-badly", "incomplete", "failed", "invalid")
 
 # What made a run fail, in the order in which one explains the others.
 FAILURES = {
@@ -40,8 +41,8 @@ class Summary:
 
     experiment: str
     run_id: str
-    status: str  # complete, incomplete, failed, invalid
-    reason: str | None
+    status: str  # of STATUSES
+    reason: str | None  # for the status, and for a step time that is not there
     model: str | None
     scheme: str | None
     precision: str | None
@@ -50,7 +51,7 @@ class Summary:
     global_batch_size: int | None
     seq_length: int | None  # tokens
     steps: int  # that the log tells of
-    window: int  # the last steps, whose mean is the step time
+    window: int  # steps, whose mean is the step time
     step_time_s: float | None
     tokens_per_s: float | None
     mfu: float | None  # a fraction
@@ -58,6 +59,15 @@ class Summary:
     peak_memory_gib: float | None
     published: Published | None  # the recipe's figures for the same work
     log: str
+    doubts: tuple[str, ...] = ()  # what makes a figure less than certain, each in a sentence's part
+    notes: tuple[str, ...] = ()  # what a reader should know besides
+    planned_steps: int | None = None
+    window_first: int | None = None  # the steps that the window spans, numbered from 0, both included
+    window_last: int | None = None
+    spread: float | None = None  # standard deviation of the window's step times, as a fraction of their mean
+    restarts: int = 0  # earlier attempts, in logs of their own or in this one
+    started: datetime | None = None  # as the log tells, in the cluster's time
+    ended: datetime | None = None
 
     @property
     def published_step_time_s(self) -> float | None:
@@ -68,29 +78,28 @@ class Summary:
 class Verdict(NamedTuple):
     """How a run ended, and why that is said of it."""
 
-    status: str
+    status: str  # of STATUSES
     reason: str | None
 
 
-def summarize(run: Run, *, window: int | None = None) -> Summary:
-    """Read a run's log and judge it; `window` in place of the plan's, in steps."""
+def summarize(run: Run, *, window: Window | None = None) -> Summary:
+    """Read a run's log and judge it; `window` in place of the plan's last steps."""
     return judge(run, read_log(run), window=window)
 
 
-def judge(run: Run, log: Log, *, window: int | None = None) -> Summary:
-    """The figures of a log, over its last `window` steps, and what is to be thought of them."""
-    if window is not None and window < 1:
-        raise LogError(Problem(("window",), f"must be at least 1 step, found {window}"))
+def judge(run: Run, log: Log, *, window: Window | None = None) -> Summary:
+    """The figures of a log, over the steps of `window`, and what is to be thought of them; LogError for no window."""
     what = log.identity
-    window = window or what.window_steps or RECIPE_WINDOW
+    window = checked(what.window_steps or RECIPE_WINDOW if window is None else window)
     verdict = _verdict(log)
-    time_s, no_time = (None, None) if verdict.status == "invalid" else mean_of_last(log.steps, window)
+    part = timed(log.steps, window)
+    time_s = None if verdict.status == "invalid" else part.mean_s
     tokens = tokens_per_s(what, time_s)
     return Summary(
         experiment=what.experiment,
         run_id=run.run_id,
         status=verdict.status,
-        reason="; ".join(filter(None, (verdict.reason, no_time, *_remarks(run, log)))) or None,
+        reason="; ".join(filter(None, (verdict.reason, None if verdict.status == "invalid" else part.why_not))) or None,
         model=what.model,
         scheme=what.scheme,
         precision=what.precision,
@@ -99,7 +108,7 @@ def judge(run: Run, log: Log, *, window: int | None = None) -> Summary:
         global_batch_size=what.global_batch_size,
         seq_length=what.seq_length,
         steps=len(log.steps),
-        window=window,
+        window=window if isinstance(window, int) else len(window),
         step_time_s=time_s,
         tokens_per_s=tokens,
         mfu=model_flops_utilization(what, time_s),
@@ -107,23 +116,16 @@ def judge(run: Run, log: Log, *, window: int | None = None) -> Summary:
         peak_memory_gib=log.peak_memory / 2**30 if log.peak_memory else None,
         published=_published(what),
         log=str(run.log),
+        doubts=tuple(_doubts(log)),
+        notes=tuple(_notes(run, log)),
+        planned_steps=_planned(log),
+        window_first=part.first,
+        window_last=part.last,
+        spread=part.spread if time_s else None,
+        restarts=run.earlier + log.attempts - 1,
+        started=log.started,
+        ended=log.ended,
     )
-
-
-def mean_of_last(steps: dict[int, Step], window: int) -> tuple[float | None, str | None]:
-    """The mean time of the last `window` steps in seconds, or None and why: it is of all of them or of none."""
-    if len(steps) < window:
-        return None, f"{count(len(steps), 'step')}, the window needs {window}: no step time is reported"
-    last = max(steps)
-    times = []
-    first = last - window + 1
-    for number in range(first, last + 1):
-        time_s = steps[number].time_s if number in steps else None
-        if time_s is None:
-            what = "has no time" if number in steps else "is missing"
-            return None, f"step {number} {what}, the window needs {first} to {last}: no step time is reported"
-        times.append(time_s)
-    return fsum(times) / window, None
 
 
 def tokens_per_s(what: Identity, time_s: float | None) -> float | None:
@@ -141,20 +143,17 @@ def model_flops_utilization(what: Identity, time_s: float | None) -> float | Non
     return what.global_batch_size * what.flops_per_sample * work / time_s / what.gpus / what.peak_flops
 
 
-def count(number: int, noun: str) -> str:
-    """`1 step`, `2 steps`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def _verdict(log: Log) -> Verdict:
     not_finite = log.not_finite or log.endings.get("not finite")
     if not_finite:
         return Verdict("invalid", not_finite)
+    if log.unread:
+        return Verdict("incomplete", log.unread)
     planned, there = _planned(log), len(log.steps)
     failure = _failure(log)
     if planned and there == planned and max(log.steps) == planned - 1:
         spoiled = log.exit_status or (log.exit_status is None and AFTER_TRAINING & log.endings.keys())
-        return Verdict("failed", f"all {planned} steps, then: {failure}") if spoiled else Verdict("complete", None)
+        return Verdict("ended-badly", f"all {planned} steps, then: {failure}") if spoiled else Verdict("complete", None)
     progress = f"{there} of {count(planned, 'step')}" if planned else f"{count(there, 'step')}, of how many is not known"
     beyond = f", and step {max(log.steps)} among them" if planned and max(log.steps, default=0) >= planned else ""
     if failure:
@@ -174,16 +173,24 @@ def _failure(log: Log) -> str | None:
     return f"exit status {log.exit_status}" if log.exit_status else None
 
 
-def _remarks(run: Run, log: Log) -> list[str]:
-    """What a reader should know besides."""
-    remarks = list(log.problems)
+def _doubts(log: Log) -> list[str]:
+    """What makes a figure less than certain."""
+    doubts = list(log.problems)
     planned, said = log.identity.global_batch_size, log.global_batch_size
     other = said if said != planned else log.other_global_batch_size
     if planned and other and other != planned:
-        remarks.append(f"the log has steps of global_batch_size {other}, the figures are for {planned}")
+        doubts.append(f"the log has steps of global_batch_size {other}, the figures are for {planned}")
+    return doubts
+
+
+def _notes(run: Run, log: Log) -> list[str]:
+    """What a reader should know besides."""
+    notes = []
     if run.earlier:
-        remarks.append(f"restart {run.restart}; {count(run.earlier, 'earlier log')} not counted")
-    return remarks
+        notes.append(f"restart {run.restart}; {count(run.earlier, 'earlier log')} not counted")
+    if log.attempts > 1:
+        notes.append(f"attempt {log.attempts} in this log; its steps alone count")
+    return notes
 
 
 def _published(what: Identity) -> Published | None:

@@ -97,8 +97,8 @@ def tabulate(summaries: Sequence[Summary]) -> list[Table]:
 
 def remarks(summaries: Sequence[Summary]) -> list[Remark]:
     """Every run of which something must be said, in the tables' order: all that have no figures are among them."""
-    told = sorted((summary for summary in summaries if summary.reason), key=_order)
-    return [Remark(f"{s.experiment} {s.run_id}".strip(), s.status, s.reason or "", s.log) for s in told]
+    told = [(s, "; ".join(filter(None, (s.reason, *s.doubts, *s.notes)))) for s in sorted(summaries, key=_order)]
+    return [Remark(f"{s.experiment} {s.run_id}".strip(), s.status, text, s.log) for s, text in told if text]
 
 
 def _table(title: str, runs: Sequence[Summary]) -> Table:

@@ -135,7 +135,8 @@ EVIL = [
 
 @given(name=st.one_of(st.sampled_from(EVIL), st.text(max_size=30)))
 def test_names_are_text_in_every_format(name):
-    texts_of = dict.fromkeys(("experiment", "run_id", "reason", "log", "model", "scheme", "precision", "gpu"), name)
+    texts_of: dict = {"doubts": (name,), "notes": (name, name)}
+    texts_of |= dict.fromkeys(("experiment", "run_id", "reason", "log", "model", "scheme", "precision", "gpu"), name)
     summary = replace(summary_of("x", [1.0] * 20), **texts_of)
     texts = {format_: write([summary]) for format_, write in export.FORMATS.items()}
     assert not any(CONTROL.search(text) for text in texts.values())
