@@ -7,6 +7,7 @@ guard. A checkpoint that is there already is found without importing NeMo.
 Environment: NEMO_HOME (default $STAGE_PATH/HF_ckpt), HF_HOME, HF_TOKEN or HF_TOKEN_PATH, HF_HUB_OFFLINE.
 """
 
+import json
 import os
 import shutil
 import time
@@ -76,7 +77,7 @@ def source(plan: Plan) -> dict[str, Any]:
 
 def _build(plan: Plan, staging: Path) -> dict[str, Any]:
     weights, origin = _fetch(plan, staging / "from")
-    _refuse_another_shape(plan, weights)
+    _refuse_unfit(plan, weights)
     with timed("importing NeMo"):
         from runtime.importer import import_directory
     with timed(f"converting {weights}"):
@@ -115,9 +116,8 @@ def user_directory(plan: Plan) -> Path:
     return Path(os.environ.get("STAGE_PATH") or Path.cwd(), plan["checkpoint"]["path"])
 
 
-def _refuse_another_shape(plan: Plan, weights: Path) -> None:
-    import json
-
+def _refuse_unfit(plan: Plan, weights: Path) -> None:
+    """JobError unless the directory is whole and of the model's shape: the importer would fail late, or not at all."""
     names = {
         "num_layers": "num_hidden_layers",
         "hidden_size": "hidden_size",
@@ -128,10 +128,12 @@ def _refuse_another_shape(plan: Plan, weights: Path) -> None:
     }
     try:
         config = json.loads((weights / "config.json").read_text())
+        index = weights / "model.safetensors.index.json"
+        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
     except (OSError, ValueError) as error:
-        raise JobError(
-            f"{weights} is no Hugging Face checkpoint: config.json: {error}", "set checkpoint.path to one"
-        ) from error
+        raise JobError(f"{weights} is no Hugging Face checkpoint: {error}", "set checkpoint.path to one") from error
+    if missing := sorted(shard for shard in shards if not (weights / shard).is_file()):
+        raise JobError(f"{weights} lacks {', '.join(missing)}", "complete the download: its files are *.safetensors")
     for key, name in names.items():
         if config.get(name, plan["model"][key]) != plan["model"][key]:
             raise JobError(

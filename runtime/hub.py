@@ -15,6 +15,10 @@ PATTERNS = ["config.json", "generation_config.json", "tokenizer*", "special_toke
 OUTSIDE = ["*/*"]  # the patterns match in folders too
 
 
+class UnreachableError(JobError):
+    """There is no way to the hub from here."""
+
+
 def download(repository: str, revision: str | None) -> Path:
     """The repository's files in $HF_HOME's cache, the newest of the revision; a broken download goes on."""
     from huggingface_hub import snapshot_download
@@ -25,13 +29,14 @@ def download(repository: str, revision: str | None) -> Path:
 
 def bytes_to_download(repository: str, revision: str | None) -> int:
     """Bytes of the files that `download` still lacks."""
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.utils import filter_repo_objects
 
-    if constants.HF_HUB_OFFLINE:
-        return 0
-    with _plain_errors(repository, revision):
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+    try:
+        with _plain_errors(repository, revision):
+            info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+    except UnreachableError:
+        return 0  # all may be in the cache: `download` tells
     wanted = filter_repo_objects(
         info.siblings or [], allow_patterns=PATTERNS, ignore_patterns=OUTSIDE, key=lambda file: str(file.rfilename)
     )
@@ -67,23 +72,21 @@ def _plain_errors(repository: str, revision: str | None) -> Iterator[None]:
             f"{repository} is not on the Hugging Face hub, or may not be seen with this token",
             f"look at {page}, and export HF_TOKEN=<your token> if it is private",
         ) from error
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
-        raise JobError(
-            f"{repository} is not in the cache, and the Hugging Face hub cannot be reached",
-            'convert on a node with network, or set checkpoint.source = "random" or "directory" in the spec',
-        ) from error
     except Exception as error:
-        raise _other(repository, error) from error
+        offline = isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError)
+        if offline or any(word in type(error).__name__ for word in ("Connect", "Timeout")):
+            raise UnreachableError(
+                f"{repository} is not in the cache, and the Hugging Face hub cannot be reached from here",
+                'convert on a node with network, or set checkpoint.source = "random" or "directory" in the spec',
+            ) from error
+        raise _refusal(repository, error) from error
 
 
-def _other(repository: str, error: Exception) -> Exception:
-    """An error of the network in one line; any other as it is."""
+def _refusal(repository: str, error: Exception) -> Exception:
+    """What the hub answers, in one line; an error of another kind as it is."""
     status: Any = getattr(getattr(error, "response", None), "status_code", None)
     if status in {401, 403}:
         return JobError(f"the Hugging Face hub refuses {repository} ({status})", "export HF_TOKEN=<a token with access>")
-    if status or (isinstance(error, OSError) and error.errno is None) or "onnection" in type(error).__name__:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return JobError(
-            f"{repository} cannot be downloaded: {reason}", "try again: a broken download goes on where it ended"
-        )
+    if status:
+        return JobError(f"the Hugging Face hub answers {status} for {repository}", "try again: a broken download goes on")
     return error

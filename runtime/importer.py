@@ -3,7 +3,10 @@
 This module imports NeMo (15-40 s): only a conversion does.
 """
 
+import ctypes
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,9 @@ from nemo.collections.llm.gpt.model.llama import HFLlamaImporter
 from transformers import AutoTokenizer
 
 from runtime import cpu
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+LIBC = ctypes.CDLL(None)
 
 
 class Importer(HFLlamaImporter):  # type: ignore[misc]
@@ -35,6 +41,7 @@ def import_directory(source: Path, output: Path, scratch: Path) -> str:
 
     `scratch` is a new directory's name beside them; it is removed again.
     """
+    os.register_at_fork(after_in_child=_die_with_the_parent)
     importer = Importer(str(source))
     importer.tokenizer_directory = scratch / "nemo_tokenizer"  # the name that NeMo looks for in a checkpoint
     try:
@@ -47,3 +54,8 @@ def import_directory(source: Path, output: Path, scratch: Path) -> str:
         return "local"
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _die_with_the_parent() -> None:
+    """Megatron forks writers that wait for their parent for ever, and hold its memory, when it is killed."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

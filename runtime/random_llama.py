@@ -129,6 +129,5 @@ def _shards(model: dict[str, Any]) -> list[dict[str, tuple[int, ...]]]:
 def _weight(shape: tuple[int, ...], dtype: "torch.dtype", generator: "torch.Generator") -> "torch.Tensor":
     import torch
 
-    if len(shape) == 1:  # the norms
-        return torch.ones(shape, dtype=dtype)
-    return torch.empty(shape, dtype=dtype).normal_(0, STD, generator=generator)
+    mean = 1 if len(shape) == 1 else 0  # the norms
+    return torch.empty(shape, dtype=dtype).normal_(mean, STD, generator=generator)

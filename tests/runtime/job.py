@@ -1,0 +1,33 @@
+"""What a generated entrypoint does, with the plan in a file: job.py PLAN.json COMMAND."""
+
+import json
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from runtime.errors import JobError
+
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    try:
+        if sys.argv[2] == "check":
+            from runtime import check
+
+            return check.check(plan)
+        if sys.argv[2] == "finetune":
+            from runtime import finetune
+
+            return finetune.finetune(plan)
+        from runtime import checkpoint
+
+        if sys.argv[2] == "converted":
+            return 0 if checkpoint.converted(plan) else 1
+        return {"convert": checkpoint.convert, "verify": checkpoint.verify}[sys.argv[2]](plan)
+    except JobError as error:
+        print(f"ftgen: error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""What the runtime does without NeMo: checks, refusals, made-up text, tokenizers and a user's data."""
+
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stages import Stage, plan
+
+from runtime import data, random_llama, text
+from runtime.errors import JobError
+
+
+def rng(seed: int) -> random.Random:
+    return random.Random(seed)  # noqa: S311
+
+
+# --- check
+
+
+def test_check_finds_nothing_missing_and_is_quick(stage: Stage) -> None:
+    begin = time.monotonic()
+    status, output = stage.run(plan(), "check")
+    assert time.monotonic() - begin < 1.5
+    assert (status, output) == (0, "ftgen: nothing is missing for sft_nemo_tiny_llama_fp32_1\n")
+
+
+def test_check_says_all_that_is_missing_at_once(stage: Stage) -> None:
+    needy = plan(
+        model="llama3_8b", gpu="h100", precision="bf16", gpus=8, global_batch_size=32,
+        data={"kind": "jsonl", "path": "none.jsonl"},
+    )  # fmt: skip
+    status, output = stage.run(needy, "check", STAGE_PATH="/nowhere", CUDA_VISIBLE_DEVICES="0,1", HOME=str(stage.path))
+    assert status == 1
+    errors = [line for line in output.splitlines() if line.startswith("ftgen: error: ")]
+    assert len(errors) == len([line for line in output.splitlines() if line.startswith("  hint: ")])
+    for expected in (
+        "STAGE_PATH: there is no folder /nowhere on this machine",
+        "meta-llama/Meta-Llama-3-8B is gated, and there is no Hugging Face token",
+        "data.path: there is no file /nowhere/none.jsonl that can be read",
+        "the plan needs 8 GPUs on each node, and 2 can be used here",
+    ):
+        assert f"ftgen: error: {expected}" in errors
+
+
+def test_check_sees_a_token_in_the_environment_or_in_a_file(stage: Stage) -> None:
+    gated = plan(model="llama3_8b")
+    file = stage.path / "token"
+    file.write_text("hf_secret_of_a_file")
+    assert "no Hugging Face token" in stage.run(gated, "check")[1]
+    assert "no Hugging Face token" not in stage.run(gated, "check", HF_TOKEN="hf_secret")[1]
+    status, output = stage.run(gated, "check", HF_TOKEN_PATH=str(file))
+    assert status == 0
+    assert "hf_secret" not in output
+
+
+def test_check_knows_a_missing_package_and_a_wrong_version(stage: Stage, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    for name, version in (("nemo_toolkit", "3.0.0"), ("megatron_core", "0.16.1")):
+        (site / f"{name}-{version}.dist-info").mkdir(parents=True)
+        (site / f"{name}-{version}.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+    status, output = stage.run(plan(), "check", PYTHONPATH=str(site))
+    assert status == 1
+    assert "nemo_toolkit 3.0.0 is installed, 2.7.x is needed" in output
+    assert "megatron-core 0.16.1 is installed, 0.15.x is needed" in output
+
+
+# --- refusals before anything heavy is imported
+
+
+@pytest.mark.parametrize(
+    ("changes", "command", "error"),
+    [
+        ({}, "finetune", "there is no converted checkpoint in "),
+        ({"gpus": 2, "gpus_per_node": 2}, "finetune", "1 processes train, and the plan has 2 GPUs"),
+        ({"checkpoint": {"source": "hub"}}, "convert", "ftgen/tiny-llama is not in the cache, and the Hugging Face hub"),
+        ({"checkpoint": {"source": "directory", "path": "none"}}, "convert", "none is no Hugging Face checkpoint"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_a_hint(changes: dict[str, Any], command: str, error: str, stage: Stage) -> None:
+    status, output = stage.run(plan(**changes), command, HF_HUB_OFFLINE="1")
+    assert status == 1
+    said = [line for line in output.splitlines() if not line.startswith("ftgen: downloading")]
+    assert len(said) == 2, output
+    assert said[0].startswith("ftgen: error: ")
+    assert error in said[0]
+    assert said[1].startswith("  hint: ")
+    assert not list(stage.path.rglob(".*.staging-*"))
+
+
+def test_a_directory_of_another_shape_or_with_a_missing_shard_is_refused(stage: Stage) -> None:
+    given = stage.path / "given"
+    random_llama.write(plan(), given)
+    asked = plan(checkpoint={"source": "directory", "path": "given"})
+    config = json.loads((given / "config.json").read_text())
+    (given / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+    assert "has hidden_size = 64, and model tiny_llama has 128" in stage.run(asked, "convert")[1]
+    (given / "config.json").write_text(json.dumps(config))
+    (given / "model-00002-of-00003.safetensors").unlink()
+    assert "lacks model-00002-of-00003.safetensors" in stage.run(asked, "convert")[1]
+
+
+# --- made-up text and tokenizers
+
+
+def test_made_up_examples_have_the_form_and_length_of_squad() -> None:
+    examples = [text.example(rng(seed)) for seed in range(300)]
+    assert all(example["input"].startswith("Context: ") for example in examples)
+    assert all(" Question: " in example["input"] and example["input"].endswith(" Answer:") for example in examples)
+    assert all(example["output"] and example["output"] in example["input"] for example in examples)
+    lengths = [len(f"{example['input']} {example['output']}".split()) for example in examples]
+    assert 150 < sum(lengths) / len(lengths) < 170
+    assert text.example(rng(1)) == text.example(rng(1)) != text.example(rng(2))
+
+
+@pytest.mark.parametrize(("vocab_size", "most"), [(512, 2.5), (128256, 1.5)])
+def test_a_tokenizer_has_exactly_the_asked_entries_and_cuts_words_as_a_real_one(
+    vocab_size: int, most: float, tmp_path: Path
+) -> None:
+    from tokenizers import Tokenizer
+
+    random_llama._write_tokenizer(vocab_size, 8192, tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == vocab_size
+    assert (tokenizer.token_to_id("<|begin_of_text|>"), tokenizer.token_to_id("<|end_of_text|>")) == (0, 1)
+    sentences = [text.example(rng(1000 + seed))["input"] for seed in range(50)]
+    tokens = sum(len(tokenizer.encode(sentence).ids) for sentence in sentences)
+    assert 1.1 < tokens / sum(len(sentence.split()) for sentence in sentences) < most
+    assert tokenizer.decode(tokenizer.encode(sentences[0]).ids) == sentences[0]
+
+
+def test_random_weights_are_the_seeds(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        random_llama.write(plan(seed=seed), tmp_path / name)
+    a, b, c = ((tmp_path / name / "model-00002-of-00003.safetensors").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+# --- a user's file
+
+
+def test_faulty_lines_are_numbered_and_all_said_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"input": "a", "output": "b"}\n\nnonsense\n[]\n{"input": "a"}\n{"input": " ", "output": "b"}\n')
+    with pytest.raises(JobError) as caught:
+        data.read_jsonl(file)
+    for fault in (":3: not JSON", ":4: not an object", ':5: no text under "output"', ':6: no text under "input"'):
+        assert fault in caught.value.what
+
+
+def test_a_file_is_split_without_losing_or_repeating_an_example(tmp_path: Path) -> None:
+    examples = [{"input": f"question {number}", "output": f"answer {number}"} for number in range(100)]
+    data._split(examples, 1, tmp_path)
+    parts = [
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("training", "validation")
+    ]
+    assert [len(part) for part in parts] == [95, 5]
+    assert sorted(example["input"] for part in parts for example in part) == sorted(e["input"] for e in examples)
