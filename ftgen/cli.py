@@ -10,6 +10,8 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +21,9 @@ from ftgen import __version__
 from ftgen.errors import Problem, SpecError, UserError
 
 if TYPE_CHECKING:
+    from ftgen.compare import Baseline
     from ftgen.plan import Plan
+    from ftgen.summarize import Summary
 
 # pydantic would look through every installed package for plug-ins, which ftgen does not have
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
@@ -27,6 +31,8 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 ANYWHERE = click.Path(path_type=Path)
+FAIL_ON = "regression, incomplete, failed, invalid, doubtful"
+FORMATS = "terminal, markdown, csv, json, html, latex"
 
 spec_argument = click.argument("specs", nargs=-1, required=True, type=FILE, metavar="SPEC...")
 site_option = click.option("--site", type=FILE, help="The cluster's profile, a TOML file.")
@@ -84,39 +90,97 @@ def plan(spec: Path, site: Path | None, overrides: tuple[str, ...], as_json: boo
 
 
 @ftgen.command()
-def schema() -> None:
+@click.option("--results", is_flag=True, help="Of what `ftgen tabulate --format json` prints, in place of a spec's.")
+def schema(results: bool) -> None:
     """Print the JSON Schema of a spec."""
-    from ftgen.spec import json_schema
+    from ftgen import fields, spec
 
-    click.echo(json.dumps(json_schema(), indent=2))
+    click.echo(json.dumps(fields.json_schema() if results else spec.json_schema(), indent=2))
+
+
+logs_argument = click.argument("logs", nargs=-1, required=True, type=ANYWHERE, metavar="LOGS...")
+window_option = click.option(
+    "--window", metavar="N|A-B", help="Time the last N steps, or steps A to B. Default: the plan's last, or 20."
+)
+baseline_option = click.option("--baseline", metavar="published|FILE.json", help="Compare with it, cell by cell.")
+tolerance_option = click.option("--tolerance", default="5%", show_default=True, help="How much slower a step may be.")
 
 
 @ftgen.command()
-@click.argument("logs", nargs=-1, required=True, type=ANYWHERE, metavar="LOGS...")
+@logs_argument
+@click.option("--format", "format_", default="terminal", show_default=True, help=FORMATS)
+@window_option
+@click.option("--flat", is_flag=True, help="One table with a row a run.")
+@click.option("--columns", default="", metavar="KEY,...", help="The flat table's columns, keys of the JSON results.")
+@click.option("--sort", default="", metavar="[-]KEY,...", help="The flat table's order, keys of the JSON results.")
+@click.option("--group", is_flag=True, help="Repeats of an experiment as one: mean, spread, how many.")
+@baseline_option
+@tolerance_option
 @click.option(
-    "--format",
-    "format_",
-    default="terminal",
-    show_default=True,
-    help="terminal, markdown, csv, json",
+    "--fail-on", default="", metavar="WORD,...", help="Exit 1 on: regression, incomplete, failed, invalid, doubtful."
 )
-@click.option("--window", type=click.IntRange(min=1), help="Time the last N steps. Default: the plan's, or 20.")
 @click.option("--output", type=FILE, help="Write there instead of to stdout.")
-def tabulate(logs: tuple[Path, ...], format_: str, window: int | None, output: Path | None) -> None:
+def tabulate(
+    logs: tuple[Path, ...],
+    format_: str,
+    window: str | None,
+    flat: bool,
+    columns: str,
+    sort: str,
+    group: bool,
+    baseline: str | None,
+    tolerance: str,
+    fail_on: str,
+    output: Path | None,
+) -> None:
     """Find every run below LOGS and print the result tables."""
     from ftgen import export, files
-    from ftgen.logs import find_runs
-    from ftgen.summarize import summarize
+    from ftgen.fields import View, read_keys
+    from ftgen.verdict import failures, read_words
 
     if format_ not in export.FORMATS:
         raise click.BadParameter(f"one of {', '.join(export.FORMATS)}", param_hint="--format")
-    summaries = [summarize(run, window=window) for run in find_runs(logs)]
+    with _usage():
+        words = read_words(fail_on, compared=baseline is not None)
+        view = View((), None, flat, read_keys(columns), read_keys(sort), group)
+        view.check()
+    view = view._replace(baseline=_baseline(baseline, tolerance), runs=_summaries(logs, window))
     if output is None:
-        click.echo(export.FORMATS[format_](summaries), nl=False)
-    elif format_ == "terminal":
-        files.write(output.parent, {output.name: export.to_terminal(summaries, width=10_000, colour=False)})
+        click.echo(export.FORMATS[format_](view), nl=False)
     else:
-        files.write(output.parent, {output.name: export.FORMATS[format_](summaries)})
+        write = export.to_text_file if format_ == "terminal" else export.FORMATS[format_]
+        files.write(output.parent, {output.name: write(view)})
+    if found := failures(view, words):
+        click.echo("\n".join(found), err=True)
+        sys.exit(1)
+
+
+@contextmanager
+def _usage() -> Iterator[None]:
+    """What is wrong inside is wrong in how ftgen was called."""
+    try:
+        yield
+    except UserError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _baseline(name: str | None, tolerance: str) -> Baseline | None:
+    from ftgen.baseline import read_baseline
+    from ftgen.compare import read_tolerance
+
+    with _usage():
+        allowed = read_tolerance(tolerance)
+    return read_baseline(name, allowed) if name else None
+
+
+def _summaries(logs: tuple[Path, ...], window: str | None) -> list[Summary]:
+    from ftgen.logs import find_runs
+    from ftgen.summarize import summarize
+    from ftgen.window import read_window
+
+    with _usage():
+        steps = read_window(window) if window else None
+    return [summarize(run, window=steps) for run in find_runs(logs)]
 
 
 def _load_all(specs: tuple[Path, ...], site: Path | None, overrides: tuple[str, ...]) -> list[Plan]:

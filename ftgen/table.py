@@ -1,35 +1,31 @@
-"""Summaries to tables of text. In: `Summary`s. Out: a table for each model, scheme and precision, and remarks.
+"""Runs to tables of text. In: a `View`. Out: the recipe's tables or a flat one, and remarks.
 
-A table has a row for each figure and a column for each run, and beside the runs of a size what was published for it.
+The recipe's tables, one for each model, scheme and precision, have a row for each figure and a column for each run, and
+beside the runs of a size what was published for it, and the baseline's. A flat table has a row a run.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from ftgen import catalogue
+from ftgen.catalogue import Published
+from ftgen.compare import PUBLISHED, Baseline, Figures, contradicts_itself, ratios, recomputed
+from ftgen.fields import SHOWN_OF_GROUP, SHOWN_OF_RUN, Field, Row, View, chosen, rows
 from ftgen.identity import RECIPE_SEQ_LENGTH
+from ftgen.repeats import Group, group, kind, order, size
 from ftgen.summarize import Summary
+from ftgen.units import UNKNOWN, number, percent, ratio, significant, whole
 
-UNKNOWN = "–"
 SCHEMES = {"sft": "SFT", "lora": "LoRA"}
+GOOD, BAD, FAINT = "good", "bad", "faint"  # what colour says besides the words
 
 
-class Figures(Protocol):
-    """What the recipe's tables show: of a run, or as published."""
+class Cell(NamedTuple):
+    """Text, and what colour would say."""
 
-    @property
-    def step_time_s(self) -> float | None: ...  # noqa: D102
-
-    @property
-    def tokens_per_s(self) -> float | None: ...  # noqa: D102
-
-    @property
-    def mfu(self) -> float | None: ...  # noqa: D102
-
-    @property
-    def days_per_1t_tokens(self) -> float | None: ...  # noqa: D102
+    text: str
+    tone: str = ""
 
 
 class Column(NamedTuple):
@@ -40,11 +36,12 @@ class Column(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Text in cells; every row as long as the header."""
+    """Cells; every row as long as the header. Notes stand below."""
 
     title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    header: tuple[Cell, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    notes: tuple[str, ...] = ()
 
 
 class Remark(NamedTuple):
@@ -56,31 +53,6 @@ class Remark(NamedTuple):
     log: str
 
 
-def number(value: float | None, decimals: int) -> str:
-    """Rounded, without zeros at the end: 1.32, 0.924, 116."""
-    if value is None:
-        return UNKNOWN
-    text = f"{value:.{decimals}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
-
-
-def significant(value: float | None, digits: int) -> str:
-    """Rounded to so many digits, or to whole numbers if those are more."""
-    if not value:
-        return UNKNOWN
-    return number(value, max(0, digits - 1 - math.floor(math.log10(abs(value)))))
-
-
-def whole(value: float | None) -> str:
-    """Cut to a whole number, as the recipe does."""
-    return UNKNOWN if value is None else str(math.floor(round(value, 6)))
-
-
-def percent(value: float | None, decimals: int) -> str:
-    """A fraction as a percentage."""
-    return UNKNOWN if value is None else f"{number(100 * value, decimals)}%"
-
-
 COLUMNS = (
     Column("Training step time (seconds per step)", lambda s: significant(s.step_time_s, 4)),  # as many as NeMo prints
     Column("Throughput in tokens per second", lambda s: whole(s.tokens_per_s)),
@@ -89,29 +61,99 @@ COLUMNS = (
 )
 
 
-def tabulate(summaries: Sequence[Summary]) -> list[Table]:
-    """The recipe's tables of every run that has a step time: columns by GPUs, then by run."""
-    shown = sorted((summary for summary in summaries if summary.step_time_s is not None), key=_order)
-    return [_table(_title(group[0]), group) for _, group in _grouped(shown, _kind)]
+def tabulate(view: View) -> list[Table]:
+    """The tables of a view. The recipe's have every run with a step time: columns by GPUs, then by run."""
+    if view.is_flat:
+        return [_flat(view)]
+    shown = sorted((run for run in view.runs if run.step_time_s is not None), key=order)
+    return [_table(list(runs), view) for _, runs in groupby(shown, kind)]
 
 
-def remarks(summaries: Sequence[Summary]) -> list[Remark]:
+def remarks(runs: Sequence[Summary]) -> list[Remark]:
     """Every run of which something must be said, in the tables' order: all that have no figures are among them."""
-    told = [(s, "; ".join(filter(None, (s.reason, *s.doubts, *s.notes)))) for s in sorted(summaries, key=_order)]
+    told = [(s, "; ".join(filter(None, (s.reason, *s.doubts, *s.notes)))) for s in sorted(runs, key=order)]
     return [Remark(f"{s.experiment} {s.run_id}".strip(), s.status, text, s.log) for s, text in told if text]
 
 
-def _table(title: str, runs: Sequence[Summary]) -> Table:
-    """Columns of the same size share what was published for that size, after the last of them."""
-    header, columns = [title], [[column.title for column in COLUMNS]]
-    for _, repeats in _grouped(runs, _size):
-        for run in repeats:
-            header.append(_column_title(run, repeats))
-            columns.append([column.how(run) for column in COLUMNS])
-        if published := repeats[0].published:
-            header.append(f"published, {published.gpus}x {published.gpu.upper()}")
-            columns.append([column.how(published) for column in COLUMNS])
-    return Table(title, tuple(header), tuple(zip(*columns, strict=True)))
+def _flat(view: View) -> Table:
+    shown = SHOWN_OF_GROUP if view.group else SHOWN_OF_RUN
+    if view.baseline:
+        shown = (*shown, "baseline_step_time_s", "step_time_ratio", "regressed")
+    fields = chosen(view.fields, view.columns or shown, "columns")
+    lines = [tuple(_flat_cell(field, row) for field in fields) for row in rows(view)]
+    return Table("Experiments" if view.group else "Runs", tuple(Cell(field.title) for field in fields), tuple(lines))
+
+
+def _flat_cell(field: Field, row: Row) -> Cell:
+    bad = (field.key == "status" and row["status"] != "complete") or (field.key == "step_time_ratio" and row["regressed"])
+    return Cell(field.how(row[field.key]), BAD if bad else "")
+
+
+def _table(runs: Sequence[Summary], view: View) -> Table:
+    """Columns of the same size share what was published for that size, and the baseline's, after the last of them."""
+    title = _title(runs[0])
+    header, columns, notes = [Cell(title)], [[Cell(column.title) for column in COLUMNS]], []
+    for _, same in groupby(runs, size):
+        repeats = list(same)
+        for top, cells in _size_columns(repeats, view):
+            header.append(top)
+            columns.append(cells)
+        published = repeats[0].published
+        if published and contradicts_itself(published):
+            notes.append(_contradiction(published))
+    return Table(title, tuple(header), tuple(zip(*columns, strict=True)), tuple(notes))
+
+
+def _size_columns(repeats: Sequence[Summary], view: View) -> Iterator[tuple[Cell, list[Cell]]]:
+    """The columns of one size: each run, or the mean of them, beside its ratio to the baseline; then what that is."""
+    columns: Sequence[Summary | Group] = repeats
+    if view.group:
+        columns = [each for each in group(repeats) if each.step_time_s] or repeats
+    for run in columns:
+        yield Cell(_column_title(run, columns)), _cells(run)
+        if view.baseline and (there := view.baseline.of(run)):
+            yield _ratio_column(run, there, view.baseline)
+    baseline = view.baseline.of(columns[0]) if view.baseline else None
+    if published := repeats[0].published:
+        yield from _published_columns(published, both=view.baseline is not None and view.baseline.name == PUBLISHED)
+    if view.baseline and baseline and view.baseline.name != PUBLISHED:
+        yield Cell(view.baseline.name, FAINT), [Cell(text, FAINT) for text in _texts(baseline)]
+
+
+def _cells(run: Summary | Group) -> list[Cell]:
+    cells = [Cell(text) for text in _texts(run)]
+    if isinstance(run, Group) and run.step_time_spread_s is not None:
+        cells[0] = Cell(f"{cells[0].text} ± {significant(run.step_time_spread_s, 2)}")
+    return cells
+
+
+def _texts(figures: Figures) -> list[str]:
+    return [column.how(figures) for column in COLUMNS]
+
+
+def _ratio_column(run: Summary | Group, there: Figures, baseline: Baseline) -> tuple[Cell, list[Cell]]:
+    """Each figure by the baseline's; the words say what the colour does."""
+    regressed = baseline.regressed(run)
+    faster = (baseline.ratio(run) or 1.0) <= 1.0
+    tone = BAD if regressed else GOOD if faster else ""
+    top = f"ratio to {baseline.name}" + (": regressed" if regressed else "")
+    return Cell(top, tone), [Cell(ratio(value), tone) for value in ratios(run, there)]
+
+
+def _published_columns(row: Published, *, both: bool) -> Iterator[tuple[Cell, list[Cell]]]:
+    """As published, with a mark where the row contradicts itself; and what its step time gives."""
+    cells = [Cell(text, FAINT) for text in _texts(row)]
+    if contradicts_itself(row):
+        cells[1] = Cell(f"{cells[1].text} *", FAINT)
+    top = f"published, {row.gpus}x {row.gpu.upper()}"
+    yield Cell(top, FAINT), cells
+    if both:
+        yield Cell(f"{top}, from its step time", FAINT), [Cell(text, FAINT) for text in _texts(recomputed(row))]
+
+
+def _contradiction(row: Published) -> str:
+    gives = whole(recomputed(row).tokens_per_s)
+    return f"* as published for {row.gpus} GPUs; its step time of {significant(row.step_time_s, 4)} s gives {gives}"
 
 
 def _title(run: Summary) -> str:
@@ -123,33 +165,19 @@ def _title(run: Summary) -> str:
     return f"{title} finetuning, {SCHEMES.get(run.scheme, run.scheme)} {run.precision.upper()}"
 
 
-def _column_title(run: Summary, repeats: Sequence[Summary]) -> str:
+def _column_title(run: Summary | Group, beside: Sequence[Summary | Group]) -> str:
     """8x H100 GPUs (GBS=32), as in the recipe, with what else tells the run from its neighbours."""
-    gpus = UNKNOWN if run.gpus is None else run.gpus
-    gpu = "CPU" if run.gpu == "cpu" else f"{(run.gpu or UNKNOWN).upper()} GPU{'' if run.gpus == 1 else 's'}"
     length = "" if run.seq_length == RECIPE_SEQ_LENGTH else f", {run.seq_length or UNKNOWN} tokens"
-    title = f"{gpus}x {gpu} (GBS={run.global_batch_size or UNKNOWN}{length})"
-    title += f", run {run.run_id}" if len(repeats) > 1 else ""
+    title = f"{accelerators(run)} (GBS={run.global_batch_size or UNKNOWN}{length})"
+    if isinstance(run, Group):
+        counted = str(run.counted) if run.counted == run.runs else f"{run.counted} of {run.runs} runs"
+        return title if run.runs == 1 else f"{title}, mean of {counted}"
+    title += f", run {run.run_id}" if len(beside) > 1 else ""
     return title if run.status == "complete" else f"{title}, {run.status}"
 
 
-def _kind(run: Summary) -> tuple[str, ...]:
-    """What shares a table; a run that is not known for anything has one of its own."""
-    kind = tuple(str(part or "") for part in (run.model, run.scheme, run.precision))
-    return kind if all(kind) else (*kind, run.experiment)
-
-
-def _size(run: Summary) -> tuple[int | str, ...]:
-    return (run.gpus or 0, run.global_batch_size or 0, run.seq_length or 0, run.gpu or "")
-
-
-def _order(run: Summary) -> tuple[object, ...]:
-    """The recipe's order: SFT before LoRA, BF16 before FP8; then sizes, then ids as numbers."""
-    known = (run.model or "~", -ord((run.scheme or "~")[0]), run.precision or "~")
-    return (*known, _kind(run), _size(run), len(run.run_id), run.run_id, run.log)
-
-
-def _grouped(
-    runs: Sequence[Summary], key: Callable[[Summary], tuple[object, ...]]
-) -> list[tuple[tuple[object, ...], list[Summary]]]:
-    return [(value, list(group)) for value, group in groupby(runs, key)]
+def accelerators(run: Summary | Group) -> str:
+    """8x H100 GPUs; 1x CPU."""
+    gpus = UNKNOWN if run.gpus is None else run.gpus
+    gpu = "CPU" if run.gpu == "cpu" else f"{(run.gpu or UNKNOWN).upper()} GPU{'' if run.gpus == 1 else 's'}"
+    return f"{gpus}x {gpu}"

@@ -1,6 +1,9 @@
 """Quantities as people write them: walltimes, bytes, FLOP/s. Text in, numbers out, and back."""
 
+import math
 import re
+
+UNKNOWN = "–"  # a measurement that is missing
 
 _WALLTIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>[0-5]\d):(?P<seconds>[0-5]\d)")
 
@@ -28,7 +31,7 @@ def format_walltime(seconds: int) -> str:
 
 def format_flops(flops: float | None) -> str:
     """FLOP/s in TFLOP/s."""
-    return "–" if flops is None else f"{flops / 1e12:g} TFLOP/s"
+    return UNKNOWN if flops is None else f"{flops / 1e12:g} TFLOP/s"
 
 
 def format_bytes(count: float) -> str:
@@ -38,3 +41,38 @@ def format_bytes(count: float) -> str:
             return f"{count:.4g} {unit}"
         count /= 1024
     return f"{count:.4g} TiB"
+
+
+def number(value: float | None, decimals: int) -> str:
+    """Rounded, without zeros at the end: 1.32, 0.924, 116."""
+    if value is None:
+        return UNKNOWN
+    text = f"{value:.{decimals}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def significant(value: float | None, digits: int) -> str:
+    """Rounded to so many digits, or to whole numbers if those are more."""
+    if not value:
+        return UNKNOWN
+    return number(value, max(0, digits - 1 - math.floor(math.log10(abs(value)))))
+
+
+def whole(value: float | None) -> str:
+    """Cut to a whole number, as the recipe does."""
+    return UNKNOWN if value is None else str(math.floor(round(value, 6)))
+
+
+def percent(value: float | None, decimals: int) -> str:
+    """A fraction as a percentage."""
+    return UNKNOWN if value is None else f"{number(100 * value, decimals)}%"
+
+
+def ratio(value: float | None) -> str:
+    """How many times as much: 0.956x."""
+    return UNKNOWN if value is None else f"{value:.3f}x"
+
+
+def clean(text: str) -> str:
+    """The text with whatever does not print spelled out: control characters, bidirectional marks, lone surrogates."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text)

@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import EVIL, summary_of
 
 from ftgen import catalogue, export, table
 from ftgen.errors import LogError
-from ftgen.identity import from_name
-from ftgen.log_lines import Log, Step
-from ftgen.logs import Run, find_runs
-from ftgen.summarize import judge, summarize
+from ftgen.fields import RUN, View
+from ftgen.logs import find_runs
+from ftgen.records import FORMULA
+from ftgen.summarize import summarize
+from ftgen.units import clean
 
 CASES = sorted(path for path in (Path(__file__).parent / "logs").iterdir() if (path / "logs").is_dir())
 CONTROL = re.compile(r"[^\S\n ]|[\x00-\x09\x0b-\x1f\x7f-\x9f]")
@@ -25,7 +27,7 @@ CONTROL = re.compile(r"[^\S\n ]|[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 def tabulated(case, format_, monkeypatch, **options):
     monkeypatch.chdir(case)
-    return export.FORMATS[format_]([summarize(run) for run in find_runs(["logs"])], **options)
+    return export.FORMATS[format_](View([summarize(run) for run in find_runs(["logs"])]), **options)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -50,13 +52,6 @@ def test_documented_step_times_give_the_documented_figures(scheme, precision, ti
     assert (table.whole(summary.tokens_per_s), table.percent(summary.mfu, 2)) == (tokens, mfu)
     assert summary.published_step_time_s == time_s
     assert int(tokens) == summary.published.tokens_per_s
-
-
-def summary_of(experiment, times, batch=32, window=None):
-    log = Log(replace(from_name(experiment), global_batch_size=batch), planned=len(times))
-    log.steps = {step: Step(time_s, 1.0) for step, time_s in enumerate(times)}
-    run = Run(experiment, "1", Path("logs/log-a.b_1_0.out"), 0, 0, None)
-    return judge(run, log, window=window)
 
 
 def test_the_step_time_is_the_mean_of_exactly_the_window():
@@ -93,44 +88,31 @@ def test_published_figures_print_as_they_were_published(row):
 
 def test_what_is_not_known_is_a_dash_and_never_zero():
     summary = summary_of("some_run", [1.0] * 20, batch=None)
-    assert "–" in export.to_markdown([summary])
-    assert json.loads(export.to_json([summary]))["runs"][0]["tokens_per_s"] is None
-    row = next(csv.DictReader(io.StringIO(export.to_csv([summary]))))
+    assert "–" in export.FORMATS["markdown"](View([summary]))
+    assert json.loads(export.FORMATS["json"](View([summary])))["runs"][0]["tokens_per_s"] is None
+    row = next(csv.DictReader(io.StringIO(export.FORMATS["csv"](View([summary])))))
     assert row["tokens_per_s"] == row["mfu"] == ""
 
 
 def test_json_has_exactly_the_documented_keys():
-    record = json.loads(export.to_json([summary_of("x", [1.0] * 20)]))
-    assert list(record) == ["runs"]
-    assert list(record["runs"][0]) == list(export.KEYS)
+    record = json.loads(export.FORMATS["json"](View([summary_of("x", [1.0] * 20)])))
+    assert list(record) == ["format", "baseline", "runs", "groups"]
+    assert list(record["runs"][0]) == [field.key for field in RUN]
 
 
 def test_colour_is_for_terminals_only():
     summary = summary_of("sft_nemo_llama3_8b_bf16_8", [1.0] * 18)
-    assert "\x1b" not in export.to_terminal([summary], width=80)
-    assert "\x1b" in export.to_terminal([summary], width=80, colour=True)
+    assert "\x1b" not in export.to_terminal(View([summary]), width=80)
+    assert "\x1b" in export.to_terminal(View([summary]), width=80, colour=True)
 
 
 @pytest.mark.parametrize("width", [40, 80, 132])
 def test_tables_fit_the_terminal_and_keep_their_numbers_whole(width):
     summaries = [summary_of(f"lora_nemo_llama3_8b_fp8_{gpus}", [0.68] * 20, batch=4 * gpus) for gpus in (8, 16, 32)]
-    text = export.to_terminal(summaries, width=width, colour=False)
+    text = export.to_terminal(View(summaries), width=width, colour=False)
     assert max(map(len, text.splitlines())) <= width
     for summary in summaries:
         assert table.whole(summary.tokens_per_s) in text
-
-
-EVIL = [
-    "=1+1",
-    "@x",
-    "-2|3",
-    "[red]a[/red]",
-    "<script>alert(1)</script>",
-    "a\nb\r\x1b[31mc",
-    "\u202egnp",
-    "\udcff",
-    "`*_x_*`",
-]
 
 
 @given(name=st.one_of(st.sampled_from(EVIL), st.text(max_size=30)))
@@ -138,12 +120,12 @@ def test_names_are_text_in_every_format(name):
     texts_of: dict = {"doubts": (name,), "notes": (name, name)}
     texts_of |= dict.fromkeys(("experiment", "run_id", "reason", "log", "model", "scheme", "precision", "gpu"), name)
     summary = replace(summary_of("x", [1.0] * 20), **texts_of)
-    texts = {format_: write([summary]) for format_, write in export.FORMATS.items()}
+    texts = {format_: write(View([summary])) for format_, write in export.FORMATS.items()}
     assert not any(CONTROL.search(text) for text in texts.values())
-    assert json.loads(texts["json"])["runs"][0]["experiment"] == export.clean(name)
+    assert json.loads(texts["json"])["runs"][0]["experiment"] == clean(name)
     rows = list(csv.reader(io.StringIO(texts["csv"])))
     assert len(rows) == 2
-    assert not any(cell.lstrip().startswith(export.FORMULA) for cell in rows[1])
+    assert not any(cell.lstrip().startswith(FORMULA) for cell in rows[1])
     assert all(line.count("|") - line.count("\\|") in {0, 3, 5} for line in texts["markdown"].splitlines())
     assert "<script" not in texts["markdown"].replace("\\<", "")
 

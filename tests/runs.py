@@ -1,0 +1,45 @@
+"""Runs made up in memory, for tests of what is made of them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from ftgen.identity import from_name
+from ftgen.log_lines import Log, Step
+from ftgen.logs import Run
+from ftgen.summarize import judge
+
+
+def log_of(experiment, times, batch=32):
+    log = Log(replace(from_name(experiment), global_batch_size=batch), planned=len(times))
+    log.steps = {step: Step(time_s, 1.0) for step, time_s in enumerate(times)}
+    return log
+
+
+def summary_of(experiment, times, batch=32, window=None, run_id="1"):
+    run = Run(experiment, run_id, Path(f"logs/log-a.b_{run_id}_0.out"), 0, 0, None)
+    return judge(run, log_of(experiment, times, batch), window=window)
+
+
+# Names that would like to be more than text.
+EVIL = [
+    "=1+1",
+    "＝1+1",
+    "@x",
+    "-2|3",
+    " \t+cmd",
+    "[red]a[/red]",
+    "<script>alert(1)</script>",
+    "</script><img src=x onerror=alert(1)>",
+    '"><svg onload=alert(1)>',
+    "javascript:alert(1)",
+    "{{ 7 * 7 }}{% raw %}",
+    "a\nb\r\x1b[31mc",
+    "\x1b]8;;http://x\x07y",
+    "\u202egnp",
+    "\udcff",
+    "`*_x_*`",
+    r"\input{/etc/passwd}",
+    r"\\ & % $ # _ { } ~ ^ ' '' ` `` -- --- ?` << >> \"",
+    "\\end{tabular}\\immediate\\write18{x}",
+    "naïve–±中文🙂",
+]
