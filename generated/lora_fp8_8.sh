@@ -33,7 +33,7 @@ readonly ours=(STAGE_PATH FTGEN_RUN_DIR MASTER_ADDR MASTER_PORT PYTHONUNBUFFERED
 
 main() {
     local mode=finetune
-    converted_by=
+    local converted_by=
     case ${1:-} in
         --unpack)
             unpack "${2:?--unpack needs a folder}"
@@ -718,6 +718,7 @@ guard. A checkpoint that is there already is found without importing NeMo.
 Environment: NEMO_HOME (default $STAGE_PATH/HF_ckpt), HF_HOME, HF_TOKEN or HF_TOKEN_PATH, HF_HUB_OFFLINE.
 """
 
+import json
 import os
 import shutil
 import time
@@ -787,7 +788,7 @@ def source(plan: Plan) -> dict[str, Any]:
 
 def _build(plan: Plan, staging: Path) -> dict[str, Any]:
     weights, origin = _fetch(plan, staging / "from")
-    _refuse_another_shape(plan, weights)
+    _refuse_unfit(plan, weights)
     with timed("importing NeMo"):
         from runtime.importer import import_directory
     with timed(f"converting {weights}"):
@@ -826,9 +827,8 @@ def user_directory(plan: Plan) -> Path:
     return Path(os.environ.get("STAGE_PATH") or Path.cwd(), plan["checkpoint"]["path"])
 
 
-def _refuse_another_shape(plan: Plan, weights: Path) -> None:
-    import json
-
+def _refuse_unfit(plan: Plan, weights: Path) -> None:
+    """JobError unless the directory is whole and of the model's shape: the importer would fail late, or not at all."""
     names = {
         "num_layers": "num_hidden_layers",
         "hidden_size": "hidden_size",
@@ -839,10 +839,12 @@ def _refuse_another_shape(plan: Plan, weights: Path) -> None:
     }
     try:
         config = json.loads((weights / "config.json").read_text())
+        index = weights / "model.safetensors.index.json"
+        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
     except (OSError, ValueError) as error:
-        raise JobError(
-            f"{weights} is no Hugging Face checkpoint: config.json: {error}", "set checkpoint.path to one"
-        ) from error
+        raise JobError(f"{weights} is no Hugging Face checkpoint: {error}", "set checkpoint.path to one") from error
+    if missing := sorted(shard for shard in shards if not (weights / shard).is_file()):
+        raise JobError(f"{weights} lacks {', '.join(missing)}", "complete the download: its files are *.safetensors")
     for key, name in names.items():
         if config.get(name, plan["model"][key]) != plan["model"][key]:
             raise JobError(
@@ -1738,6 +1740,10 @@ PATTERNS = ["config.json", "generation_config.json", "tokenizer*", "special_toke
 OUTSIDE = ["*/*"]  # the patterns match in folders too
 
 
+class UnreachableError(JobError):
+    """There is no way to the hub from here."""
+
+
 def download(repository: str, revision: str | None) -> Path:
     """The repository's files in $HF_HOME's cache, the newest of the revision; a broken download goes on."""
     from huggingface_hub import snapshot_download
@@ -1748,13 +1754,14 @@ def download(repository: str, revision: str | None) -> Path:
 
 def bytes_to_download(repository: str, revision: str | None) -> int:
     """Bytes of the files that `download` still lacks."""
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.utils import filter_repo_objects
 
-    if constants.HF_HUB_OFFLINE:
-        return 0
-    with _plain_errors(repository, revision):
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+    try:
+        with _plain_errors(repository, revision):
+            info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+    except UnreachableError:
+        return 0  # all may be in the cache: `download` tells
     wanted = filter_repo_objects(
         info.siblings or [], allow_patterns=PATTERNS, ignore_patterns=OUTSIDE, key=lambda file: str(file.rfilename)
     )
@@ -1790,25 +1797,23 @@ def _plain_errors(repository: str, revision: str | None) -> Iterator[None]:
             f"{repository} is not on the Hugging Face hub, or may not be seen with this token",
             f"look at {page}, and export HF_TOKEN=<your token> if it is private",
         ) from error
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
-        raise JobError(
-            f"{repository} is not in the cache, and the Hugging Face hub cannot be reached",
-            'convert on a node with network, or set checkpoint.source = "random" or "directory" in the spec',
-        ) from error
     except Exception as error:
-        raise _other(repository, error) from error
+        offline = isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError)
+        if offline or any(word in type(error).__name__ for word in ("Connect", "Timeout")):
+            raise UnreachableError(
+                f"{repository} is not in the cache, and the Hugging Face hub cannot be reached from here",
+                'convert on a node with network, or set checkpoint.source = "random" or "directory" in the spec',
+            ) from error
+        raise _refusal(repository, error) from error
 
 
-def _other(repository: str, error: Exception) -> Exception:
-    """An error of the network in one line; any other as it is."""
+def _refusal(repository: str, error: Exception) -> Exception:
+    """What the hub answers, in one line; an error of another kind as it is."""
     status: Any = getattr(getattr(error, "response", None), "status_code", None)
     if status in {401, 403}:
         return JobError(f"the Hugging Face hub refuses {repository} ({status})", "export HF_TOKEN=<a token with access>")
-    if status or (isinstance(error, OSError) and error.errno is None) or "onnection" in type(error).__name__:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return JobError(
-            f"{repository} cannot be downloaded: {reason}", "try again: a broken download goes on where it ended"
-        )
+    if status:
+        return JobError(f"the Hugging Face hub answers {status} for {repository}", "try again: a broken download goes on")
     return error
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/importer.py <<'END_OF_FTGEN_FILE'
@@ -1817,7 +1822,10 @@ END_OF_FTGEN_FILE
 This module imports NeMo (15-40 s): only a conversion does.
 """
 
+import ctypes
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -1826,6 +1834,9 @@ from nemo.collections.llm.gpt.model.llama import HFLlamaImporter
 from transformers import AutoTokenizer
 
 from runtime import cpu
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+LIBC = ctypes.CDLL(None)
 
 
 class Importer(HFLlamaImporter):  # type: ignore[misc]
@@ -1849,6 +1860,7 @@ def import_directory(source: Path, output: Path, scratch: Path) -> str:
 
     `scratch` is a new directory's name beside them; it is removed again.
     """
+    os.register_at_fork(after_in_child=_die_with_the_parent)
     importer = Importer(str(source))
     importer.tokenizer_directory = scratch / "nemo_tokenizer"  # the name that NeMo looks for in a checkpoint
     try:
@@ -1861,6 +1873,11 @@ def import_directory(source: Path, output: Path, scratch: Path) -> str:
         return "local"
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _die_with_the_parent() -> None:
+    """Megatron forks writers that wait for their parent for ever, and hold its memory, when it is killed."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/manifest.py <<'END_OF_FTGEN_FILE'
 """What a published directory is made of. In: a directory and what identifies it. Out: its manifest, or its first flaw.
@@ -2117,9 +2134,8 @@ def _shards(model: dict[str, Any]) -> list[dict[str, tuple[int, ...]]]:
 def _weight(shape: tuple[int, ...], dtype: "torch.dtype", generator: "torch.Generator") -> "torch.Tensor":
     import torch
 
-    if len(shape) == 1:  # the norms
-        return torch.ones(shape, dtype=dtype)
-    return torch.empty(shape, dtype=dtype).normal_(0, STD, generator=generator)
+    mean = 1 if len(shape) == 1 else 0  # the norms
+    return torch.empty(shape, dtype=dtype).normal_(mean, STD, generator=generator)
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/recipe.py <<'END_OF_FTGEN_FILE'
 """NeMo's own fine-tuning recipe with the plan's numbers. In: plan, checkpoint, data. Out: what trains when called.

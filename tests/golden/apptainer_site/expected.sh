@@ -37,7 +37,6 @@ readonly ours=(STAGE_PATH FTGEN_RUN_DIR MASTER_ADDR MASTER_PORT PYTHONUNBUFFERED
 
 main() {
     local mode=finetune
-    converted_by=
     case ${1:-} in
         --unpack)
             unpack "${2:?--unpack needs a folder}"
@@ -46,10 +45,6 @@ main() {
         --convert)
             mode=convert
             shift
-            ;;
-        --after)
-            converted_by=${2:?--after needs a job}
-            shift 2
             ;;
     esac
     rest=("$@")

@@ -33,7 +33,7 @@ readonly ours=(STAGE_PATH FTGEN_RUN_DIR MASTER_ADDR MASTER_PORT PYTHONUNBUFFERED
 
 main() {
     local mode=finetune
-    converted_by=
+    local converted_by=
     case ${1:-} in
         --unpack)
             unpack "${2:?--unpack needs a folder}"
