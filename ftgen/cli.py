@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING
 import click
 
 from ftgen import __version__
-from ftgen.errors import Problem, SpecError, UserError
+from ftgen.errors import UserError
 
 if TYPE_CHECKING:
     from ftgen.compare import Baseline
-    from ftgen.plan import Plan
     from ftgen.summarize import Summary
 
 # pydantic would look through every installed package for plug-ins, which ftgen does not have
@@ -34,7 +33,7 @@ ANYWHERE = click.Path(path_type=Path)
 FAIL_ON = "regression, incomplete, failed, invalid, doubtful"
 FORMATS = "terminal, markdown, csv, json, html, latex"
 
-spec_argument = click.argument("specs", nargs=-1, required=True, type=FILE, metavar="SPEC...")
+spec_argument = click.argument("specs", nargs=-1, required=True, type=ANYWHERE, metavar="SPEC...")
 site_option = click.option("--site", type=FILE, help="The cluster's profile, a TOML file.")
 set_option = click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Change a key of the spec.")
 
@@ -52,12 +51,12 @@ def ftgen() -> None:
 @click.option("--out", type=FOLDER, default=Path("generated"), show_default=True, help="Where the scripts go.")
 @click.option("--check", is_flag=True, help="Write nothing: compare, and exit 1 with a diff where files are stale.")
 def compile_specs(specs: tuple[Path, ...], site: Path | None, overrides: tuple[str, ...], out: Path, check: bool) -> None:
-    """Compile each SPEC into OUT/<name>.sh, which stands alone, and OUT/<name>.py, its entrypoint."""
+    """Compile each SPEC, or each in a folder, into OUT/<name>.sh, which stands alone, and OUT/<name>.py, its entrypoint."""
     from ftgen import files
+    from ftgen.experiment import load_all
     from ftgen.render import render
 
-    plans = _load_all(specs, site, overrides)
-    texts = {name: text for plan in plans for name, text in render(plan).items()}
+    texts = {name: text for each in load_all(specs, site, overrides) for name, text in render(each.plan).items()}
     if check:
         stale = files.differences(out, texts)
         click.echo(stale, nl=False)
@@ -74,12 +73,13 @@ def compile_specs(specs: tuple[Path, ...], site: Path | None, overrides: tuple[s
 @click.argument("spec", type=FILE)
 @site_option
 @set_option
+@click.option("--name", help="Which experiment, where SPEC has a matrix of them.")
 @click.option("--json", "as_json", is_flag=True, help="The plan as the job gets it.")
-def plan(spec: Path, site: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+def plan(spec: Path, site: Path | None, overrides: tuple[str, ...], name: str | None, as_json: bool) -> None:
     """Show every number that SPEC resolves to, and where it comes from."""
     from ftgen import experiment, origins
 
-    loaded = experiment.load(spec, site, overrides)
+    loaded = experiment.load(spec, site, overrides, name)
     if as_json:
         click.echo(loaded.plan.to_json())
         return
@@ -87,6 +87,21 @@ def plan(spec: Path, site: Path | None, overrides: tuple[str, ...], as_json: boo
     wide = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for key, value, origin in rows:
         click.echo(f"{key:{wide[0]}}  {value:{min(wide[1], 44)}}  {origin}".rstrip())
+
+
+@ftgen.command("list")
+@click.argument("specs", nargs=-1, type=ANYWHERE, metavar="[SPEC...]")
+@site_option
+@set_option
+@click.option("--out", type=FOLDER, default=Path("generated"), show_default=True, help="Where the scripts are.")
+def list_experiments(specs: tuple[Path, ...], site: Path | None, overrides: tuple[str, ...], out: Path) -> None:
+    """Show the experiments of each SPEC or folder (default: specs/) and whether their scripts are current."""
+    from ftgen import inventory
+
+    rows = inventory.rows(specs or (Path("specs"),), out, site, overrides)
+    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("  ".join(f"{text:{width}}" for text, width in zip(row, wide, strict=True)).rstrip())
 
 
 @ftgen.command()
@@ -181,22 +196,6 @@ def _summaries(logs: tuple[Path, ...], window: str | None) -> list[Summary]:
     with _usage():
         steps = read_window(window) if window else None
     return [summarize(run, window=steps) for run in find_runs(logs)]
-
-
-def _load_all(specs: tuple[Path, ...], site: Path | None, overrides: tuple[str, ...]) -> list[Plan]:
-    """The plan of every spec, or one error with the problems of all."""
-    from ftgen.experiment import load
-
-    plans: list[Plan] = []
-    problems: list[Problem] = []
-    for spec in specs:
-        try:
-            plans.append(load(spec, site, overrides).plan)
-        except SpecError as error:
-            problems += error.problems
-    if problems:
-        raise SpecError(*dict.fromkeys(problems))
-    return plans
 
 
 def main() -> None:

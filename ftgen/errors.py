@@ -4,6 +4,8 @@ In: problems found anywhere in ftgen. Out: one exception that carries them all; 
 """
 
 import difflib
+import json
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -28,7 +30,13 @@ class Problem(NamedTuple):
 
 def dotted(path: KeyPath) -> str:
     """The key path as it is written in TOML and after --set."""
-    return ".".join(map(str, path))
+    return ".".join(key if re.fullmatch("[A-Za-z0-9_-]+", key) else quoted(key) for key in map(str, path))
+
+
+def quoted(text: str) -> str:
+    """A basic string of TOML: what cannot be printed is escaped."""
+    shown = json.dumps(text, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" if ord(c) < 0x10000 else f"\\U{ord(c):08x}" for c in shown)
 
 
 def closest(word: str, known: Iterable[str]) -> str:

@@ -1,38 +1,24 @@
-"""Files to plans: a spec, a site profile and overrides are read, every problem is located, one `Experiment` comes out."""
+"""Files to plans: specs, a site profile and overrides are read, every problem is located, `Experiment`s come out."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ftgen.errors import KeyPath, Problem, SpecError
+from ftgen import matrix
+from ftgen.errors import KeyPath, Problem, SpecError, dotted
 from ftgen.plan import Plan, resolve
 from ftgen.shape import validate
 from ftgen.site import Site
-from ftgen.spec import Spec
-from ftgen.toml_source import Document, has, line_of, parse_override, read_toml, with_value, without
+from ftgen.source import Source, read
+from ftgen.spec import Matrix, Spec
+from ftgen.toml_source import Document, parse_override, without
 
 T = TypeVar("T", Spec, Site)
 
 # Stand in for keys that are missing or of the wrong shape, so that the rules on the other keys can still be checked.
 _PLACEHOLDERS: Document = {"scheme": "lora", "precision": "bf16", "gpus": 8}
-
-
-@dataclass(frozen=True)
-class Source:
-    """A TOML file, with what --set says over it."""
-
-    path: Path | None
-    text: str
-    written: Document  # the file's own
-    document: Document  # with overrides
-
-    def located(self, problem: Problem) -> Problem:
-        """The problem with the file and line that the user would change."""
-        if not has(self.written, problem.where) and has(self.document, problem.where):
-            return problem._replace(file="--set")
-        return problem._replace(file=str(self.path or ""), line=line_of(self.text, problem.where))
 
 
 @dataclass(frozen=True)
@@ -44,44 +30,115 @@ class Experiment:
     site: Source
 
 
-def load(spec_path: Path, site_path: Path | None = None, overrides: Sequence[str] = ()) -> Experiment:
-    """The experiment that a spec file describes at a site; SpecError with every problem, sorted by file and line."""
+def load(spec: Path, site: Path | None = None, overrides: Sequence[str] = (), name: str | None = None) -> Experiment:
+    """The one experiment of a spec, or the one of this name; SpecError with every problem, sorted by file and line."""
+    found = {each.plan.name: each for each in experiments(spec, site, overrides)}
+    if name is None and len(found) == 1:
+        (name,) = found
+    if name not in found:
+        what = f"has no experiment {name}" if name else f"has {len(found)} experiments"
+        raise SpecError(Problem((), what, f"--name one of {', '.join(found)}", file=str(spec)))
+    return found[name]
+
+
+def load_all(specs: Iterable[Path], site: Path | None = None, overrides: Sequence[str] = ()) -> list[Experiment]:
+    """Every experiment of every spec, of a folder all its specs; SpecError with the problems of all."""
+    found: dict[str, Experiment] = {}
+    problems: list[Problem] = []
+    for path in [file for spec in specs for file in (specs_in(spec) if spec.is_dir() else [spec])]:
+        try:
+            for each in experiments(path, site, overrides):
+                if (other := found.get(each.plan.name)) and other.spec.path != path:
+                    what = f"{each.plan.name} is the name of an experiment in {other.spec.path} too"
+                    problems.append(Problem((), what, "rename one: scripts are named after them", file=str(path)))
+                found[each.plan.name] = each
+        except SpecError as error:
+            problems += error.problems
+    if problems:
+        raise SpecError(*dict.fromkeys(problems))
+    return list(found.values())
+
+
+def specs_in(folder: Path) -> list[Path]:
+    """The specs of a folder: its TOML files, but for those that only serve others as a base."""
+    sources = {path: read(path, {}) for path in sorted(folder.glob("*.toml"))}
+    bases = {layer.path.resolve() for source in sources.values() for layer in source.layers[:-1]}
+    specs = [path for path, source in sources.items() if _is_whole(source) or path.resolve() not in bases]
+    if not specs:
+        raise SpecError(Problem((), "has no specs: no file *.toml", file=str(folder)))
+    return specs
+
+
+def experiments(spec_path: Path, site_path: Path | None = None, overrides: Sequence[str] = ()) -> list[Experiment]:
+    """The experiment of a spec, or one for each point of its matrix; SpecError with every problem."""
     changes = dict(parse_override(text) for text in overrides)
-    spec_source, site_source = _read(spec_path, changes), _read(site_path, {})
+    spec, site = read(spec_path, changes), read(site_path, {})
+    points, problems = _points(spec, changes)
+    problems = [spec.located(problem) for problem in problems]
+    found: list[Experiment] = []
+    for point in points:
+        try:
+            found.append(_experiment(spec.at(point.sets, point.below), site, point.name, changes))
+        except SpecError as error:
+            problems += error.problems
+    if problems:
+        raise SpecError(*sorted(dict.fromkeys(problems), key=_by_place))
+    return found
+
+
+def _points(spec: Source, changes: dict[KeyPath, Any]) -> tuple[list[matrix.Point], list[Problem]]:
+    stem = spec.layers[-1].path.stem
+    if "matrix" not in spec.document:
+        return [matrix.Point(stem, {})], []
+    table, problems = validate(Matrix, spec.document["matrix"])
+    if problems or not table:
+        return [], [problem._replace(where=("matrix", *problem.where)) for problem in problems]
+    described = table.model_dump(exclude_unset=True)
+    if lost := [path for path in changes if path in matrix.varied(described)]:
+        hint = f"--set matrix.product.{dotted(lost[0])}=[...] changes its values"
+        return [], [Problem(lost[0], "is set by the spec's matrix, point by point", hint)]
+    return matrix.points(described, stem, without(spec.document, ("matrix",)))
+
+
+def _experiment(spec_source: Source, site_source: Source, name: str, changes: dict[KeyPath, Any]) -> Experiment:
     spec, spec_problems = _shaped(Spec, spec_source.document, _PLACEHOLDERS)
     site, site_problems = _shaped(Site, site_source.document, {})
-    problems = [*spec_problems, *_bad_name(spec_path), *(p._replace(where=("site", *p.where)) for p in site_problems)]
+    problems = [
+        *spec_problems,
+        *_bad_names(spec_source.layers[-1].path.stem, name),
+        *(p._replace(where=("site", *p.where)) for p in site_problems),
+    ]
     plan = None
     try:
         plan = resolve(
             spec,
             site,
-            name=spec_path.stem,
+            name=name,
+            spec_file=spec_source.layers[-1].path.name,
             spec_text=spec_source.text,
-            overrides={".".join(map(str, path)): value for path, value in changes.items()},
+            point=spec_source.point,
+            overrides={dotted(path): value for path, value in changes.items()},
         )
     except SpecError as error:
         shapeless = [problem.where for problem in problems]
         problems += [p for p in error.problems if not _touches(p, shapeless)]
     if problems or not plan:
-        raise SpecError(*sorted((_locate(p, spec_source, site_source) for p in problems), key=_by_place))
+        raise SpecError(*(_locate(p, spec_source, site_source) for p in problems))
     return Experiment(plan, spec_source, site_source)
 
 
-def _read(path: Path | None, changes: dict[KeyPath, Any]) -> Source:
-    if path is None:
-        return Source(None, "", {}, {})
-    text, written = read_toml(path)
-    document = written
-    for key, value in changes.items():
-        document = with_value(document, key, value)
-    return Source(path, text, written, document)
+def _is_whole(source: Source) -> bool:
+    """Whether it says what has no default, or what may say it for each point."""
+    return "matrix" in source.document or _PLACEHOLDERS.keys() <= source.document.keys()
 
 
-def _bad_name(path: Path) -> list[Problem]:
-    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", path.stem):
-        return []
-    return [Problem((), f"a spec's file name must be letters, digits, '.', '_' and '-', found {path.name!r}")]
+def _bad_names(stem: str, name: str) -> list[Problem]:
+    problems = []
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", stem):
+        problems.append(Problem((), f"a spec's file name must be letters, digits, '.', '_' and '-', found {stem!r}"))
+    elif not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", name):
+        problems.append(Problem(("matrix", "name"), f"must give 1 to 100 letters, digits, '.', '_', '+' or '-': {name!r}"))
+    return problems
 
 
 def _shaped(table: type[T], document: Document, placeholders: Document) -> tuple[T, list[Problem]]:

@@ -4,9 +4,9 @@ from dataclasses import asdict
 from typing import Any
 
 from ftgen.errors import KeyPath, dotted
-from ftgen.experiment import Experiment, Source
+from ftgen.experiment import Experiment
 from ftgen.shape import show
-from ftgen.toml_source import has, line_of
+from ftgen.source import Source, place
 
 # The plan's numbers that are worked out, and from what, where no key of the spec or the site says them.
 _WORKED_OUT = {
@@ -27,7 +27,9 @@ _WORKED_OUT = {
     "format": "ftgen",
     "ftgen_version": "ftgen",
     "name": "the spec's file name",
+    "spec_file": "the spec",
     "spec_sha256": "the spec's text",
+    "point": "no matrix",
     "overrides": "--set",
 }
 # The plan's keys whose name or table in the spec or the site is another.
@@ -68,8 +70,8 @@ def _text(value: Any) -> str:
 
 def _origin(experiment: Experiment, path: KeyPath) -> str:
     key = dotted(path)
-    if path[0] == "overrides":
-        return "--set"
+    if path[0] in ("overrides", "point") and path[1:]:
+        return {"overrides": "--set", "point": "the spec's matrix"}[str(path[0])]
     spec_path = _SPEC_KEYS.get(key, path)
     site_path = path[1:] if path[0] == "slurm" else path
     worked_out = _WORKED_OUT.get(key)
@@ -88,8 +90,5 @@ def _origin(experiment: Experiment, path: KeyPath) -> str:
 
 def _said(source: Source, path: KeyPath) -> str:
     """Where the source says this key itself."""
-    if not has(source.document, path):
-        return ""
-    if not has(source.written, path):
-        return "--set"
-    return f"{source.path}:{line_of(source.text, path)}"
+    said = source.said(path)
+    return place(said) if said else ""

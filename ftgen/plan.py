@@ -114,14 +114,12 @@ class OptimizerPlan:
 
 @dataclass(frozen=True)
 class PythonPlan:
-    """Where the job's Python comes from: none (the shell's), venv, container or apptainer."""
+    """Where the job's Python comes from: path, venv or container."""
 
     kind: str
     path: str | None
     image: str | None
-    mounts: list[str]  # shared_paths among them
-    writable: bool
-    mount_home: bool
+    mounts: list[str]
 
 
 @dataclass(frozen=True)
@@ -138,10 +136,6 @@ class SlurmPlan:
     mpi: str
     exclusive: bool
     mem: str | None
-    requeue: bool | None
-    end_before_limit_s: int
-    convert: str  # job, task: where a missing checkpoint is made
-    convert_flags: list[str]
     sbatch_flags: list[str]
     srun_flags: list[str]
     walltime_s: int
@@ -154,9 +148,11 @@ class Plan:
 
     format: int
     ftgen_version: str
-    name: str  # the spec's
+    name: str  # the experiment's own: the spec's, or of the point of its matrix
     experiment: str  # {scheme}_nemo_{model}_{precision}_{gpus}, the recipe's name for it
-    spec_sha256: str
+    spec_file: str
+    spec_sha256: str  # of the text of the spec, after that of those it extends
+    point: dict[str, Any]  # what the spec's matrix sets
     overrides: dict[str, Any]  # what --set said
     scheme: str  # sft, lora
     precision: str  # bf16, fp8, fp32
@@ -187,7 +183,16 @@ class Plan:
         return json.dumps(asdict(self), indent=2, ensure_ascii=True)
 
 
-def resolve(spec: Spec, site: Site, *, name: str, spec_text: str = "", overrides: dict[str, Any] | None = None) -> Plan:
+def resolve(
+    spec: Spec,
+    site: Site,
+    *,
+    name: str,
+    spec_file: str = "",
+    spec_text: str = "",
+    point: dict[str, Any] | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> Plan:
     """The plan of a spec at a site; SpecError with every rule it breaks."""
     model = catalogue.models().get(spec.model)
     gpu = catalogue.gpus().get(spec.gpu)
@@ -200,7 +205,9 @@ def resolve(spec: Spec, site: Site, *, name: str, spec_text: str = "", overrides
         ftgen_version=__version__,
         name=name,
         experiment=f"{spec.scheme}_nemo_{spec.model}_{spec.precision}_{spec.gpus}",
+        spec_file=spec_file or f"{name}.toml",
         spec_sha256=sha256(spec_text.encode()).hexdigest(),
+        point=point or {},
         overrides=overrides or {},
         scheme=spec.scheme,
         precision=spec.precision,
@@ -225,7 +232,7 @@ def resolve(spec: Spec, site: Site, *, name: str, spec_text: str = "", overrides
         environment=RECIPE_ENVIRONMENT | site.environment | spec.environment,
         stage_path=site.stage_path,
         modules=site.modules,
-        python=_python(site),
+        python=PythonPlan(**dict(site.python)),
         slurm=_slurm(spec, site),
     )
 
@@ -257,16 +264,10 @@ def _data(spec: Spec, gpu: Gpu) -> DataPlan:
     return DataPlan(spec.data.kind, spec.data.path, spec.data.examples, packed)
 
 
-def _python(site: Site) -> PythonPlan:
-    shared = [f"{path}:{path}" for path in site.shared_paths if site.python.image]
-    return PythonPlan(**dict(site.python) | {"mounts": shared + site.python.mounts})
-
-
 def _slurm(spec: Spec, site: Site) -> SlurmPlan:
     given = {key: getattr(site, key) for key in SlurmPlan.__dataclass_fields__ if hasattr(site, key)}
-    walltime_s = parse_walltime(spec.walltime)
     return SlurmPlan(
-        **given | {"end_before_limit_s": min(site.end_before_limit_s, walltime_s // 4)},
-        walltime_s=walltime_s,
+        **given,
+        walltime_s=parse_walltime(spec.walltime),
         convert_walltime_s=parse_walltime(spec.convert_walltime),
     )

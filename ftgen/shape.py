@@ -4,7 +4,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from ftgen.errors import KeyPath, Problem, closest
+from ftgen.errors import KeyPath, Problem, closest, quoted
 from ftgen.toml_source import Document, get
 
 T = TypeVar("T", bound=BaseModel)
@@ -62,8 +62,8 @@ def _problem(table: type[BaseModel], document: Document, detail: Any) -> Problem
 
 
 def show(value: Any) -> str:
-    """A value as TOML writes it, cut where it is long."""
-    text = f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
+    """A value as TOML writes it, on one line, cut where it is long."""
+    text = quoted(value) if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -6,12 +6,12 @@ What the keys mean together (do the GPUs fill whole nodes?) is decided in `rules
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from ftgen.units import parse_walltime
+from ftgen.units import WALLTIME, parse_walltime
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, lt=2**31)]  # what bash, Slurm and PyTorch all count with
 OneLine = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]*$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
@@ -33,14 +33,14 @@ def _environment(variables: dict[str, str]) -> dict[str, str]:
     return variables
 
 
-Walltime = Annotated[str, AfterValidator(_walltime)]
+Walltime = Annotated[str, AfterValidator(_walltime), WithJsonSchema({"type": "string", "pattern": WALLTIME})]
 Environment = Annotated[dict[str, OneLine], AfterValidator(_environment)]
 
 
 class Table(BaseModel):
     """A TOML table: unknown keys and wrong types are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, defer_build=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, defer_build=True, allow_inf_nan=False)
 
 
 class Lora(Table):
@@ -112,6 +112,21 @@ class Window(Table):
     last_steps: Positive = Field(20, description="How many steps at the end of the run are timed.")
 
 
+class Matrix(Table):
+    """Many experiments from one spec: each point is an experiment of its own, with a name of its own."""
+
+    product: dict[str, Any] = Field({}, description="Keys with lists of values, tables as in the spec: every combination.")
+    zip: dict[str, Any] = Field({}, description="Keys with lists of one length: the first of each, the second of each ...")
+    exclude: list[dict[str, Any]] = Field([], description="Points to leave out, by some of their values.")
+    include: list[dict[str, Any]] = Field([], description="Points to add, each a table of the keys that it sets.")
+    name: OneLine | None = Field(
+        None,
+        min_length=1,
+        description='Name of each experiment, with keys in braces: "{scheme}_{precision}_{gpus}". '
+        "Default: the file's name and the values that vary.",
+    )
+
+
 class Spec(Table):
     """One fine-tuning benchmark. Only scheme, precision and gpus have no default; the defaults are the recipe's."""
 
@@ -141,8 +156,16 @@ class Spec(Table):
     environment: Environment = Field(
         {}, description="Environment variables of the training, over the recipe's and the site's."
     )
+    extends: OneLine | None = Field(
+        None,
+        min_length=1,
+        description="Another spec, relative to this one, whose keys hold where this one does not say them.",
+    )
+    matrix: Matrix | None = Field(None, description="Many experiments from this one spec.")
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema of a spec, for editors."""
-    return Spec.model_json_schema()
+    """JSON Schema of a spec, for editors: what a base or a matrix says need not be said again."""
+    schema = Spec.model_json_schema()
+    needed = schema.pop("required")
+    return schema | {"anyOf": [{"required": needed}, {"required": ["extends"]}, {"required": ["matrix"]}]}

@@ -1,5 +1,6 @@
 """TOML text to a document, and a key path back to its line. In: a file. Out: plain dicts; line numbers on demand."""
 
+import datetime
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import tomli
 from ftgen.errors import KeyPath, Problem, SpecError
 
 Document = dict[str, Any]
+DEEPEST = 8  # keys in the path of an override: deeper than any vocabulary
 
 
 def read_toml(path: Path) -> tuple[str, Document]:
@@ -20,8 +22,10 @@ def read_toml(path: Path) -> tuple[str, Document]:
     except UnicodeDecodeError as error:
         raise SpecError(Problem((), f"is not UTF-8: {error.reason} at byte {error.start}", file=str(path))) from None
     try:
-        return text, tomli.loads(text)
-    except tomli.TOMLDecodeError as error:
+        document = tomli.loads(text)
+        repr(document)  # what is nested too deeply to be shown shows here
+        return text, document
+    except (ValueError, RecursionError) as error:  # beside what is no TOML, a number or a nesting without end
         line = re.search(r"at line (\d+)", str(error))
         number = int(line[1]) if line else text.count("\n") + 1
         raise SpecError(Problem((), f"is not TOML: {error}", file=str(path), line=number)) from None
@@ -59,12 +63,12 @@ def line_of(text: str, path: KeyPath) -> int:
 
 
 def _first_line_with(text: str, path: KeyPath) -> int:
-    lines = text.splitlines(keepends=True)
+    lines = [f"{line}\n" for line in text.split("\n")]  # TOML's lines: splitlines() would also cut inside strings
     start = 0  # lines that are known to parse without the key
     for end in range(1, len(lines) + 1):
         try:
             document = tomli.loads("".join(lines[:end]))
-        except tomli.TOMLDecodeError:
+        except ValueError:
             continue  # inside a value of several lines
         if has(document, path):
             blank = (n for n in range(start, end) if lines[n].strip() and not lines[n].lstrip().startswith("#"))
@@ -74,15 +78,17 @@ def _first_line_with(text: str, path: KeyPath) -> int:
 
 
 def parse_override(text: str) -> tuple[KeyPath, Any]:
-    """`key.path=value` to a key path and a TOML value; what is no TOML value is a string."""
+    """`key.path=value` to a key path and a TOML value; what is no TOML value is a string, and so is a time."""
     key, equals, value = text.partition("=")
     path = tuple(key.strip().split("."))
-    if not equals or not all(path):
+    if not equals or not all(path) or len(path) > DEEPEST or not text.isprintable():
         raise SpecError(Problem((), f"must be key.path=value, found {text!r}", file="--set"))
     try:
-        return path, tomli.loads(f"value = {value}")["value"]
-    except tomli.TOMLDecodeError:
+        parsed = tomli.loads(f"value = {value}")["value"]
+        repr(parsed)
+    except (ValueError, RecursionError):
         return path, value
+    return path, value if isinstance(parsed, datetime.date | datetime.time) else parsed
 
 
 def with_value(document: Document, path: KeyPath, value: Any) -> Document:
@@ -92,6 +98,15 @@ def with_value(document: Document, path: KeyPath, value: Any) -> Document:
     if not rest:
         return {**document, str(key): value}
     return {**document, str(key): with_value(inner if isinstance(inner, dict) else {}, tuple(rest), value)}
+
+
+def merged(below: Document, above: Document) -> Document:
+    """Both documents in one: tables are merged, of everything else the one above wins."""
+    both = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            both[key] = merged(below[key], above[key])
+    return both
 
 
 def without(document: Document, path: KeyPath) -> Document:

@@ -5,12 +5,12 @@ import re
 
 UNKNOWN = "–"  # a measurement that is missing
 
-_WALLTIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>[0-5]\d):(?P<seconds>[0-5]\d)")
+WALLTIME = r"^(?:([0-9]{1,4})-)?([0-9]{1,6}):([0-5][0-9]):([0-5][0-9])$"
 
 
 def parse_walltime(text: str) -> int:
     """Seconds in Slurm's `[days-]hours:minutes:seconds`; ValueError for anything else, and for no time at all."""
-    match = _WALLTIME.fullmatch(text)
+    match = re.fullmatch(WALLTIME, text)
     if not match:
         raise ValueError(f"must be [days-]hours:minutes:seconds, found {text!r}")
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())

@@ -6,10 +6,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).parent.parent
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+# The same examples each time; `pytest tests/test_properties.py --hypothesis-profile=long` looks further, and elsewhere.
+hypothesis.settings.register_profile("here", deadline=None, derandomize=True, max_examples=120, database=None)
+hypothesis.settings.register_profile("long", deadline=None, max_examples=2000, print_blob=True)
+hypothesis.settings.register_profile("quick", hypothesis.settings.get_profile("here"), phases=[hypothesis.Phase.generate])
+hypothesis.settings.load_profile("here")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
