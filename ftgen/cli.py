@@ -23,6 +23,7 @@ from ftgen.errors import UserError
 if TYPE_CHECKING:
     from ftgen.compare import Baseline
     from ftgen.summarize import Summary
+    from ftgen.window import Window
 
 # pydantic would look through every installed package for plug-ins, which ftgen does not have
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
@@ -170,6 +171,27 @@ def tabulate(
         sys.exit(1)
 
 
+@ftgen.command()
+@logs_argument
+@click.option("-o", "--output", type=FILE, default=Path("report.html"), show_default=True, help="The page to write.")
+@click.option("--title", default="Results of fine-tuning runs", show_default=True, help="What it is called.")
+@window_option
+@baseline_option
+@tolerance_option
+def report(
+    logs: tuple[Path, ...], output: Path, title: str, window: str | None, baseline: str | None, tolerance: str
+) -> None:
+    """Write one HTML file, to be opened offline, with the tables, curves and verdicts of every run below LOGS."""
+    from ftgen import files
+    from ftgen.fields import View
+    from ftgen.report import read, report
+
+    view = View((), _baseline(baseline, tolerance))
+    runs = read(logs, _window(window))
+    (path,) = files.write(output.parent, {output.name: report(runs, view, title=title)})
+    click.echo(path)
+
+
 @contextmanager
 def _usage() -> Iterator[None]:
     """What is wrong inside is wrong in how ftgen was called."""
@@ -191,11 +213,16 @@ def _baseline(name: str | None, tolerance: str) -> Baseline | None:
 def _summaries(logs: tuple[Path, ...], window: str | None) -> list[Summary]:
     from ftgen.logs import find_runs
     from ftgen.summarize import summarize
+
+    steps = _window(window)
+    return [summarize(run, window=steps) for run in find_runs(logs)]
+
+
+def _window(text: str | None) -> Window | None:
     from ftgen.window import read_window
 
     with _usage():
-        steps = read_window(window) if window else None
-    return [summarize(run, window=steps) for run in find_runs(logs)]
+        return read_window(text) if text else None
 
 
 def main() -> None:

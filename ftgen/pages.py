@@ -18,6 +18,11 @@ def page(template: str, **values: Any) -> str:
     return _environment().get_template(template).render(**values)
 
 
+def source(name: str) -> str:
+    """A template as it is written."""
+    return (source_folder("templates") / name).read_text(encoding="utf-8")
+
+
 @cache
 def _environment() -> Environment:
     return Environment(

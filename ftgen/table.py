@@ -91,7 +91,7 @@ def _flat_cell(field: Field, row: Row) -> Cell:
 
 def _table(runs: Sequence[Summary], view: View) -> Table:
     """Columns of the same size share what was published for that size, and the baseline's, after the last of them."""
-    title = _title(runs[0])
+    title = experiment_title(runs[0])
     header, columns, notes = [Cell(title)], [[Cell(column.title) for column in COLUMNS]], []
     for _, same in groupby(runs, size):
         repeats = list(same)
@@ -156,7 +156,7 @@ def _contradiction(row: Published) -> str:
     return f"* as published for {row.gpus} GPUs; its step time of {significant(row.step_time_s, 4)} s gives {gives}"
 
 
-def _title(run: Summary) -> str:
+def experiment_title(run: Summary | Group) -> str:
     """Llama-3 8B finetuning, LoRA FP8; the experiment's name where that is not known."""
     if not (run.model and run.scheme and run.precision):
         return run.experiment

@@ -53,8 +53,8 @@ def number(value: float | None, decimals: int) -> str:
 
 def significant(value: float | None, digits: int) -> str:
     """Rounded to so many digits, or to whole numbers if those are more."""
-    if not value:
-        return UNKNOWN
+    if not value or not math.isfinite(value):
+        return UNKNOWN if value is None else f"{value:g}"
     return number(value, max(0, digits - 1 - math.floor(math.log10(abs(value)))))
 
 

@@ -1,0 +1,290 @@
+"""What the report draws. In: `Summary`s, `Group`s and `Log`s. Out: charts as Vega-Lite specifications, nothing drawn yet.
+
+Colours are CSS variables of the page, so that one drawing serves light, dark and print. Each point carries a sentence,
+which the page says when the point is reached by pointer or keyboard.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from statistics import median
+from typing import Any, NamedTuple
+
+from ftgen import catalogue
+from ftgen.compare import recomputed
+from ftgen.log_lines import Log, Step
+from ftgen.repeats import Group
+from ftgen.summarize import Summary
+from ftgen.table import accelerators, experiment_title
+from ftgen.units import clean, number, percent, significant, whole
+
+Values = list[dict[str, Any]]
+
+WIDTH, HEIGHT = 360, 180  # pixels of the drawing and of the plot in it: fits a phone
+MOST_POINTS = 400  # of a curve; more are drawn by the lowest and highest of each part
+MOST_RUNS = 8  # curves in one chart: as many as there are colours
+OFF_SCALE = 3  # times the median: a step that takes longer is drawn at the edge, with its value
+SERIES = [f"var(--series-{number})" for number in range(1, MOST_RUNS + 1)]
+MEASURED, PUBLISHED, IDEAL = "measured", "published (H100)", "ideal, at the dense peak"
+
+
+class Chart(NamedTuple):
+    """A chart, and what it shows in a sentence."""
+
+    title: str
+    sentence: str
+    spec: dict[str, Any]
+
+
+def step_times(run: Summary, log: Log) -> Chart | None:
+    """The time of every step, with the window shaded and its mean as a line."""
+    series = _series(log, lambda step: step.time_s)
+    if not series:
+        return None
+    most = OFF_SCALE * median(time_s for _, time_s in series)
+    values = [
+        {"step": step, "value": min(time_s, most), "off": time_s > most, "label": f"step {step}: {significant(time_s, 4)} s"}
+        for step, time_s in thinned(series)
+    ]
+    beyond = sum(time_s > most for _, time_s in series)
+    layers = [*_window(run), *_curve(values, "seconds", zero=True)]
+    if beyond:
+        layers.append(_off_scale(values))
+    told = f"mean {significant(run.step_time_s, 4)} s over steps {run.window_first} to {run.window_last}"
+    above = f"; {beyond} off the scale" if beyond else ""
+    return Chart(
+        "Step time",
+        f"{len(series)} steps, {told if run.step_time_s else 'no step time is reported'}{above}",
+        _layered(layers),
+    )
+
+
+def losses(log: Log) -> Chart | None:
+    """The loss of every step."""
+    series = _series(log, lambda step: step.loss)
+    if len(series) < 2:
+        return None
+    values = [{"step": step, "value": loss, "label": f"step {step}: loss {loss:.4g}"} for step, loss in thinned(series)]
+    sentence = f"from {series[0][1]:.4g} to {series[-1][1]:.4g} in {len(series)} steps"
+    return Chart("Loss", sentence, _layered(_curve(values, "loss", zero=False)))
+
+
+def losses_together(runs: Sequence[tuple[Summary, Log]]) -> Iterable[Chart]:
+    """The losses of the runs of a kind in one chart, or in several where there are many runs."""
+    known = [(f"{run.experiment} {run.run_id}".strip(), _series(log, lambda step: step.loss)) for run, log in runs]
+    known = [(name, series) for name, series in known if len(series) > 1]
+    for start in range(0, len(known) if len(known) > 1 else 0, MOST_RUNS):
+        part = known[start : start + MOST_RUNS]
+        values = [
+            {"step": step, "value": loss, "run": clean(name), "label": clean(f"{name}, step {step}: loss {loss:.4g}")}
+            for name, series in part
+            for step, loss in thinned(series)
+        ]
+        layers = _curve(values, "loss", zero=False, by="run")
+        yield Chart(experiment_title(runs[0][0]), f"the loss of {len(part)} runs", _layered(layers))
+
+
+def throughput(groups: Sequence[Group]) -> Chart | None:
+    """Tokens per second and GPU, beside what was published and what the dense peak would give."""
+    values: Values = []
+    for group in groups:
+        if not (group.tokens_per_s and group.gpus):
+            continue
+        name = clean(f"{accelerators(group)}, GBS {group.global_batch_size}")
+        of_each = f"tokens per second and {_one(group)}"
+        found: dict[str, float | None] = {
+            MEASURED: group.tokens_per_s,
+            PUBLISHED: recomputed(group.published).tokens_per_s if group.published else None,
+            IDEAL: group.tokens_per_s / group.mfu if group.mfu else None,
+        }
+        for source, tokens in found.items():
+            if tokens:
+                label = f"{name}: {source}: {whole(tokens / group.gpus)} {of_each}"
+                values.append({"name": name, "source": source, "value": tokens / group.gpus, "label": label})
+    if not values:
+        return None
+    ideal = f", {percent(groups[0].mfu, 2)} of the ideal" if groups[0].mfu else ""
+    sentence = values[0]["label"].replace(f": {MEASURED}", "") + ideal
+    return Chart(experiment_title(groups[0]), sentence, _bars(values, of_each, (MEASURED, PUBLISHED, IDEAL)))
+
+
+def _one(group: Group) -> str:
+    return "process" if group.gpu == "cpu" else "GPU"
+
+
+def memory(groups: Sequence[Group]) -> Chart | None:
+    """The peak memory of each experiment, beside the GPU's."""
+    used, there = "peak", "the GPU's"
+    values: Values = []
+    for group in groups:
+        if not group.peak_memory_gib:
+            continue
+        name = clean(f"{accelerators(group)}, GBS {group.global_batch_size}")
+        gpu = catalogue.gpus().get(group.gpu or "")
+        found = {used: group.peak_memory_gib, there: gpu.memory_gib if gpu else None}
+        for source, gib in found.items():
+            if gib:
+                values.append(
+                    {"name": name, "source": source, "value": gib, "label": f"{name}: {source}: {number(gib, 2)} GiB"}
+                )
+    if not values:
+        return None
+    return Chart(experiment_title(groups[0]), values[0]["label"], _bars(values, "GiB a GPU", (used, there)))
+
+
+def scaling(groups: Sequence[Group]) -> Chart | None:
+    """Throughput per GPU by that of the fewest GPUs with as much work for each: measured, and published."""
+    values: Values = []
+    for (name, *_), same in groupby(sorted(groups, key=_scaled_from), _scaled_from):
+        sizes = [g for g in same if g.gpus and g.tokens_per_s and g.gpu != "cpu"]  # processes that share one machine
+        measured = [(g.gpus, g.tokens_per_s) for g in sizes]
+        published = [(g.gpus, recomputed(g.published).tokens_per_s) for g in sizes if g.published]
+        for source, found in ((MEASURED, measured), (PUBLISHED, published)):
+            values += _efficiencies(clean(name), source, [(gpus, tokens) for gpus, tokens in found if gpus and tokens])
+    if not values:
+        return None
+    worst = min(values, key=lambda value: float(value["value"]))
+    sizes_seen = sorted({value["gpus"] for value in values})
+    x = {
+        "field": "gpus",
+        "type": "quantitative",
+        "title": "GPUs",
+        "scale": {"type": "log", "base": 2, "domain": [sizes_seen[0], sizes_seen[-1]]},
+        "axis": {"values": sizes_seen, "format": "d"},
+    }
+    least, most = min(0.8, worst["value"]), max(1.0, *(value["value"] for value in values))
+    scale = {"domain": [least, most], "nice": True}
+    y = {"field": "value", "type": "quantitative", "title": "efficiency", "axis": {"format": "%"}, "scale": scale}
+    colour = _colour("name", sorted({value["name"] for value in values}))
+    sources = [source for source in (MEASURED, PUBLISHED) if any(value["source"] == source for value in values)]
+    dash = {"field": "source", "scale": {"domain": sources, "range": [[1, 0], [4, 4]]}, "legend": _legend(sources)}
+    base = {"x": x, "y": y, "color": colour}
+    line = {"mark": {"type": "line", "aria": False}, "encoding": base | {"strokeDash": dash}}
+    points = {"mark": _POINT | {"opacity": 1}, "encoding": base | _LABEL}
+    spec = _layered([line, points]) | {"data": {"values": values}}
+    return Chart("Scaling efficiency", f"the least: {worst['label']}", spec)
+
+
+def _efficiencies(name: str, source: str, sizes: Sequence[tuple[int, float]]) -> Values:
+    if len({gpus for gpus, _ in sizes}) < 2:
+        return []
+    fewest, tokens = min(sizes)
+    values = []
+    for gpus, there in sorted(sizes):
+        efficiency = there / gpus / (tokens / fewest)
+        label = f"{name}, {source}: {gpus} GPUs: {percent(efficiency, 1)} of {fewest}"
+        values.append({"name": name, "source": source, "gpus": gpus, "value": efficiency, "label": label})
+    return values
+
+
+def _scaled_from(group: Group) -> tuple[str, str, int, float]:
+    """What is the same in a series of sizes: as much work for each GPU."""
+    return (
+        experiment_title(group),
+        group.gpu or "",
+        group.seq_length or 0,
+        (group.global_batch_size or 0) / (group.gpus or 1),
+    )
+
+
+def _series(log: Log, of: Callable[[Step], float | None]) -> list[tuple[int, float]]:
+    """What is known and finite, by step."""
+    known = ((step, of(log.steps[step])) for step in sorted(log.steps))
+    return [(step, value) for step, value in known if value is not None and math.isfinite(value)]
+
+
+def thinned(series: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """At most MOST_POINTS of it: where there are more, the lowest and the highest of each part, in their order."""
+    if len(series) <= MOST_POINTS:
+        return list(series)
+    parts = MOST_POINTS // 2
+    kept: set[tuple[int, float]] = set()
+    for part in range(parts):
+        some = series[len(series) * part // parts : len(series) * (part + 1) // parts]
+        kept |= {min(some, key=lambda point: point[1]), max(some, key=lambda point: point[1])}
+    return sorted(kept)
+
+
+_POINT = {"type": "point", "filled": True, "size": 50, "opacity": 0}
+_LABEL = {"description": {"field": "label", "type": "nominal"}}
+
+
+def _x(field: str) -> dict[str, Any]:
+    return {
+        "field": field,
+        "type": "quantitative",
+        "title": "step",
+        "axis": {"tickMinStep": 1, "tickCount": 6, "grid": False},
+        "scale": {"nice": False},
+    }
+
+
+def _curve(values: Values, title: str, *, zero: bool, by: str | None = None) -> list[dict[str, Any]]:
+    """A line through the values, and a point for each, which shows itself when it is reached."""
+    y = {"field": "value", "type": "quantitative", "title": title, "scale": {"zero": zero}}
+    colour = _colour(by, list(dict.fromkeys(value[by] for value in values))) if by else {"value": SERIES[0]}
+    at = {"x": _x("step"), "y": y, "color": colour}
+    data = {"values": values}
+    line = {"data": data, "mark": {"type": "line", "strokeWidth": 1.5, "aria": False}, "encoding": at}
+    return [line, {"data": data, "mark": _POINT, "encoding": at | _LABEL}]
+
+
+def _off_scale(values: Values) -> dict[str, Any]:
+    """Triangles at the edge for what is beyond it."""
+    beyond = [value for value in values if value["off"]]
+    mark = {"type": "point", "shape": "triangle-up", "filled": True, "size": 40, "color": "var(--series-1)", "aria": False}
+    return {
+        "data": {"values": beyond},
+        "mark": mark,
+        "encoding": {"x": _x("step"), "y": {"field": "value", "type": "quantitative"}},
+    }
+
+
+def _window(run: Summary) -> list[dict[str, Any]]:
+    """The steps that are timed, shaded, and their mean as a line; both behind the curve."""
+    if run.window_first is None or run.window_last is None:
+        return []
+    edges = {"first": run.window_first - 0.5, "last": run.window_last + 0.5, "mean": run.step_time_s}
+    width = {"x": _x("first"), "x2": {"field": "last"}}
+    shade = {"mark": {"type": "rect", "color": "var(--window)", "aria": False}, "encoding": width}
+    mean = {
+        "mark": {"type": "rule", "color": "var(--series-2)", "strokeWidth": 2, "aria": False},
+        "encoding": {**width, "y": {"field": "mean", "type": "quantitative"}},
+    }
+    return [layer | {"data": {"values": [edges]}} for layer in ([shade, mean] if run.step_time_s else [shade])]
+
+
+def _bars(values: Values, title: str, sources: Sequence[str]) -> dict[str, Any]:
+    """Horizontal bars for the first source, and for each other one a stroke where it would end."""
+    names = list(dict.fromkeys(value["name"] for value in values))
+    at = {
+        "y": {"field": "name", "type": "nominal", "title": None, "sort": names, "axis": {"labelLimit": 150}},
+        "x": {"field": "value", "type": "quantitative", "title": title, "axis": {"tickCount": 4}},
+        "color": _colour("source", [source for source in sources if any(v["source"] == source for v in values)]),
+    } | _LABEL
+    first = {
+        "transform": [{"filter": {"field": "source", "equal": sources[0]}}],
+        "mark": {"type": "bar", "size": 16},
+        "encoding": at,
+    }
+    others = {"field": "source", "oneOf": list(sources[1:])}
+    tick = {"type": "tick", "thickness": 4, "size": 28}
+    strokes = {"transform": [{"filter": others}], "mark": tick, "encoding": at}
+    return _layered([first, strokes]) | {"data": {"values": values}, "height": {"step": 34}}
+
+
+def _colour(field: str, domain: Sequence[str]) -> dict[str, Any]:
+    scale = {"domain": list(domain), "range": SERIES[: len(domain)]}
+    return {"field": field, "type": "nominal", "scale": scale, "legend": _legend(domain)}
+
+
+def _legend(domain: Sequence[str]) -> dict[str, Any] | None:
+    """None for a single entry, which says nothing."""
+    if len(domain) < 2:
+        return None
+    return {"title": None, "orient": "bottom", "columns": 1, "labelLimit": WIDTH, "direction": "vertical"}
+
+
+def _layered(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Drawings of one width, so that their letters are of one size."""
+    return {"width": WIDTH, "height": HEIGHT, "autosize": {"type": "fit-x", "contains": "padding"}, "layer": layers}

@@ -1,0 +1,148 @@
+"""A report of runs: one HTML file that opens offline. In: runs with their logs. Out: the page.
+
+The charts are drawn here, as SVG; the page's one script moves between their points and is the only one that the page's own
+security policy lets a browser run.
+"""
+
+import base64
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import sha256
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
+
+from ftgen import __version__, charts
+from ftgen.charts import Chart
+from ftgen.drawing import svg
+from ftgen.fields import RUN, View, row
+from ftgen.log_lines import Log
+from ftgen.logs import find_runs, read_log
+from ftgen.pages import page, source
+from ftgen.repeats import group, kind, order
+from ftgen.summarize import STATUSES, Summary, judge
+from ftgen.table import experiment_title, tabulate
+from ftgen.units import number, significant
+from ftgen.window import Window
+
+SCRIPT = "report.js"
+MOST_STEPS = 1000  # rows of a run's table of steps
+TOLD = {"experiment", "run_id", "status", "reason", "doubts", "notes", "log"}  # keys that stand elsewhere on the page
+
+
+class Figure(NamedTuple):
+    """A chart, drawn."""
+
+    title: str
+    sentence: str
+    svg: Markup
+
+
+class Section(NamedTuple):
+    """What the page says of one run."""
+
+    anchor: str
+    title: str
+    run: Summary
+    figures: list[Figure]
+    facts: list[tuple[str, str]]
+    told_by: list[tuple[str, str]]  # the lines of the log that the verdict stands on
+    plan: list[tuple[str, str]]
+    environment: list[tuple[str, str]]
+    steps: list[tuple[str, ...]]
+
+    @property
+    def words(self) -> str:
+        """What must be said of the run, in one line."""
+        return "; ".join(filter(None, (self.run.reason, *self.run.doubts)))
+
+
+def read(paths: Iterable[str | Path], window: Window | None = None) -> list[tuple[Summary, Log]]:
+    """Every run below the paths, with what its log says."""
+    found = [(run, read_log(run)) for run in find_runs(paths)]
+    return [(judge(run, log, window=window), log) for run, log in found]
+
+
+def report(runs: Sequence[tuple[Summary, Log]], view: View, *, title: str) -> str:
+    """The page."""
+    runs = sorted(runs, key=lambda pair: order(pair[0]))
+    view = view._replace(runs=[run for run, _ in runs])
+    script = source(SCRIPT)
+    return page(
+        "report.html.j2",
+        title=title,
+        version=__version__,
+        counts=_counts(view.runs),
+        tables=tabulate(view),
+        overview=[(name, figures) for name, figures in _overview(runs) if figures],
+        sections=[_section(position, run, log, view) for position, (run, log) in enumerate(runs, 1)],
+        script=Markup(script),  # noqa: S704, our own file
+        script_hash=base64.b64encode(sha256(script.encode()).digest()).decode(),
+    )
+
+
+def _counts(runs: Sequence[Summary]) -> list[tuple[str, int]]:
+    counted = Counter(run.status for run in runs)
+    return [(status, counted[status]) for status in STATUSES if counted[status]]
+
+
+def _overview(runs: Sequence[tuple[Summary, Log]]) -> Iterator[tuple[str, list[Figure]]]:
+    """Charts of all runs: what stands above those of single runs."""
+    kinds = [list(same) for _, same in groupby(group([run for run, _ in runs]), kind)]
+    yield "Throughput", _drawn(charts.throughput(groups) for groups in kinds)
+    yield "Scaling", _drawn([charts.scaling([each for groups in kinds for each in groups])])
+    yield "Memory", _drawn(charts.memory(groups) for groups in kinds)
+    same_kind = (list(same) for _, same in groupby(runs, lambda pair: kind(pair[0])))
+    yield "Losses", _drawn(chart for some in same_kind for chart in charts.losses_together(some))
+
+
+def _drawn(found: Any) -> list[Figure]:
+    known: list[Chart] = [chart for chart in found if chart]
+    return [Figure(chart.title, chart.sentence, svg(chart)) for chart in known]
+
+
+def _section(position: int, run: Summary, log: Log, view: View) -> Section:
+    values = row(run, view.baseline)
+    return Section(
+        anchor=f"run-{position}",
+        title=" ".join(
+            filter(None, (experiment_title(run), f"on {run.gpus} {(run.gpu or '').upper()}", f"run {run.run_id}"))
+        ),
+        run=run,
+        figures=_drawn([charts.step_times(run, log), charts.losses(log)]),
+        facts=[(f.title, f.how(values[f.key])) for f in RUN if f.key not in TOLD and values[f.key] is not None],
+        told_by=list(log.endings.items()),
+        plan=flattened(log.plan or {}),
+        environment=flattened(log.environment or {}),
+        steps=_steps(log),
+    )
+
+
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested keys as dotted ones, values as JSON writes them but for texts."""
+    rows: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            rows += flattened(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)))
+    return rows
+
+
+def _steps(log: Log) -> list[tuple[str, ...]]:
+    """Every step, for those who would rather read numbers; of very long runs none."""
+    if len(log.steps) > MOST_STEPS:
+        return []
+    return [
+        (
+            str(number_),
+            significant(step.time_s, 4),
+            significant(step.loss, 4),
+            significant(step.grad_norm, 4),
+            number(step.peak_memory / 2**30 if step.peak_memory else None, 2),
+        )
+        for number_, step in sorted(log.steps.items())
+    ]
