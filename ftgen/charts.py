@@ -1,19 +1,19 @@
-"""What the report draws. In: `Summary`s, `Group`s and `Log`s. Out: charts as Vega-Lite specifications, nothing drawn yet.
+"""What the report draws. In: `Summary`s, `Group`s and steps, ascending. Out: charts as Vega-Lite specifications.
 
 Colours are CSS variables of the page, so that one drawing serves light, dark and print. Each point carries a sentence,
 which the page says when the point is reached by pointer or keyboard.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from statistics import median
 from typing import Any, NamedTuple
 
 from ftgen import catalogue
 from ftgen.compare import recomputed
-from ftgen.log_lines import Log, Step
 from ftgen.repeats import Group
+from ftgen.step_line import Step
 from ftgen.summarize import Summary
 from ftgen.table import accelerators, experiment_title
 from ftgen.units import clean, number, percent, significant, whole
@@ -36,9 +36,9 @@ class Chart(NamedTuple):
     spec: dict[str, Any]
 
 
-def step_times(run: Summary, log: Log) -> Chart | None:
+def step_times(run: Summary, steps: Mapping[int, Step]) -> Chart | None:
     """The time of every step, with the window shaded and its mean as a line."""
-    series = _series(log, lambda step: step.time_s)
+    series = _series(steps, lambda step: step.time_s)
     if not series:
         return None
     most = OFF_SCALE * median(time_s for _, time_s in series)
@@ -59,9 +59,9 @@ def step_times(run: Summary, log: Log) -> Chart | None:
     )
 
 
-def losses(log: Log) -> Chart | None:
+def losses(steps: Mapping[int, Step]) -> Chart | None:
     """The loss of every step."""
-    series = _series(log, lambda step: step.loss)
+    series = _series(steps, lambda step: step.loss)
     if len(series) < 2:
         return None
     values = [{"step": step, "value": loss, "label": f"step {step}: loss {loss:.4g}"} for step, loss in thinned(series)]
@@ -69,9 +69,9 @@ def losses(log: Log) -> Chart | None:
     return Chart("Loss", sentence, _layered(_curve(values, "loss", zero=False)))
 
 
-def losses_together(runs: Sequence[tuple[Summary, Log]]) -> Iterable[Chart]:
+def losses_together(runs: Sequence[tuple[Summary, Mapping[int, Step]]]) -> Iterable[Chart]:
     """The losses of the runs of a kind in one chart, or in several where there are many runs."""
-    known = [(f"{run.experiment} {run.run_id}".strip(), _series(log, lambda step: step.loss)) for run, log in runs]
+    known = [(f"{run.experiment} {run.run_id}".strip(), _series(steps, lambda step: step.loss)) for run, steps in runs]
     known = [(name, series) for name, series in known if len(series) > 1]
     for start in range(0, len(known) if len(known) > 1 else 0, MOST_RUNS):
         part = known[start : start + MOST_RUNS]
@@ -187,9 +187,9 @@ def _scaled_from(group: Group) -> tuple[str, str, int, float]:
     )
 
 
-def _series(log: Log, of: Callable[[Step], float | None]) -> list[tuple[int, float]]:
+def _series(steps: Mapping[int, Step], of: Callable[[Step], float | None]) -> list[tuple[int, float]]:
     """What is known and finite, by step."""
-    known = ((step, of(log.steps[step])) for step in sorted(log.steps))
+    known = ((number, of(step)) for number, step in steps.items())
     return [(step, value) for step, value in known if value is not None and math.isfinite(value)]
 
 

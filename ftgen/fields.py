@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from ftgen.compare import FORMAT, Baseline
 from ftgen.errors import LogError, Problem, closest
+from ftgen.outcome import STATUSES
 from ftgen.repeats import Group, group
-from ftgen.summarize import STATUSES, Summary
+from ftgen.summarize import Summary
 from ftgen.units import UNKNOWN, number, percent, ratio, significant, whole
 
 Row = Mapping[str, Any]

@@ -56,8 +56,8 @@ PLAN_KEYS: dict[str, tuple[tuple[str, ...], type, bool]] = {
 RULES = {str: "must be a text", int: "must be a whole number from 1", float: "must be a number above 0"}
 
 
-def from_plan(text: str | bytes, file: str) -> Identity:
-    """The identity in a plan's JSON; LogError with everything that is wrong in it."""
+def from_plan(text: str | bytes, file: str) -> tuple[Identity, dict[str, Any]]:
+    """The identity in a plan's JSON, and all of it; LogError with everything that is wrong in it."""
     try:
         plan = json.loads(text)
     except json.JSONDecodeError as error:
@@ -74,7 +74,7 @@ def from_plan(text: str | bytes, file: str) -> Identity:
     ]
     if problems:
         raise LogError(*problems)
-    return Identity(**values)
+    return Identity(**values), plan
 
 
 def from_name(experiment: str) -> Identity:

@@ -1,64 +1,32 @@
-"""The lines of a log. In: its bytes, a block of whole lines at a time. Out: a `Log`, filled block by block.
+"""The lines of a log. In: its text, a block of whole lines at a time. Out: what is in them, in order; and a `Log` of all.
 
-Two kinds of lines matter: NeMo's step lines, found by a word that is in all of them, and, between those, the few that
-tell how the run ended. Nothing is decoded but what is kept.
+`scan` knows nothing of what came before, so that blocks can be looked through by several processes; `Log.take` puts what
+was found together.
 """
 
-import math
+import json
 import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, NamedTuple
+from itertools import groupby
+from typing import Any
 
-from ftgen.identity import MOST, Identity
+from ftgen.chunk import FEW, Chunk, bare, chunk_of, shape_of
+from ftgen.endings import ENDING, Ending, endings
+from ftgen.identity import Identity
+from ftgen.log_file import Block
+from ftgen.step_line import BRIDGE, MEGATRON, NEMO, Step, StepLine, StepTime, parse, parse_step_time
+from ftgen.steps import Steps
 
-HEAD = b"ftgen plan: "  # ours: the plan, one line of JSON
-STEP_TIME = b"train_step_timing in s"
-LOSS = b"reduced_train_loss"
-FINITE = (LOSS, b"grad_norm")  # what training must keep finite
-PEAK_MEMORY = (b"peak_memory_usage", b"max_memory_reserved", b"max_memory_allocated")  # bytes; the first of them counts
+__all__ = ["Log", "Step", "scan"]
 
-# Lines that say how a run ended, each beginning with a literal of its own: that is what makes the search quick.
-ENDINGS = {
-    "plan": rb"ftgen plan: \{",
-    "error": rb"ftgen: error: ",
-    "exit": rb"ftgen: exit status (\d{1,9})",
-    "job exit": rb"job exited with code (\d{1,9})",
-    "task exit": rb"Exited with exit code [1-9]",
-    "stopped": rb"`Trainer\.fit` stopped: `max_steps=(\d{1,9})` reached",
-    "done": rb"\[after training is done\]",
-    "not finite": rb"found NaN in|found Inf in",
-    "out of memory": rb"OutOfMemoryError|CUDA out of memory",
-    "host memory": rb"oom_kill event|Detected \d+ oom",
-    "collective": rb"Watchdog caught collective operation timeout",
-    "cancelled": rb"\*\*\* (?:STEP|JOB) [^\r\n]{1,200}? DUE TO ",  # a limit, a node, somebody with more rights
-    "killed": rb"\*\*\* (?:STEP|JOB) [^\r\n]{1,200}? CANCELLED",  # by hand, or because another task had failed
-    "traceback": rb"Traceback \(most recent call last\)",
-}
-ENDING = re.compile(b"|".join(ENDINGS.values()))
-KINDS = {kind: re.compile(pattern) for kind, pattern in ENDINGS.items()}
-# The line that ends a traceback, behind srun's and torch's labels.
-EXCEPTION = re.compile(
-    rb"(?m)^(?: *\d+: )?(?:\[rank\d+\]: ?)?"
-    rb"((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit|Expired)(?::[^\r\n]*)?)\r?$"
-)
+Item = Chunk | StepLine | StepTime | Ending | str  # a text is a line that is damaged
 
-LINE_END = re.compile(rb"[\r\n]")
-ITERATION = re.compile(rb"\biteration (\d{1,9})/(\d{1,9})$")
-NUMBER = re.compile(rb"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|NaN|inf|Inf)")
-
-MOST_PLAN = 1 << 20  # bytes
-LONGEST_NOTE = 200  # bytes kept of a line, on each side of what is told by it
-
-
-class Step(NamedTuple):
-    """What the step lines of one step said; None is not said, or no number."""
-
-    time_s: float | None  # of the slowest rank that said so
-    loss: float | None
-    grad_norm: float | None = None
-    peak_memory: float | None = None  # bytes
-    tflops_per_gpu: float | None = None  # TFLOP/s, as the framework counts them
+STEP_WORDS = (NEMO, MEGATRON, BRIDGE)
+ANY_STEP_WORD = re.compile(b"|".join(map(re.escape, STEP_WORDS)))
+HEAD = b"ftgen plan: {"  # ours: the plan, one line of JSON
+LONGEST_LINE = 1 << 16  # bytes that are looked at of a step line
 
 
 @dataclass
@@ -68,13 +36,10 @@ class Log:
     identity: Identity
     problems: list[str] = field(default_factory=list)  # why less is known than should be
     unread: str | None = None  # why the file is not known to its end
-    steps: dict[int, Step] = field(default_factory=dict)  # by number, from 0
-    planned: int | None = None  # steps, as the step lines have it
-    not_finite: str | None = None  # the first NaN or Inf that training came upon
-    global_batch_size: int | None = None  # of the step lines
-    other_global_batch_size: int | None = None  # another one
-    peak_memory: float | None = None  # bytes
-    endings: dict[str, str] = field(default_factory=dict)  # the first line of each kind in ENDINGS
+    steps: Steps = field(default_factory=Steps)
+    invalid: str | None = None  # the first thing that makes what was trained worthless
+    damaged: int = 0  # step lines that could not be read
+    endings: dict[str, Ending] = field(default_factory=dict)  # the first line of each kind
     stopped_at: int | None = None  # the max_steps that training says it reached
     exit_status: int | None = None
     head: bytes = b""  # the plan's JSON
@@ -83,129 +48,171 @@ class Log:
     attempts: int = 1  # in this one file
     started: datetime | None = None  # the first and the last time that a line tells
     ended: datetime | None = None
-    consumed: tuple[int, float] | None = None  # the last line's step, and samples until then
+    step_times: list[StepTime] = field(default_factory=list)  # Megatron-Bridge's, which do not say of which step
 
-    def start_again(self) -> None:
-        """Forget what came before: another attempt begins in the same file."""
-        self.__dict__.update(Log(self.identity, self.problems, attempts=self.attempts + bool(self.steps)).__dict__)
+    def take(self, item: Item, again: Callable[[], list[Chunk]]) -> None:
+        """The next thing that was found; `again` is how to find the chunks of its block once more."""
+        if isinstance(item, Chunk):
+            self.steps.add_chunk(item, again)
+        elif isinstance(item, StepLine):
+            self._take_line(item)
+        elif isinstance(item, StepTime):
+            self.step_times.append(item)
+        elif isinstance(item, Ending):
+            self._take_ending(item)
+        else:
+            self.damaged += 1
 
+    def other_lines(self, numbers: Iterable[int]) -> dict[int, StepTime]:
+        """Megatron-Bridge's other lines of some steps: the n-th is the n-th step's, if there is one for each step."""
+        if not self.step_times or len(self.step_times) != len(self.steps):
+            return {}
+        first = next(iter(self.steps))
+        return {number: self.step_times[number - first] for number in numbers if number - first < len(self.step_times)}
 
-def read_block(block: bytes, log: Log) -> None:
-    """Step lines to `log.steps`; what lies between them is searched for endings."""
-    position = 0
-    while (at := block.find(STEP_TIME, position)) >= 0:
-        start = max(block.rfind(b"\n", position, at), block.rfind(b"\r", position, at)) + 1 or position
-        line_end = LINE_END.search(block, at)
-        end = line_end.end() if line_end else len(block)
-        if position < start:
-            _read_endings(block[position:start], log)
-        _read_step(block[start:end], log)
-        position = end
-    _read_endings(block[position:], log)
+    def _take_line(self, line: StepLine) -> None:
+        number = line.number
+        if number is None:
+            number = self._next(line)
+        if line.invalid and not self.invalid:
+            self.invalid = f"{line.invalid} at step {number}"
+        self.steps.add(line, number)
 
+    def _next(self, line: StepLine) -> int:
+        """A step's number where none is said: one more than the last if samples were consumed since."""
+        last = self.steps.last
+        if last < 0:
+            return 0
+        return last + (line.step.consumed_samples != self.steps[last].consumed_samples)
 
-def _read_step(line: bytes, log: Log) -> None:
-    """One step line into the log: a step that several lines tell of is as slow as the slowest of them says."""
-    glued = None if NUMBER.fullmatch(line.rpartition(b": ")[2].strip()) else ENDING.search(line)
-    if glued:
-        _read_endings(line[glued.start() :], log)  # printed into the step line
-    fields = _fields(line)
-    printed = _number(fields.get(STEP_TIME))
-    if printed is None:
-        return
-    step = _step_number(fields, log)
-    loss = _number(fields.get(LOSS))
-    before = log.steps.get(step)
-    time_s = printed if 1e-6 < printed < 1e6 else None  # no step is so short, or so long, or NaN
-    if before:
-        log.steps[step] = Step(max(time_s or 0.0, before.time_s or 0.0) or None, before.loss if loss is None else loss)
-    else:
-        log.steps[step] = Step(time_s, loss)
-    for key in FINITE:
-        if key in fields and not math.isfinite(value := _number(fields[key]) or 0.0) and not log.not_finite:
-            log.not_finite = f"{key.decode()} is {value} at step {step}"
-    _read_batch_size(fields, log)
-    memory = next(filter(None, (_number(fields.get(key)) for key in PEAK_MEMORY)), 0.0)
-    if 0 < memory < MOST:  # 0 is what a machine without a GPU prints
-        log.peak_memory = max(memory, log.peak_memory or 0.0)
-
-
-def _fields(line: bytes) -> dict[bytes, bytes]:
-    """`key: value | key: value` as a dictionary; empty where two lines have run into each other."""
-    parts = line.split(b"|")
-    if not line.endswith((b"\n", b"\r")):
-        parts.pop()  # cut off: 2.6 may have been 2.693
-    if not parts:
-        return {}
-    fields = dict(part.strip().partition(b": ")[::2] for part in parts[1:])
-    first = parts[0].rstrip()  # with whatever stands before it
-    if iteration := ITERATION.search(first):
-        fields[b"iteration"] = iteration.group(1)
-        fields[b"last iteration"] = iteration.group(2)
-    else:
-        label, _, value = first.rpartition(b": ")
-        fields[label.rpartition(b": ")[2]] = value
-    return fields if len(fields) == len(parts) + bool(iteration) else {}
-
-
-def _step_number(fields: dict[bytes, bytes], log: Log) -> int:
-    """The step's number, from 0: as printed; where it is not, one more than the last if samples were consumed since."""
-    iteration = fields.get(b"iteration")
-    if iteration:
-        log.planned = max(log.planned or 0, int(fields[b"last iteration"]) + 1)
-    printed = _number(fields.get(b"global_step"))
-    consumed = _number(fields.get(b"consumed_samples")) or 0.0
-    if printed is not None and 0 <= printed < 1e9 and printed.is_integer():
-        step = int(printed)
-    elif iteration:
-        step = int(iteration)
-    elif log.consumed:
-        step = log.consumed[0] + (consumed != log.consumed[1])
-    else:
-        step = 0
-    log.consumed = (step, consumed)
-    return step
-
-
-def _read_batch_size(fields: dict[bytes, bytes], log: Log) -> None:
-    size = _number(fields.get(b"global_batch_size"))
-    if size is None or not 1 <= size < 1e9:
-        return
-    if log.global_batch_size is None:
-        log.global_batch_size = int(size)
-    elif log.global_batch_size != size:
-        log.other_global_batch_size = int(size)
-
-
-def _number(text: bytes | None) -> float | None:
-    return float(text) if text and NUMBER.fullmatch(text) else None
-
-
-def _read_endings(text: bytes, log: Log) -> None:
-    """Lines that say how the run ended, and our head line, out of the text between step lines."""
-    for match in ENDING.finditer(text):
-        kind = next(kind for kind, pattern in KINDS.items() if pattern.match(text, match.start()))
-        number = next((int(digits) for digits in match.groups() if digits), None)
+    def _take_ending(self, ending: Ending) -> None:
+        kind = ending.kind
         if kind == "plan":
-            log.start_again()
-            log.head = _line(text, match.end() - 1, MOST_PLAN)
+            attempts = self.attempts + bool(self.steps)
+            self.__dict__.update(Log(self.identity, self.problems, attempts=attempts, started=self.started).__dict__)
+            self.head = ending.json
         elif kind == "stopped":
-            log.stopped_at = number
-        elif kind == "exit" or (kind == "job exit" and "exit" not in log.endings):
-            log.exit_status = number  # the last one is the job's, ours before others'
-        if kind not in log.endings:
-            log.endings[kind] = _note(_line(text, match.start(), LONGEST_NOTE, before=LONGEST_NOTE))
-    if "traceback" in log.endings and "exception" not in log.endings:
-        start = max(text.find(b"Traceback (most recent call last)"), 0)
-        if exception := EXCEPTION.search(text, start):
-            log.endings["exception"] = _note(exception.group(1))
+            self.stopped_at = ending.number
+        elif kind == "exit" or (kind == "job exit" and "exit" not in self.endings):
+            self.exit_status = ending.number  # the last one is the job's, ours before others'
+        elif kind == "environment":
+            self.environment = _json(ending.json)
+        self.endings.setdefault(kind, ending)
 
 
-def _line(text: bytes, at: int, most: int, *, before: int = 0) -> bytes:
-    """The line around `at`, at most `before` bytes before it and `most` after: lines need not end."""
-    head = LINE_END.split(text[max(0, at - before) : at])[-1]
-    return head + LINE_END.split(text[at : at + most], maxsplit=1)[0]
+def _json(text: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
-def _note(line: bytes) -> str:
-    return line[: 2 * LONGEST_NOTE].decode("utf-8", "replace").strip()
+def scan(block: Block) -> list[Item]:
+    """What is in a block, in the lines' order as far as it matters; endings know their place in the file."""
+    found = scan_text(block.text)
+    searched: dict[bytes, int] = {}
+    for place, item in enumerate(found):
+        if isinstance(item, Ending):
+            at = max(block.raw.find(item.line, searched.get(item.line, 0)), 0)
+            searched[item.line] = at + 1
+            found[place] = item._replace(at=block.offset + at)
+    return found
+
+
+def scan_text(text: bytes) -> list[Item]:
+    """What is in some lines."""
+    end = text.rfind(b"\n") + 1
+    found = list(_scan_lines(text[:end] if end < len(text) else text)) if end else []
+    if end < len(text):
+        found += _scan_lines(text[end:])  # a line that was not finished
+    return found
+
+
+def _scan_lines(text: bytes) -> Iterator[Item]:
+    word = next((word for word in STEP_WORDS if word in text), None)
+    if word is None:
+        yield from endings(text)
+        return
+    start = text.rfind(b"\n", 0, text.find(word)) + 1
+    stop = text.find(b"\n", text.rfind(word)) + 1 or len(text)
+    if text.find(HEAD, start, stop) >= 0:
+        at = text.rfind(b"\n", 0, text.find(HEAD, start)) + 1
+        if start < at < stop:  # another attempt, between its steps and those before it
+            yield from _scan_lines(text[:at])
+            yield from _scan_lines(text[at:])
+            return
+    yield from endings(text[:start])
+    chunk = _whole_chunk(text[start:stop])
+    if chunk:
+        yield chunk
+    else:
+        yield from _scan_mixed(text[start:stop], word)
+    yield from endings(text[stop:])
+
+
+def _whole_chunk(text: bytes) -> Chunk | None:
+    """The text as one chunk, if there are step lines of one shape in it and nothing else."""
+    shape = shape_of(text[: text.find(b"\n") + 1])
+    if shape is None:
+        return None
+    bared = bare(text)
+    count, rest = divmod(len(bared), len(shape.bare))
+    if rest or bared != shape.bare * count:
+        return None
+    return chunk_of(text, count, shape)
+
+
+def _scan_mixed(text: bytes, word: bytes) -> Iterator[Item]:
+    """Step lines, neighbours of one shape together, and what tells of an ending between them."""
+    lines, others = _separate(text, word)
+    if HEAD in text:
+        for line in text.splitlines(keepends=True):
+            yield from _scan_one(line) if ANY_STEP_WORD.search(line) else endings(line)
+        return
+    for _, group in groupby(lines, bare):
+        alike = list(group)
+        shape = shape_of(alike[0]) if len(alike) >= FEW else None
+        chunk = chunk_of(b"".join(alike), len(alike), shape) if shape else None
+        if chunk:
+            yield chunk
+        else:
+            for line in alike:
+                yield from _scan_one(line)
+    yield from endings(others)
+
+
+def _separate(text: bytes, word: bytes) -> tuple[list[bytes], bytes]:
+    """The step lines, and the text between them."""
+    mixed = any(other in text for other in STEP_WORDS if other != word)
+    places = [match.start() for match in ANY_STEP_WORD.finditer(text)] if mixed else _places(text, word)
+    lines, others, position = [], [], 0
+    for at in places:
+        if at < position:
+            continue
+        start = text.rfind(b"\n", position, at) + 1 or position
+        end = text.find(b"\n", at) + 1 or len(text)
+        lines.append(text[start:end])
+        others.append(text[position:start])
+        position = end
+    others.append(text[position:])
+    return lines, b"".join(others)
+
+
+def _places(text: bytes, word: bytes) -> Iterable[int]:
+    at = text.find(word)
+    while at >= 0:
+        yield at
+        at = text.find(word, at + len(word))
+
+
+def _scan_one(line: bytes) -> Iterator[Item]:
+    """One line with a step word in it; what another process printed into it counts as well."""
+    line = line[:LONGEST_LINE]
+    read = parse(line) if NEMO in line or MEGATRON in line else parse_step_time(line)
+    if read is None:
+        printed_into = ENDING.search(line)
+        yield from endings(line[printed_into.start() :] if printed_into else b"")
+        yield line[:200].decode("utf-8", "replace").strip()
+    else:
+        yield read

@@ -114,12 +114,14 @@ class OptimizerPlan:
 
 @dataclass(frozen=True)
 class PythonPlan:
-    """Where the job's Python comes from: path, venv or container."""
+    """Where the job's Python comes from: none (the shell's), venv, container or apptainer."""
 
     kind: str
     path: str | None
     image: str | None
-    mounts: list[str]
+    mounts: list[str]  # shared_paths among them
+    writable: bool
+    mount_home: bool
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,10 @@ class SlurmPlan:
     mpi: str
     exclusive: bool
     mem: str | None
+    requeue: bool | None
+    end_before_limit_s: int
+    convert: str  # job, task: where a missing checkpoint is made
+    convert_flags: list[str]
     sbatch_flags: list[str]
     srun_flags: list[str]
     walltime_s: int
@@ -232,7 +238,7 @@ def resolve(
         environment=RECIPE_ENVIRONMENT | site.environment | spec.environment,
         stage_path=site.stage_path,
         modules=site.modules,
-        python=PythonPlan(**dict(site.python)),
+        python=_python(site),
         slurm=_slurm(spec, site),
     )
 
@@ -264,10 +270,16 @@ def _data(spec: Spec, gpu: Gpu) -> DataPlan:
     return DataPlan(spec.data.kind, spec.data.path, spec.data.examples, packed)
 
 
+def _python(site: Site) -> PythonPlan:
+    shared = [f"{path}:{path}" for path in site.shared_paths if site.python.image]
+    return PythonPlan(**dict(site.python) | {"mounts": shared + site.python.mounts})
+
+
 def _slurm(spec: Spec, site: Site) -> SlurmPlan:
     given = {key: getattr(site, key) for key in SlurmPlan.__dataclass_fields__ if hasattr(site, key)}
+    walltime_s = parse_walltime(spec.walltime)
     return SlurmPlan(
-        **given,
-        walltime_s=parse_walltime(spec.walltime),
+        **given | {"end_before_limit_s": min(site.end_before_limit_s, walltime_s // 4)},
+        walltime_s=walltime_s,
         convert_walltime_s=parse_walltime(spec.convert_walltime),
     )

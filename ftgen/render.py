@@ -14,6 +14,42 @@ from ftgen.units import format_walltime
 
 _HERE = Path(__file__).parent
 END_OF_FILE = "END_OF_FTGEN_FILE"
+GRACE_S = 20  # from a job's SIGTERM to its tasks to its SIGKILL; Slurm's own KillWait is 30 by default
+
+# sbatch's variables by the option that they override, and those that add to what the header asks for (man sbatch 22.05).
+SBATCH_OVERRIDES = {
+    "account": "SBATCH_ACCOUNT",
+    "constraint": "SBATCH_CONSTRAINT",
+    "exclusive": "SBATCH_EXCLUSIVE",
+    "gpus-per-node": "SBATCH_GPUS_PER_NODE",
+    "gres": "SBATCH_GRES",
+    "job-name": "SBATCH_JOB_NAME",
+    "mem": "SBATCH_MEM_PER_NODE",
+    "no-requeue": "SBATCH_NO_REQUEUE",
+    "open-mode": "SBATCH_OPEN_MODE",
+    "output": "SBATCH_OUTPUT",
+    "partition": "SBATCH_PARTITION",
+    "qos": "SBATCH_QOS",
+    "requeue": "SBATCH_REQUEUE",
+    "reservation": "SBATCH_RESERVATION",
+    "signal": "SBATCH_SIGNAL",
+    "time": "SBATCH_TIMELIMIT",
+}
+SBATCH_ADDS = (
+    "SBATCH_ARRAY_INX",
+    "SBATCH_CLUSTERS",
+    "SBATCH_CORE_SPEC",
+    "SBATCH_GPUS",
+    "SBATCH_GPUS_PER_NODE",
+    "SBATCH_GPUS_PER_TASK",
+    "SBATCH_GRES",
+    "SBATCH_MEM_PER_CPU",
+    "SBATCH_MEM_PER_GPU",
+    "SBATCH_NO_REQUEUE",
+    "SBATCH_OVERCOMMIT",
+    "SBATCH_REQUEUE",
+    "SBATCH_THREADS_PER_CORE",
+)
 
 
 def source_folder(name: str) -> Path:
@@ -41,6 +77,9 @@ def render(plan: Plan) -> dict[str, str]:
             point=assignments(plan.point),
             overrides=shlex.join(word for text in assignments(plan.overrides) for word in ("--set", text)),
             sbatch_lines=sbatch_lines(plan),
+            sbatch_variables=_sbatch_variables(plan),
+            convert_options=_convert_options(plan),
+            grace_s=GRACE_S,
             stage_path=_stage_path(plan),
             interpreter=_interpreter(plan),
             srun_flags=plan.slurm.srun_flags,
@@ -69,12 +108,19 @@ def summary(plan: Plan) -> str:
     return f"{scheme} {plan.precision.upper()} fine-tuning of {plan.model.name} on {where}"
 
 
+def job_name(plan: Plan) -> str:
+    """One name for all jobs of a model: Slurm's `singleton` lets a user run one at a time; the comment tells them apart."""
+    return f"ftgen_{plan.model.name}"
+
+
 def sbatch_lines(plan: Plan) -> list[str]:
     """What stands after #SBATCH, in sbatch's long form."""
     slurm = plan.slurm
-    gpus = f"{slurm.gpu_type}:{plan.gpus_per_node}" if slurm.gpu_type else plan.gpus_per_node
+    requeue = {True: ["--requeue"], False: ["--no-requeue"], None: []}[slurm.requeue]
     options = {
-        "job-name": plan.experiment,
+        "job-name": job_name(plan),
+        "dependency": "singleton",
+        "comment": None if any(flag.startswith("--comment") for flag in slurm.sbatch_flags) else plan.experiment,
         "account": slurm.account,
         "partition": slurm.partition,
         "qos": slurm.qos,
@@ -82,14 +128,41 @@ def sbatch_lines(plan: Plan) -> list[str]:
         "constraint": slurm.constraint,
         "nodes": plan.nodes,
         "ntasks-per-node": plan.gpus_per_node,
-        "gres": f"gpu:{gpus}" if slurm.gpu_request == "gres" else None,
-        "gpus-per-node": gpus if slurm.gpu_request == "gpus-per-node" else None,
+        **_gpu_request(plan, plan.gpus_per_node),
         "time": format_walltime(slurm.walltime_s),
+        "signal": f"B:USR1@{slurm.end_before_limit_s}",
         "mem": slurm.mem,
-        "output": "sbatch_%x_%j.out",
+        "output": f"sbatch_{plan.experiment}_%j.out",
+        "open-mode": "append",
     }
     lines = [f"--{option}={value}" for option, value in options.items() if value is not None]
-    return [*lines, *(["--exclusive"] if slurm.exclusive else []), *slurm.sbatch_flags]
+    return [*lines, *(["--exclusive"] if slurm.exclusive else []), *requeue, *slurm.sbatch_flags]
+
+
+def _gpu_request(plan: Plan, count: int) -> dict[str, str]:
+    slurm = plan.slurm
+    gpus = f"{slurm.gpu_type}:{count}" if slurm.gpu_type else str(count)
+    return {"none": {}, "gres": {"gres": f"gpu:{gpus}"}, "gpus-per-node": {"gpus-per-node": gpus}}[slurm.gpu_request]
+
+
+def _convert_options(plan: Plan) -> list[str]:
+    """sbatch's options of the job that makes the checkpoint, over the same header: one task, and one GPU at most."""
+    options = {
+        "job-name": f"{job_name(plan)}_convert",
+        "dependency": "singleton",
+        "nodes": 1,
+        "ntasks": 1,
+        **_gpu_request(plan, 1),
+        "time": format_walltime(plan.slurm.convert_walltime_s),
+    }
+    return [*(f"--{option}={value}" for option, value in options.items()), *plan.slurm.convert_flags]
+
+
+def _sbatch_variables(plan: Plan) -> list[tuple[str, str]]:
+    """Variables of the submitting shell that change what the header asks for, with the header's value."""
+    header = {option: value for option, _, value in (line[2:].partition("=") for line in sbatch_lines(plan))}
+    overridden = [(variable, header[option]) for option, variable in SBATCH_OVERRIDES.items() if option in header]
+    return sorted((dict.fromkeys(SBATCH_ADDS, "") | dict(overridden)).items())
 
 
 def expand_path(path: str) -> str:
@@ -137,7 +210,7 @@ def _python() -> Environment:
 
 def _bash() -> Environment:
     """Every {{ value }} is one shell word, unless a filter has made it safe for another place."""
-    environment = _environment(finalize=_quote)
+    environment = _environment(finalize=_quote, comment_start_string="<#", comment_end_string="#>")  # ${#array[@]}
     environment.filters |= {
         "comment": lambda text: Verbatim(" ".join(str(text).split())),
         "directive": _directive,

@@ -21,9 +21,11 @@ from ftgen.drawing import svg
 from ftgen.fields import RUN, View, row
 from ftgen.log_lines import Log
 from ftgen.logs import find_runs, read_log
+from ftgen.outcome import STATUSES
 from ftgen.pages import page, source
 from ftgen.repeats import group, kind, order
-from ftgen.summarize import STATUSES, Summary, judge
+from ftgen.step_line import Step
+from ftgen.summarize import Summary, judge
 from ftgen.table import experiment_title, tabulate
 from ftgen.units import number, significant
 from ftgen.window import Window
@@ -31,6 +33,18 @@ from ftgen.window import Window
 SCRIPT = "report.js"
 MOST_STEPS = 1000  # rows of a run's table of steps
 TOLD = {"experiment", "run_id", "status", "reason", "doubts", "notes", "log"}  # keys that stand elsewhere on the page
+
+
+class Reading(NamedTuple):
+    """A run and what its log says."""
+
+    run: Summary
+    log: Log
+
+    @property
+    def steps(self) -> Mapping[int, Step]:
+        """All of them, in ascending order."""
+        return self.log.steps.between(0, self.log.steps.last + 1)
 
 
 class Figure(NamedTuple):
@@ -60,16 +74,16 @@ class Section(NamedTuple):
         return "; ".join(filter(None, (self.run.reason, *self.run.doubts)))
 
 
-def read(paths: Iterable[str | Path], window: Window | None = None) -> list[tuple[Summary, Log]]:
+def read(paths: Iterable[str | Path], window: Window | None = None) -> list[Reading]:
     """Every run below the paths, with what its log says."""
     found = [(run, read_log(run)) for run in find_runs(paths)]
-    return [(judge(run, log, window=window), log) for run, log in found]
+    return [Reading(judge(run, log, window=window), log) for run, log in found]
 
 
-def report(runs: Sequence[tuple[Summary, Log]], view: View, *, title: str) -> str:
+def report(readings: Sequence[Reading], view: View, *, title: str) -> str:
     """The page."""
-    runs = sorted(runs, key=lambda pair: order(pair[0]))
-    view = view._replace(runs=[run for run, _ in runs])
+    readings = sorted(readings, key=lambda reading: order(reading.run))
+    view = view._replace(runs=[reading.run for reading in readings])
     script = source(SCRIPT)
     return page(
         "report.html.j2",
@@ -77,8 +91,8 @@ def report(runs: Sequence[tuple[Summary, Log]], view: View, *, title: str) -> st
         version=__version__,
         counts=_counts(view.runs),
         tables=tabulate(view),
-        overview=[(name, figures) for name, figures in _overview(runs) if figures],
-        sections=[_section(position, run, log, view) for position, (run, log) in enumerate(runs, 1)],
+        overview=[(name, figures) for name, figures in _overview(readings) if figures],
+        sections=[_section(position, reading, view) for position, reading in enumerate(readings, 1)],
         script=Markup(script),  # noqa: S704, our own file
         script_hash=base64.b64encode(sha256(script.encode()).digest()).decode(),
     )
@@ -89,13 +103,13 @@ def _counts(runs: Sequence[Summary]) -> list[tuple[str, int]]:
     return [(status, counted[status]) for status in STATUSES if counted[status]]
 
 
-def _overview(runs: Sequence[tuple[Summary, Log]]) -> Iterator[tuple[str, list[Figure]]]:
+def _overview(readings: Sequence[Reading]) -> Iterator[tuple[str, list[Figure]]]:
     """Charts of all runs: what stands above those of single runs."""
-    kinds = [list(same) for _, same in groupby(group([run for run, _ in runs]), kind)]
+    kinds = [list(same) for _, same in groupby(group([reading.run for reading in readings]), kind)]
     yield "Throughput", _drawn(charts.throughput(groups) for groups in kinds)
     yield "Scaling", _drawn([charts.scaling([each for groups in kinds for each in groups])])
     yield "Memory", _drawn(charts.memory(groups) for groups in kinds)
-    same_kind = (list(same) for _, same in groupby(runs, lambda pair: kind(pair[0])))
+    same_kind = ([(r.run, r.steps) for r in same] for _, same in groupby(readings, lambda reading: kind(reading.run)))
     yield "Losses", _drawn(chart for some in same_kind for chart in charts.losses_together(some))
 
 
@@ -104,7 +118,9 @@ def _drawn(found: Any) -> list[Figure]:
     return [Figure(chart.title, chart.sentence, svg(chart)) for chart in known]
 
 
-def _section(position: int, run: Summary, log: Log, view: View) -> Section:
+def _section(position: int, reading: Reading, view: View) -> Section:
+    run, log = reading
+    steps = reading.steps
     values = row(run, view.baseline)
     return Section(
         anchor=f"run-{position}",
@@ -112,12 +128,12 @@ def _section(position: int, run: Summary, log: Log, view: View) -> Section:
             filter(None, (experiment_title(run), f"on {run.gpus} {(run.gpu or '').upper()}", f"run {run.run_id}"))
         ),
         run=run,
-        figures=_drawn([charts.step_times(run, log), charts.losses(log)]),
+        figures=_drawn([charts.step_times(run, steps), charts.losses(steps)]),
         facts=[(f.title, f.how(values[f.key])) for f in RUN if f.key not in TOLD and values[f.key] is not None],
-        told_by=list(log.endings.items()),
+        told_by=[(kind, ending.note) for kind, ending in log.endings.items() if not ending.json],
         plan=flattened(log.plan or {}),
         environment=flattened(log.environment or {}),
-        steps=_steps(log),
+        steps=_steps(steps),
     )
 
 
@@ -132,9 +148,9 @@ def flattened(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
     return rows
 
 
-def _steps(log: Log) -> list[tuple[str, ...]]:
+def _steps(steps: Mapping[int, Step]) -> list[tuple[str, ...]]:
     """Every step, for those who would rather read numbers; of very long runs none."""
-    if len(log.steps) > MOST_STEPS:
+    if len(steps) > MOST_STEPS:
         return []
     return [
         (
@@ -144,5 +160,5 @@ def _steps(log: Log) -> list[tuple[str, ...]]:
             significant(step.grad_norm, 4),
             number(step.peak_memory / 2**30 if step.peak_memory else None, 2),
         )
-        for number_, step in sorted(log.steps.items())
+        for number_, step in steps.items()
     ]

@@ -6,10 +6,24 @@ from ftgen.catalogue import Gpu, Model, gpus, models
 from ftgen.errors import KeyPath, Problem, closest
 from ftgen.site import Site
 from ftgen.spec import Spec
+from ftgen.units import parse_walltime
 
 # What the generated script sets in every task, and therefore no spec or site may.
 SET_BY_THE_SCRIPT = {"STAGE_PATH", "NEMO_HOME", "HF_HOME", "HF_TOKEN_PATH", "NEMORUN_HOME", "FTGEN_RUN_DIR", "PATH"}
 SET_BY_THE_SCRIPT |= {"RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+# Options of sbatch that are not for sbatch_flags, and who says them.
+SAID_ELSEWHERE = {
+    **{f"--{key}": f"site.{key}" for key in ("partition", "account", "qos", "reservation", "constraint", "mem")},
+    **dict.fromkeys(("--exclusive", "--requeue"), "the site's key of that name"),
+    **dict.fromkeys(("--gres", "--gpus-per-node"), "site.gpu_request"),
+    **dict.fromkeys(("--nodes", "--ntasks", "--ntasks-per-node", "--gpus"), "gpus, in the spec"),
+    **dict.fromkeys(("--job-name", "--dependency", "--output", "--error", "--open-mode", "--array"), "the generated script"),
+    "--no-requeue": "site.requeue",
+    "--signal": "site.end_before_limit_s",
+    "--time": "walltime, in the spec",
+}
+SET_BY_SRUN = {"--nodes", "--ntasks", "--ntasks-per-node", "--kill-on-bad-exit", "--mpi", "--export", "--output", "--error"}
+SET_BY_SRUN |= {"--container-image", "--container-mounts", "--label"}
 TP: KeyPath = ("parallelism", "tensor_model_parallel_size")
 PP: KeyPath = ("parallelism", "pipeline_model_parallel_size")
 CP: KeyPath = ("parallelism", "context_parallel_size")
@@ -117,18 +131,61 @@ def _rest(spec: Spec, site: Site) -> Iterator[Problem]:
         for name in sorted(SET_BY_THE_SCRIPT & environment.keys()):
             yield Problem((*prefix, "environment", name), "is set by the generated script")
     yield from _python(site)
+    yield from _slurm(spec, site)
 
 
 def _python(site: Site) -> Iterator[Problem]:
     python = site.python
-    if (python.kind == "container") != bool(python.image):
-        yield Problem(("site", "python", "image"), f'goes with python.kind = "container": it is "{python.kind}"')
+    in_image = python.kind in ("container", "apptainer")
+    goes_with = f'goes with python.kind = "container" or "apptainer": it is "{python.kind}"'
+    if in_image and not python.image:
+        yield Problem(("site", "python", "image"), f'is needed by python.kind = "{python.kind}"')
     if python.kind == "venv" and not python.path:
         yield Problem(("site", "python", "path"), 'is needed by python.kind = "venv"')
-    if python.mounts and python.kind != "container":
-        yield Problem(("site", "python", "mounts"), f'goes with python.kind = "container": it is "{python.kind}"')
+    for key in ("image", "mounts", "writable", "mount_home"):
+        if getattr(python, key) and not in_image:
+            yield Problem(("site", "python", key), goes_with)
+
+
+def _slurm(spec: Spec, site: Site) -> Iterator[Problem]:
+    """What sbatch would refuse, as far as the profile tells."""
     if site.gpu_type and site.gpu_request == "none":
         yield Problem(("site", "gpu_type"), 'goes with a gpu_request: it is "none"', 'set gpu_request = "gres"')
+    known = "gpus_per_node" in site.model_fields_set
+    if known and spec.gpus_per_node and spec.gpus_per_node > site.gpus_per_node:
+        yield Problem(
+            ("gpus_per_node",),
+            f"must be there: {spec.gpus_per_node} of a node's {site.gpus_per_node} (site.gpus_per_node)",
+            also=(("site", "gpus_per_node"),),
+        )
+    nodes = max(1, spec.gpus // (spec.gpus_per_node or site.gpus_per_node))
+    if site.max_nodes and nodes > site.max_nodes:
+        yield Problem(
+            ("gpus",),
+            f"must fit the partition: {nodes} nodes, and it takes {site.max_nodes} (site.max_nodes)",
+            also=(("gpus_per_node",), ("site", "max_nodes")),
+        )
+    for key in ("walltime", "convert_walltime"):
+        if site.max_walltime and parse_walltime(getattr(spec, key)) > parse_walltime(site.max_walltime):
+            yield Problem(
+                (key,),
+                f"must fit the partition: {getattr(spec, key)}, and it takes {site.max_walltime} (site.max_walltime)",
+                also=(("site", "max_walltime"),),
+            )
+    for key in ("sbatch_flags", "srun_flags", "convert_flags"):
+        yield from _flags(key, getattr(site, key))
+
+
+def _flags(key: str, flags: list[str]) -> Iterator[Problem]:
+    for number, flag in enumerate(flags):
+        where: KeyPath = ("site", key, number)
+        option = flag.partition("=")[0]
+        if not option.startswith("--") or option == "--":
+            yield Problem(where, f"must be a long option, --name or --name=value, found {flag!r}")
+        elif key == "sbatch_flags" and option in SAID_ELSEWHERE:
+            yield Problem(where, f"{option} is said by {SAID_ELSEWHERE[option]}")
+        elif key == "srun_flags" and option in SET_BY_SRUN:
+            yield Problem(where, f"{option} is set by the generated script")
 
 
 def _fits_the_model(spec: Spec, model: Model) -> Iterator[Problem]:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from ftgen.spec import Environment, OneLine, Positive, Table
+from ftgen.spec import Environment, OneLine, Positive, Table, Walltime
 
 # What stands in a #SBATCH line: one word, no quotes, nothing that could begin another option.
 Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.,:&|()\[\]*/%+@=-]+$")]
@@ -13,19 +13,22 @@ Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.,:&|()\[\]*/%+@=-
 class Python(Table):
     """How the job's Python comes to be."""
 
-    kind: Literal["path", "venv", "container"] = Field(
-        "path",
-        description='"path": the python3 of the shell that submits, or the one named by `path`; '
-        '"venv": a virtual environment; "container": an image, run by pyxis.',
+    kind: Literal["none", "venv", "container", "apptainer"] = Field(
+        "none",
+        description='"none": the python3 of the shell that submits, or the one named by `path`; '
+        '"venv": a virtual environment; "container": an image, run by pyxis; "apptainer": an image, run by apptainer.',
     )
     path: OneLine | None = Field(
-        None, description="The interpreter (path), the environment's folder (venv); $STAGE_PATH is understood."
+        None, description="The interpreter (none), the environment's folder (venv); $STAGE_PATH is understood."
     )
     image: OneLine | None = Field(
         None,
-        description="Image for pyxis: a .sqsh file (with a slash), or registry#image:tag; $STAGE_PATH is understood.",
+        description="For pyxis a .sqsh file (with a slash) or registry#image:tag, for apptainer a .sif file; "
+        "$STAGE_PATH is understood.",
     )
-    mounts: list[OneLine] = Field([], description="SRC:DST for pyxis, beside STAGE_PATH, which is always mounted.")
+    mounts: list[OneLine] = Field([], description="SRC:DST for the image, beside STAGE_PATH and shared_paths.")
+    writable: bool = Field(False, description="Let the job write into the image's file system; lost when it ends.")
+    mount_home: bool = Field(False, description="Mount the home directory into the image.")
 
 
 class Site(Table):
@@ -41,12 +44,31 @@ class Site(Table):
         "none", description="How GPUs are asked for: not at all (whole nodes), --gres=gpu:N, or --gpus-per-node=N."
     )
     gpu_type: Word | None = Field(None, description="Type in that request, as in --gres=gpu:TYPE:N.")
+    max_nodes: Positive | None = Field(None, description="The largest job that the partition takes, in nodes.")
+    max_walltime: Walltime | None = Field(None, description="The longest job that the partition takes.")
     mpi: Word = Field("pmix", description="srun's --mpi.")
     exclusive: bool = Field(True, description="Ask for whole nodes.")
     mem: Word | None = Field("0", description="Memory of a node; 0 is all of it.")
+    requeue: bool | None = Field(
+        None, description="Run a job again that its node's failure or a pre-emption ended. Default: as Slurm is set up."
+    )
+    end_before_limit_s: Positive = Field(
+        120, description="Seconds before the time limit at which a job ends itself; at most a quarter of it."
+    )
+    convert: Literal["job", "task"] = Field(
+        "job",
+        description='Where a checkpoint is made that is not there yet: "job", a job of one task, which the run waits for '
+        'outside; "task", one task of the run itself, before it trains.',
+    )
+    convert_flags: list[Word] = Field(
+        [], description="Further sbatch options of that job, over all others, such as --partition=cpu."
+    )
     sbatch_flags: list[Word] = Field([], description="Further #SBATCH options, each a word such as --comment=x.")
     srun_flags: list[OneLine] = Field([], description="Further srun options.")
     modules: list[OneLine] = Field([], description="Environment modules to load.")
+    shared_paths: list[OneLine] = Field(
+        [], description="Folders that jobs need beside STAGE_PATH, the same on every node; mounted into an image."
+    )
     stage_path: OneLine | None = Field(
         None, description="STAGE_PATH where the submitting shell has none. Default: the directory it submits from."
     )

@@ -5,34 +5,20 @@ The formulas are those of the recipe; a figure that is not known, or not to be t
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import NamedTuple
 
 from ftgen import catalogue
 from ftgen.catalogue import Published
+from ftgen.doubts import doubts
 from ftgen.identity import Identity
 from ftgen.log_lines import Log
 from ftgen.logs import Run, read_log
+from ftgen.outcome import planned_steps, verdict_of
 from ftgen.window import RECIPE_WINDOW, Window, checked, count, timed
 
 LORA_WORK = 2 / 3  # of SFT's FLOPs: the frozen weights need no gradients of their own
 SECONDS_PER_DAY = 86400
 TRILLION = 1e12  # tokens
-
-STATUSES = ("complete", "ended-badly", "incomplete", "failed", "invalid")
-
-# What made a run fail, in the order in which one explains the others.
-FAILURES = {
-    "error": "",
-    "out of memory": "out of GPU memory: ",
-    "host memory": "out of host memory: ",
-    "collective": "a collective operation timed out: ",
-    "cancelled": "cancelled: ",
-    "exception": "",
-    "traceback": "an exception: ",
-    "killed": "",
-    "task exit": "",
-}
-AFTER_TRAINING = frozenset(FAILURES) - {"exception", "traceback"}  # what spoils a run that has all its steps
+TERA = 1e12
 
 
 @dataclass(frozen=True)
@@ -75,13 +61,6 @@ class Summary:
         return self.published.step_time_s if self.published else None
 
 
-class Verdict(NamedTuple):
-    """How a run ended, and why that is said of it."""
-
-    status: str  # of STATUSES
-    reason: str | None
-
-
 def summarize(run: Run, *, window: Window | None = None) -> Summary:
     """Read a run's log and judge it; `window` in place of the plan's last steps."""
     return judge(run, read_log(run), window=window)
@@ -91,10 +70,13 @@ def judge(run: Run, log: Log, *, window: Window | None = None) -> Summary:
     """The figures of a log, over the steps of `window`, and what is to be thought of them; LogError for no window."""
     what = log.identity
     window = checked(what.window_steps or RECIPE_WINDOW if window is None else window)
-    verdict = _verdict(log)
+    verdict = verdict_of(run, log)
     part = timed(log.steps, window)
     time_s = None if verdict.status == "invalid" else part.mean_s
     tokens = tokens_per_s(what, time_s)
+    utilization = model_flops_utilization(what, time_s)
+    tflops = utilization * what.peak_flops / TERA if utilization and what.peak_flops else None
+    peaks = [step.peak_memory for step in part.steps.values() if step.peak_memory]
     return Summary(
         experiment=what.experiment,
         run_id=run.run_id,
@@ -111,14 +93,14 @@ def judge(run: Run, log: Log, *, window: Window | None = None) -> Summary:
         window=window if isinstance(window, int) else len(window),
         step_time_s=time_s,
         tokens_per_s=tokens,
-        mfu=model_flops_utilization(what, time_s),
+        mfu=utilization,
         days_per_1t_tokens=TRILLION / tokens / SECONDS_PER_DAY if tokens else None,
-        peak_memory_gib=log.peak_memory / 2**30 if log.peak_memory else None,
+        peak_memory_gib=max(peaks) / 2**30 if peaks else None,
         published=_published(what),
         log=str(run.log),
-        doubts=tuple(_doubts(log)),
+        doubts=tuple(doubts(what, log, part, tflops)),
         notes=tuple(_notes(run, log)),
-        planned_steps=_planned(log),
+        planned_steps=planned_steps(log),
         window_first=part.first,
         window_last=part.last,
         spread=part.spread if time_s else None,
@@ -141,46 +123,6 @@ def model_flops_utilization(what: Identity, time_s: float | None) -> float | Non
         return None
     work = LORA_WORK if what.scheme == "lora" else 1.0
     return what.global_batch_size * what.flops_per_sample * work / time_s / what.gpus / what.peak_flops
-
-
-def _verdict(log: Log) -> Verdict:
-    not_finite = log.not_finite or log.endings.get("not finite")
-    if not_finite:
-        return Verdict("invalid", not_finite)
-    if log.unread:
-        return Verdict("incomplete", log.unread)
-    planned, there = _planned(log), len(log.steps)
-    failure = _failure(log)
-    if planned and there == planned and max(log.steps) == planned - 1:
-        spoiled = log.exit_status or (log.exit_status is None and AFTER_TRAINING & log.endings.keys())
-        return Verdict("ended-badly", f"all {planned} steps, then: {failure}") if spoiled else Verdict("complete", None)
-    progress = f"{there} of {count(planned, 'step')}" if planned else f"{count(there, 'step')}, of how many is not known"
-    beyond = f", and step {max(log.steps)} among them" if planned and max(log.steps, default=0) >= planned else ""
-    if failure:
-        return Verdict("failed", f"{failure}; {progress}{beyond}")
-    return Verdict("incomplete", progress + beyond)
-
-
-def _planned(log: Log) -> int | None:
-    """Steps the run was to have: by its plan, else by what it says when it stops, else by its step lines."""
-    return log.identity.max_steps or log.stopped_at or log.planned
-
-
-def _failure(log: Log) -> str | None:
-    for kind, words in FAILURES.items():
-        if kind in log.endings:
-            return words + log.endings[kind]
-    return f"exit status {log.exit_status}" if log.exit_status else None
-
-
-def _doubts(log: Log) -> list[str]:
-    """What makes a figure less than certain."""
-    doubts = list(log.problems)
-    planned, said = log.identity.global_batch_size, log.global_batch_size
-    other = said if said != planned else log.other_global_batch_size
-    if planned and other and other != planned:
-        doubts.append(f"the log has steps of global_batch_size {other}, the figures are for {planned}")
-    return doubts
 
 
 def _notes(run: Run, log: Log) -> list[str]:

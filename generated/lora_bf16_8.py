@@ -103,10 +103,12 @@ PLAN = json.loads(r"""
   "stage_path": null,
   "modules": [],
   "python": {
-    "kind": "path",
+    "kind": "none",
     "path": null,
     "image": null,
-    "mounts": []
+    "mounts": [],
+    "writable": false,
+    "mount_home": false
   },
   "slurm": {
     "partition": null,
@@ -119,6 +121,10 @@ PLAN = json.loads(r"""
     "mpi": "pmix",
     "exclusive": true,
     "mem": "0",
+    "requeue": null,
+    "end_before_limit_s": 120,
+    "convert": "job",
+    "convert_flags": [],
     "sbatch_flags": [],
     "srun_flags": [],
     "walltime_s": 1800,
@@ -152,11 +158,11 @@ def set_environment() -> None:
 
 
 def set_ranks() -> None:
-    """Slurm's word for each task's place, under the names that PyTorch reads."""
-    names = {"RANK": "PROCID", "LOCAL_RANK": "LOCALID", "NODE_RANK": "NODEID", "WORLD_SIZE": "NTASKS"}
-    for name, slurm in names.items():
-        if f"SLURM_{slurm}" in os.environ and "SLURM_STEP_ID" in os.environ:
-            os.environ.setdefault(name, os.environ[f"SLURM_{slurm}"])
+    """Slurm's word for each task's place, under the names that PyTorch reads; it wins over what a shell or image left."""
+    names = {"RANK": "PROCID", "LOCAL_RANK": "LOCALID", "NODE_RANK": "NODEID", "WORLD_SIZE": "STEP_NUM_TASKS"}
+    if all(f"SLURM_{slurm}" in os.environ for slurm in names.values()):
+        os.environ.update({name: os.environ[f"SLURM_{slurm}"] for name, slurm in names.items()})
+        os.environ["LOCAL_WORLD_SIZE"] = str(PLAN["gpus_per_node"])
     tasks = int(os.environ.get("WORLD_SIZE", "1"))
     os.environ.setdefault("LOCAL_WORLD_SIZE", str(min(tasks, PLAN["gpus_per_node"])))
 

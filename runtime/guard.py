@@ -132,7 +132,7 @@ def _set_aside(place: Path, source: Source) -> None:
     if manifest.flaw(aside, source) is None:  # another owner published between the look and the rename
         aside.rename(place)
         return
-    say(f"{place} is not used: {flaw}. It was moved to {aside}, which nothing needs any more")
+    say(f"{place} is not used: {flaw}. It was moved to {aside}, which nothing needs any more", any_rank=True)
 
 
 def _sweep(place: Path, claim: Claim) -> None:

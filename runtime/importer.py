@@ -5,12 +5,14 @@ This module imports NeMo (15-40 s): only a conversion does.
 
 import ctypes
 import os
+import queue
 import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from nemo.collections.llm.gpt.model.llama import HFLlamaImporter
 from transformers import AutoTokenizer
 
@@ -41,7 +43,7 @@ def import_directory(source: Path, output: Path, scratch: Path) -> str:
 
     `scratch` is a new directory's name beside them; it is removed again.
     """
-    os.register_at_fork(after_in_child=_die_with_the_parent)
+    _keep_to_this_process()
     importer = Importer(str(source))
     importer.tokenizer_directory = scratch / "nemo_tokenizer"  # the name that NeMo looks for in a checkpoint
     try:
@@ -56,6 +58,14 @@ def import_directory(source: Path, output: Path, scratch: Path) -> str:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _keep_to_this_process() -> None:
+    """Nothing that Megatron starts to save outlives us when we are killed: it would keep our memory and our output.
+
+    The queue of results needs no server process of its own (two seconds to start) where saving is not asynchronous.
+    """
+    filesystem_async._results_queue = queue.Queue()
+    os.register_at_fork(after_in_child=_die_with_the_parent)
+
+
 def _die_with_the_parent() -> None:
-    """Megatron forks writers that wait for their parent for ever, and hold its memory, when it is killed."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

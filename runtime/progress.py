@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-def say(text: str) -> None:
-    """Print `ftgen: text` at once; ranks other than 0 are silent."""
-    if os.environ.get("RANK", "0") == "0":
+def say(text: str, *, any_rank: bool = False) -> None:
+    """Print `ftgen: text` at once; ranks other than 0 are silent, unless what they say happens in one rank alone."""
+    if any_rank or os.environ.get("RANK", "0") == "0":
         print(f"ftgen: {text}", flush=True)
 
 

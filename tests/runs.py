@@ -6,13 +6,13 @@ from pathlib import Path
 from ftgen.identity import from_name
 from ftgen.log_lines import Log, Step
 from ftgen.logs import Run
+from ftgen.steps import Steps
 from ftgen.summarize import judge
 
 
 def log_of(experiment, times, batch=32):
-    log = Log(replace(from_name(experiment), global_batch_size=batch), planned=len(times))
-    log.steps = {step: Step(time_s, 1.0) for step, time_s in enumerate(times)}
-    return log
+    steps = {step: Step(time_s, 1.0, planned=len(times)) for step, time_s in enumerate(times)}
+    return Log(replace(from_name(experiment), global_batch_size=batch), steps=Steps(steps))
 
 
 def summary_of(experiment, times, batch=32, window=None, run_id="1"):

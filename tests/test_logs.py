@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftgen import logs
+from ftgen import log_file
 from ftgen.errors import LogError
 from ftgen.identity import from_name, from_plan
-from ftgen.log_lines import Log, read_block
+from ftgen.log_file import Block
+from ftgen.log_lines import Log, scan
 from ftgen.logs import find_runs, read_log
 from ftgen.summarize import summarize
 
@@ -28,7 +29,8 @@ LINE = (
 
 def read(text):
     log = Log(from_name("x"))
-    read_block(text, log)
+    for item in scan(Block(0, text)):
+        log.take(item, list)
     return log
 
 
@@ -117,6 +119,10 @@ def test_a_log_that_cannot_be_read_is_a_run_all_the_same(tmp_path):
         ((b"2.693", b"nan"), None),
         ((b"2.693", b"inf"), None),
         ((b"2.693", b"0"), None),
+        ((b"2.693", b"2.6.9"), None),
+        ((b"2.693", b""), None),
+        ((b"2.693", b"\x1b[1m2.6\x1b[0m93\x1b[K"), 2.693),
+        ((b"2.693", b"2\x1b]8;;http://x\x07.7"), 2.7),
         ((b"2.693", b"-1"), None),
         ((b"reduced_train_loss: 12.81 | ", b""), 2.693),
         ((b" | consumed_samples: 256", b""), 2.693),
@@ -128,7 +134,7 @@ def test_a_step_line_in_its_forms(change, time_s):
     assert read(LINE.replace(*change)).steps[7].time_s == time_s
 
 
-@pytest.mark.parametrize("value", [b"2.6Training epoch", b"2.6.9", b"", b"1_0", b"0x1", b"infinity"])
+@pytest.mark.parametrize("value", [b"2.6Training epoch", b"1_0", b"0x1", b"infinity", b"2.6\x00"])
 def test_a_value_that_is_no_number_is_no_step(value):
     assert not read(LINE.replace(b"2.693", value)).steps
 
@@ -146,7 +152,7 @@ def test_two_lines_run_together_are_neither():
 
 def test_the_slowest_rank_gives_a_step_its_time_in_any_order():
     lines = [b"0: " + LINE, b"1: " + LINE.replace(b"2.693", b"3"), b"2: " + LINE.replace(b"2.693", b"nan")]
-    assert read(b"".join(lines)).steps == read(b"".join(lines[::-1])).steps
+    assert dict(read(b"".join(lines)).steps) == dict(read(b"".join(lines[::-1])).steps)
     assert read(b"".join(lines)).steps[7].time_s == 3.0
 
 
@@ -162,7 +168,7 @@ def test_a_loss_that_is_no_number_makes_the_run_invalid(tmp_path, value):
 def test_blocks_end_where_lines_do(monkeypatch):
     runs = find_runs([CASES])
     whole = [read_log(run) for run in runs]
-    monkeypatch.setattr(logs, "BLOCK", 4096)
+    monkeypatch.setattr(log_file, "BLOCK", 4096)
     assert repr([read_log(run) for run in runs]) == repr(whole)  # there is a NaN in it
 
 

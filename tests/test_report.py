@@ -20,8 +20,9 @@ from test_export import Page
 
 from ftgen import charts
 from ftgen.baseline import read_baseline
+from ftgen.endings import Ending
 from ftgen.fields import View
-from ftgen.report import flattened, read, report
+from ftgen.report import Reading, flattened, read, report
 
 ROOT = Path(__file__).parent.parent
 LOGS = [ROOT / "tests" / "logs" / case / "logs" for case in ("sizes", "verdicts", "documented")]
@@ -48,9 +49,9 @@ def text():
     return page_of(read(LOGS))
 
 
-def pair(name, times):
-    summary = summary_of("lora_nemo_llama3_8b_fp8_16", times, 64, run_id=name)
-    return summary, log_of("lora_nemo_llama3_8b_fp8_16", times, 64)
+def reading(name, times):
+    experiment = "lora_nemo_llama3_8b_fp8_16"
+    return Reading(summary_of(experiment, times, 64, run_id=name), log_of(experiment, times, 64))
 
 
 def test_every_run_is_told_of_with_what_its_verdict_stands_on(text):
@@ -58,7 +59,7 @@ def test_every_run_is_told_of_with_what_its_verdict_stands_on(text):
     for summary, log in read(LOGS):
         assert summary.log in words
         assert (summary.reason or "") in words
-        assert all(line in words for line in log.endings.values())
+        assert all(ending.note in words for ending in log.endings.values() if not ending.json)
 
 
 def test_the_page_needs_nothing_but_itself(text):
@@ -78,13 +79,13 @@ def test_only_the_page_s_own_script_may_run(text):
 
 
 def hostile(name):
-    summary, log = pair("1", [0.7] * 25)
+    summary, log = reading("1", [0.7] * 25)
     of = dict.fromkeys(("experiment", "run_id", "reason", "log", "model", "scheme", "precision"), name)
     log.plan = {name: {name: name}} if name else {}
     log.environment = {name: name}
-    log.endings = {"error": name}
+    log.endings = {"error": Ending("error", name, b"")}
     summary = replace(summary, gpu=name, doubts=(name,), notes=(name,), **of)
-    return [(summary, log), (replace(summary, run_id=f"{name}2"), log)]
+    return [Reading(summary, log), Reading(replace(summary, run_id=f"{name}2"), log)]
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +101,14 @@ def test_no_name_becomes_markup(name, harmless):
 
 
 def test_the_window_is_where_the_summary_says():
-    summary, log = pair("1", [2.0] * 5 + [1.0] * 20)
-    shade = charts.step_times(summary, log).spec["layer"][0]["data"]["values"][0]
+    summary, log = reading("1", [2.0] * 5 + [1.0] * 20)
+    shade = charts.step_times(summary, log.steps).spec["layer"][0]["data"]["values"][0]
     assert (shade["first"], shade["last"], shade["mean"]) == (4.5, 24.5, 1.0)
 
 
 def test_a_step_off_the_scale_is_drawn_at_its_edge_and_says_its_time():
-    summary, log = pair("1", [60.0] + [1.0] * 30)
-    spec = charts.step_times(summary, log).spec
+    summary, log = reading("1", [60.0] + [1.0] * 30)
+    spec = charts.step_times(summary, log.steps).spec
     (first, *_) = next(layer for layer in spec["layer"] if layer["mark"].get("shape"))["data"]["values"]
     assert (first["value"], first["label"]) == (3.0, "step 0: 60 s")
 

@@ -50,7 +50,8 @@ def test_check_sees_a_token_in_the_environment_or_in_a_file(stage: Stage) -> Non
     file = stage.path / "token"
     file.write_text("hf_secret_of_a_file")
     assert "no Hugging Face token" in stage.run(gated, "check")[1]
-    assert "no Hugging Face token" not in stage.run(gated, "check", HF_TOKEN="hf_secret")[1]
+    exported = {"HF_TOKEN": "hf_secret"}
+    assert "no Hugging Face token" not in stage.run(gated, "check", **exported)[1]
     status, output = stage.run(gated, "check", HF_TOKEN_PATH=str(file))
     assert status == 0
     assert "hf_secret" not in output

@@ -10,15 +10,19 @@
 # Reads: STAGE_PATH (where checkpoint, data and logs live; default: the folder it is submitted from),
 # HF_TOKEN (or huggingface_hub's token file) where the model is gated, FTGEN_PYTHON (an interpreter to use instead).
 #
-#SBATCH --job-name=sft_nemo_llama3_8b_bf16_32
+#SBATCH --job-name=ftgen_llama3_8b
+#SBATCH --dependency=singleton
+#SBATCH --comment=sft_nemo_llama3_8b_bf16_32
 #SBATCH --account=coreai
 #SBATCH --partition=batch
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --time=00:30:00
+#SBATCH --signal=B:USR1@120
 #SBATCH --mem=0
-#SBATCH --output=sbatch_%x_%j.out
+#SBATCH --output=sbatch_sft_nemo_llama3_8b_bf16_32_%j.out
+#SBATCH --open-mode=append
 #SBATCH --exclusive
 
 # shellcheck disable=SC2016 # what the spec says is literal: nothing in it is expanded
@@ -27,54 +31,146 @@ set -euo pipefail
 readonly name=spec
 readonly experiment=sft_nemo_llama3_8b_bf16_32
 readonly nodes=4 tasks_per_node=8 tasks=32
+# What this script sets, and a job that it submits must not inherit.
+readonly ours=(STAGE_PATH FTGEN_RUN_DIR MASTER_ADDR MASTER_PORT PYTHONUNBUFFERED NCCL_IB_HCA NCCL_NVLS_ENABLE NVTE_ASYNC_AMAX_REDUCTION NVTE_DP_AMAX_REDUCE_INTERVAL NVTE_FLASH_ATTN NVTE_FUSED_ATTN TOKENIZERS_PARALLELISM TORCH_NCCL_AVOID_RECORD_STREAMS)
 
 main() {
-    if [[ ${1:-} == --unpack ]]; then
-        unpack "${2:?--unpack needs a folder}"
-        return
-    fi
-    if (($# > 0)); then
-        run_after_this "$@"
-    fi
+    local mode=finetune
+    local converted_by=
+    case ${1:-} in
+        --unpack)
+            unpack "${2:?--unpack needs a folder}"
+            return
+            ;;
+        --convert)
+            mode=convert
+            shift
+            ;;
+        --after)
+            converted_by=${2:?--after needs a job}
+            shift 2
+            ;;
+    esac
+    rest=("$@")
+    is_batch_job || run_all
+    exec 3>&1
+    inherited=$(for variable in "${ours[@]}"; do [[ -z ${!variable+set} ]] || declare -p "$variable"; done)
+    trap 'finish $?' EXIT
+    trap 'stop 124 "the time limit is near: the run is ended, with nothing half-made left behind"' USR1
+    trap 'stop 143 "SIGTERM: cancelled, pre-empted or requeued"' TERM
+    trap 'stop 130 "interrupted"' INT
     find_places
-    open_log
-    load_environment
+    open_log $mode
+    load_environment $mode
     find_python
     # from here on a failing step ends the job with its own status
+    if [[ $mode == convert ]]; then
+        run_once convert
+        return
+    fi
     run_once check
+    if is_batch_job && [[ -z $converted_by ]] && ! run_once converted && hand_over; then
+        return
+    fi
+    if is_batch_job; then submit_the_rest "$SLURM_JOB_ID"; fi
     run_once convert
     run_tasks finetune
 }
 
 say() { printf 'ftgen: %s\n' "$*"; }
+# To Slurm's own output file too: a requeued job reads there what it has submitted.
+tell() {
+    say "$*"
+    say "$*" >&3
+}
 die() {
     printf 'ftgen: error: %s\n  hint: %s\n' "$1" "$2" >&2
     exit 1
 }
+is_batch_job() { [[ -n ${SLURM_JOB_ID:-} && ${SLURM_TASK_PID:-} == "$$" ]]; }
 
-# `sbatch a.sh b.sh c.sh` makes b.sh and c.sh arguments of a.sh: submit them, each after the one before.
 # `bash a.sh b.sh c.sh` runs them, one after the other, and ends with the last failure.
-run_after_this() {
-    local script status=0 after=${SLURM_JOB_ID:-} variable inherited=()
-    if [[ -z $after ]]; then
-        for script in "$0" "$@"; do bash "$script" || status=$?; done
-        exit "$status"
-    fi
-    if ((${SLURM_RESTART_COUNT:-0} > 0)); then return; fi
-    # a job's own SLURM_ variables would reach into the jobs it submits
+run_all() {
+    local script status=0
+    if ((${#rest[@]} == 0)); then return; fi
+    for script in "$0" "${rest[@]}"; do bash "$script" || status=$?; done
+    exit "$status"
+}
+
+# submit_the_rest AFTER [ALL]: `sbatch a.sh b.sh c.sh` makes b.sh and c.sh arguments of a.sh, which submits them, the first
+# after job AFTER, each after the one before, however that ends. A job only ever waits for jobs with smaller numbers, so
+# that none can wait for itself. ALL are the jobs before them.
+submit_the_rest() {
+    local after=$1 all=${2:-$1} script job number=1 total=$((${#rest[@]} + 1))
+    # in a trap a bare `return` would give the status that the job ends with
+    if ((total == 1)) || [[ -n ${rest_is_submitted:-} ]]; then return 0; fi
+    rest_is_submitted=yes
+    for script in "${rest[@]}"; do
+        ((number += 1))
+        job=$(sed -n "s/^ftgen: $number of $total: job \([0-9]*\) runs .*/\1/p" "/proc/$$/fd/3" 2>/dev/null | tail -n 1) || true
+        if [[ -z $job ]]; then # else it was submitted before this job was requeued
+            if ! job=$(submit "$script" "--dependency=singleton,afterany:$after" "$script"); then
+                tell "$number of $total: $script could not be submitted"
+                continue
+            fi
+            tell "$number of $total: job $job runs $script after job $after"
+        fi
+        after=$job
+        all+=" $job"
+    done
+    tell "this cancels all of them: scancel $all"
+}
+
+# submit LIKE WORDS...: `sbatch WORDS...` as the user would have, with what they said for this job in place of its header
+# if the header of LIKE says the same as this one's. Prints the new job's number.
+submit() (
+    like=$1 options=()
+    shift
+    cd "$SLURM_SUBMIT_DIR" || return
+    record=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null) || record=
+    for field in Account Partition QOS Reservation TimeLimit; do
+        option=${field,,} option=${option%limit} got=
+        if [[ $record =~ [[:space:]]$field=([^[:space:]]+) ]]; then got=${BASH_REMATCH[1]}; fi
+        mine=$(header "$0" "$option")
+        if [[ -n $got && $got != "(null)" && $got != "$mine" && $mine == "$(header "$like" "$option")" ]]; then
+            options+=("--$option=$got")
+        fi
+    done
+    # the environment as the user had it; a job's own SLURM_ variables would reach into the jobs it submits
+    unset "${ours[@]}"
+    eval "$inherited"
     for variable in $(compgen -e SLURM_); do
-        if [[ $variable != SLURM_CONF ]]; then inherited+=(-u "$variable"); fi
+        if [[ $variable != SLURM_CONF ]]; then unset "$variable"; fi
     done
-    for script in "$@"; do
-        after=$(cd "$SLURM_SUBMIT_DIR" && env "${inherited[@]}" sbatch --parsable --dependency="afterany:$after" "$script")
-        after=${after%%;*}
-        say "submitted $script as job $after"
-    done
+    job=$(sbatch --parsable "${options[@]}" "$@") || return
+    printf %s "${job%%;*}"
+)
+
+# header FILE OPTION: what a script's #SBATCH line says of it.
+header() { sed -n -e '/^set /q' -e "s/^#SBATCH --$2=//p" "$1" 2>/dev/null; }
+
+# The checkpoint is not there: a small job makes it, and this one makes way for a copy of itself after that one.
+hand_over() {
+    local job copy script=$code/convert.sh
+    sed -E '1,/^set /{/^#SBATCH --(dependency|exclusive|gres|gpus-per-node|ntasks-per-node)(=|$)/d}' "$0" >"$script"
+    if ! job=$(submit "$0" --job-name=ftgen_llama3_8b_convert --dependency=singleton --nodes=1 --ntasks=1 --gpus-per-node=1 --time=02:00:00 "$script" --convert); then
+        say "no job can be submitted for the conversion: it is done in this one"
+        return 1
+    fi
+    if ! copy=$(submit "$0" "--dependency=singleton,afterany:$job" "$0" --after "$job"); then
+        scancel "$job" || true
+        say "no job can be submitted after the conversion: it is done in this one"
+        return 1
+    fi
+    tell "the checkpoint is not there: job $job makes it, on one node, and job $copy runs this script after it"
+    # this was no run: no log of it is to be found by who looks for runs
+    mv "$log" "${log/"/log-"/"/submit-"}"
+    submit_the_rest "$copy" "$job $copy"
 }
 
 # STAGE_PATH, and below it the recipe's layout: logs/experiments/<experiment>/<experiment>_<id>/<experiment>/log-….out
 find_places() {
-    local id=${SLURM_JOB_ID:-} account=${SLURM_JOB_ACCOUNT:-local} runs
+    local id=${SLURM_JOB_ID:-} runs
     export STAGE_PATH=${STAGE_PATH:-${SLURM_SUBMIT_DIR:-$PWD}}
     if [[ ! -d $STAGE_PATH ]]; then
         die "STAGE_PATH is no folder: $STAGE_PATH" "mkdir -p it, or export STAGE_PATH=<a folder that all nodes share>"
@@ -83,7 +179,6 @@ find_places() {
         die "STAGE_PATH cannot be written to: $STAGE_PATH" "export STAGE_PATH=<a folder of yours that all nodes share>"
     fi
     STAGE_PATH=$(cd "$STAGE_PATH" && pwd)
-    account=${account//[^A-Za-z0-9_-]/}
     runs=$STAGE_PATH/logs/experiments/$experiment
     mkdir -p "$runs"
     if [[ -z $id ]]; then
@@ -93,15 +188,18 @@ find_places() {
             ((id += 1))
         done
     fi
+    run_id=$id
     export FTGEN_RUN_DIR=$runs/${experiment}_$id/$experiment
     code=$FTGEN_RUN_DIR/code
-    log=$FTGEN_RUN_DIR/log-${account:-none}.${experiment}_${id}_${SLURM_RESTART_COUNT:-0}.out
     unpack "$code"
 }
 
 # Everything from here on goes to the log, whose first line is the plan; on a terminal it is shown as well.
 open_log() {
-    local plan
+    local plan kind=log account=${SLURM_JOB_ACCOUNT:-local}
+    if [[ $1 == convert ]]; then kind=convert; fi
+    account=${account//[^A-Za-z0-9_-]/}
+    log=$FTGEN_RUN_DIR/$kind-${account:-none}.${experiment}_${run_id}_${SLURM_RESTART_COUNT:-0}.out
     plan=$(sed -n '/^PLAN = /,/^""")$/{//!p;}' "$code/$name.py" | sed 's/^ *//' | tr -d '\n')
     printf '%s\n' "$plan" >"$FTGEN_RUN_DIR/plan.json"
     printf 'ftgen plan: %s\n' "$plan" >>"$log"
@@ -112,15 +210,58 @@ open_log() {
         exec > >(exec tee -i -a "$log") 2>&1
         tee=$!
     fi
-    trap 'finish $?' EXIT
 }
 
 finish() {
+    trap '' USR1 TERM INT
+    # a job that failed before it came to that; one that was stopped before it submits nothing
+    if [[ -z ${stopping:-} ]] && is_batch_job; then submit_the_rest "$SLURM_JOB_ID"; fi
+    if [[ -n ${timer:-} ]]; then kill "$timer" 2>/dev/null || true; fi
     say "exit status $1"
     if [[ -n ${tee:-} ]]; then
-        exec >/dev/null 2>&1
+        exec >/dev/null 2>&1 3>&1
         wait "$tee" || true
     fi
+}
+
+# A signal: what runs is asked to end, gets 20 seconds for it, and the job ends with status $1.
+stop() {
+    interrupted=yes
+    if [[ -n ${stopping:-} ]]; then return 0; fi
+    stopping=$1
+    printf 'ftgen: error: %s\n' "$2" >&2
+    if ((${#children[@]} == 0)); then exit "$1"; fi
+    if [[ -n ${in_step:-} ]]; then
+        scancel --signal=TERM "$SLURM_JOB_ID" || true # the tasks of its steps; srun itself would kill them at once
+    else
+        kill "${children[@]}" 2>/dev/null || true
+    fi
+    (sleep 20 && kill -KILL "${children[@]}") >/dev/null 2>&1 3>&1 &
+    timer=$!
+}
+children=()
+
+# await COMMAND...: run it so that a signal is acted upon at once; its status.
+await() {
+    local status
+    "$@" &
+    children=($!)
+    status=0
+    wait_for "${children[0]}" || status=$?
+    children=()
+    if [[ -n ${stopping:-} ]]; then exit "$stopping"; fi
+    return "$status"
+}
+
+# A trapped signal ends bash's `wait`, and says nothing of the child: then it is asked again.
+wait_for() {
+    local status=0
+    interrupted=yes
+    while [[ -n $interrupted ]]; do
+        interrupted='' status=0
+        wait "$1" || status=$?
+    done
+    return "$status"
 }
 
 load_environment() {
@@ -136,34 +277,70 @@ load_environment() {
     export TORCH_NCCL_AVOID_RECORD_STREAMS=1
     export PYTHONUNBUFFERED=1
     MASTER_ADDR=127.0.0.1
-    MASTER_PORT=$((20000 + RANDOM % 20000))
+    MASTER_PORT=$((20000 + RANDOM % 10000))
     if [[ -n ${SLURM_JOB_ID:-} ]]; then
-        if ((SLURM_JOB_NUM_NODES != nodes)); then
-            die "the job has $SLURM_JOB_NUM_NODES nodes, the plan needs $nodes" "unset SBATCH_NODES, or drop --nodes"
+        if [[ $1 == finetune ]] && ((SLURM_JOB_NUM_NODES != nodes)); then
+            die "the job has $SLURM_JOB_NUM_NODES nodes, the plan needs $nodes" "drop --nodes, or change gpus in the spec"
         fi
+        if [[ $1 == finetune ]]; then warn_of_variables; fi
         read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-        MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+        MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
     elif ((nodes > 1)); then
         die "this run needs $nodes nodes of $tasks_per_node GPUs" "submit it: sbatch $name.sh"
     fi
+    # a batch script runs on the first node: another program there may have the port
+    while (: <"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do ((MASTER_PORT += 1)); done
     export MASTER_ADDR MASTER_PORT
+}
+
+# The submitting shell's SBATCH_ variables win over this script's header.
+warn_of_variables() {
+    local variable value
+    while read -r variable value; do
+        if [[ -n ${!variable+set} && ${!variable} != "$value" ]]; then
+            tell "warning: $variable=${!variable}, set where the job was submitted, wins over this script (${value:-nothing})"
+        fi
+    done <<'END_OF_FTGEN_FILE'
+SBATCH_ACCOUNT coreai
+SBATCH_ARRAY_INX 
+SBATCH_CLUSTERS 
+SBATCH_CORE_SPEC 
+SBATCH_EXCLUSIVE 
+SBATCH_GPUS 
+SBATCH_GPUS_PER_NODE 8
+SBATCH_GPUS_PER_TASK 
+SBATCH_GRES 
+SBATCH_JOB_NAME ftgen_llama3_8b
+SBATCH_MEM_PER_CPU 
+SBATCH_MEM_PER_GPU 
+SBATCH_MEM_PER_NODE 0
+SBATCH_NO_REQUEUE 
+SBATCH_OPEN_MODE append
+SBATCH_OUTPUT sbatch_sft_nemo_llama3_8b_bf16_32_%j.out
+SBATCH_OVERCOMMIT 
+SBATCH_PARTITION batch
+SBATCH_REQUEUE 
+SBATCH_SIGNAL B:USR1@120
+SBATCH_THREADS_PER_CORE 
+SBATCH_TIMELIMIT 00:30:00
+END_OF_FTGEN_FILE
 }
 
 # The interpreter, and what srun needs for it.
 find_python() {
     srun_flags=(--cpu-bind=none)
-    python=${FTGEN_PYTHON:-python3}
+    local mounts=(
+        "$STAGE_PATH:$STAGE_PATH"
+        /datasets:/datasets:ro
+        "$STAGE_PATH/Megatron-LM:/opt/megatron-lm"
+    )
+    python=("${FTGEN_PYTHON:-python3}")
     if [[ -z ${SLURM_JOB_ID:-} ]]; then
         if [[ -z ${FTGEN_PYTHON:-} ]]; then
             die "the container is started by Slurm's srun" "sbatch $name.sh, or export FTGEN_PYTHON=<an interpreter>"
         fi
         return 0
     fi
-    local mounts=(
-        "$STAGE_PATH:$STAGE_PATH"
-        /datasets:/datasets:ro
-        "$STAGE_PATH/Megatron-LM:/opt/megatron-lm"
-    )
     srun_flags+=(
         --container-image="$STAGE_PATH/nvidia+nemo+24.12.sqsh"
         --container-mounts="$(IFS=, && printf %s "${mounts[*]}")"
@@ -174,33 +351,56 @@ find_python() {
 # One task: what the whole job needs once.
 run_once() {
     if [[ -n ${SLURM_JOB_ID:-} ]]; then
-        srun --nodes=1 --ntasks=1 "${srun_flags[@]}" "$python" "$code/$name.py" "$1"
+        in_step=yes
+        await srun --nodes=1 --ntasks=1 --export=ALL "${srun_flags[@]}" "${python[@]}" "$code/$name.py" "$1"
         return
     fi
-    "$python" "$code/$name.py" "$1"
+    await "${python[@]}" "$code/$name.py" "$1"
 }
 
 # One task for each GPU.
 run_tasks() {
     if [[ -n ${SLURM_JOB_ID:-} ]]; then
-        srun --nodes="$nodes" --ntasks="$tasks" --ntasks-per-node="$tasks_per_node" --kill-on-bad-exit=1 \
-            --mpi=pmix "${srun_flags[@]}" "$python" "$code/$name.py" "$1"
+        run_step "$1"
         return
     fi
-    local rank status=0 pids=()
+    local rank status=0
     for ((rank = 0; rank < tasks; rank++)); do
-        RANK=$rank LOCAL_RANK=$rank NODE_RANK=0 WORLD_SIZE=$tasks "$python" "$code/$name.py" "$1" &
-        pids+=($!)
+        RANK=$rank LOCAL_RANK=$rank NODE_RANK=0 WORLD_SIZE=$tasks "${python[@]}" "$code/$name.py" "$1" &
+        children+=($!)
     done
-    trap 'kill "${pids[@]}" 2>/dev/null' INT TERM
-    for ((rank = 0; rank < tasks; rank++)); do
+    for ((rank = 0; rank < tasks && status == 0; rank++)); do
         # the first task that fails decides; the others would wait for it for ever
         wait -n || status=$?
-        if ((status)); then
-            kill "${pids[@]}" 2>/dev/null || true
-            wait "${pids[@]}" || true
-            return "$status"
-        fi
     done
+    if ((status)); then kill "${children[@]}" 2>/dev/null || true; fi
+    for rank in "${children[@]}"; do wait_for "$rank" || true; done
+    children=()
+    return "${stopping:-$status}"
+}
+
+run_step() {
+    local before status=0
+    before=$(wc -c <"$log")
+    in_step=yes
+    await srun --nodes="$nodes" --ntasks="$tasks" --ntasks-per-node="$tasks_per_node" --kill-on-bad-exit=1 --export=ALL \
+        --mpi=pmix "${srun_flags[@]}" "${python[@]}" "$code/$name.py" "$1" || status=$?
+    if ((status)); then status=$(first_failure "$before" "$status"); fi
+    return "$status"
+}
+
+# first_failure FROM STATUS: srun's STATUS is the highest, and that is of the tasks that it killed; the task whose end it
+# reports first, in the log after FROM bytes, decides.
+first_failure() {
+    local report
+    report=$(tail -c "+$(($1 + 1))" "$log" | sed -n '/srun: error: .*: tasks\{0,1\} /{s/.*srun: error: .*: tasks\{0,1\} [^:]*: //p;q;}') || true
+    case $report in
+        "Exited with exit code "*) printf %s "${report##* }" ;;
+        "Segmentation fault"*) printf 139 ;;
+        "Aborted"*) printf 134 ;;
+        "Bus error"*) printf 135 ;;
+        "Killed"* | "Out Of Memory"*) printf 137 ;;
+        *) printf %s "$2" ;;
+    esac
 }
 

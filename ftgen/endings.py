@@ -1,0 +1,102 @@
+"""How a run ended. In: the text between step lines. Out: the lines that tell, each with its kind and rank.
+
+Between them logs hold gigabytes of other things: a text is looked at closely only if one of a few words is in it.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+# Lines that say how a run ended; each is found by one of WORDS.
+KINDS = {
+    "plan": rb"ftgen plan: \{",
+    "environment": rb"ftgen environment: \{",
+    "error": rb"ftgen: error: ",
+    "exit": rb"ftgen: exit status (\d{1,9})",
+    "job exit": rb"job exited with code (\d{1,9})",
+    "task exit": rb"Exited with exit code [1-9]",
+    "stopped": rb"`Trainer\.fit` stopped: `max_steps=(\d{1,9})` reached",
+    "done": rb"\[after training is done\]",
+    "not finite": rb"found NaN in|found Inf in",
+    "out of memory": rb"OutOfMemoryError|CUDA out of memory",
+    "host memory": rb"oom[-_]kill event",
+    "collective": rb"Watchdog caught collective operation timeout",
+    "cancelled": rb"\*\*\* (?:STEP|JOB) [^\n]{1,200}? DUE TO ",  # a limit, a node, somebody with more rights
+    "killed": rb"\*\*\* (?:STEP|JOB) [^\n]{1,200}? CANCELLED",  # by hand, or because another task had failed
+    "traceback": rb"Traceback \(most recent call last\)",
+}
+WORDS = (
+    b"ftgen plan: {",
+    b"ftgen environment: {",
+    b"ftgen: error: ",
+    b"ftgen: exit status ",
+    b"job exited with code ",
+    b"Exited with exit code ",
+    b"`Trainer.fit` stopped: `",
+    b"[after training is done]",
+    b"found NaN in",
+    b"found Inf in",
+    b"OutOfMemoryError",
+    b"CUDA out of memory",
+    b"oom_kill event",
+    b"oom-kill event",
+    b"Watchdog caught collective",
+    b"*** STEP ",
+    b"*** JOB ",
+    b"Traceback (most recent call",
+)
+RARE = b"{`*["  # looking for one byte takes a tenth of the time that looking for a word does
+GUARDED = tuple((next((bytes([byte]) for byte in RARE if byte in word), b""), word) for word in WORDS)
+ENDING = re.compile(b"|".join(KINDS.values()))
+PATTERNS = {kind: re.compile(pattern) for kind, pattern in KINDS.items()}
+# The line that ends a traceback, behind srun's and torch's labels.
+EXCEPTION = re.compile(
+    rb"(?m)^(?: *\d+: )?(?:\[rank\d+\]: ?)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit|Expired)(?::[^\n]*)?)$"
+)
+RANK = re.compile(rb"\[rank(\d{1,6})\]|^ *(\d{1,6}): ")
+
+MOST_JSON = 1 << 20  # bytes
+LONGEST_NOTE = 200  # bytes kept of a line, on each side of what is told by it
+
+
+class Ending(NamedTuple):
+    """One line that tells something of the run's end, or of the run as a whole."""
+
+    kind: str
+    note: str
+    line: bytes  # what of it was kept, as it stands in the log
+    number: int | None = None  # an exit status, or the steps that training says it made
+    rank: int | None = None  # whose line it is, by srun's label or torch's
+    json: bytes = b""  # of the kinds plan and environment
+    at: int | None = None  # byte of the file
+    file: str = ""  # another than the log
+
+
+def endings(text: bytes) -> Iterator[Ending]:
+    """The lines that tell, in the text's order, and after each traceback's head the line that ends it."""
+    if not any(rare in text and word in text for rare, word in GUARDED):
+        return
+    for match in ENDING.finditer(text):
+        kind = next(kind for kind, pattern in PATTERNS.items() if pattern.match(text, match.start()))
+        number = next((int(digits) for digits in match.groups() if digits), None)
+        line = _line(text, match.start(), LONGEST_NOTE, before=LONGEST_NOTE)
+        json = _line(text, match.end() - 1, MOST_JSON) if kind in {"plan", "environment"} else b""
+        yield Ending(kind, _decoded(line), line, number, _rank(line), json)
+        if kind == "traceback" and (exception := EXCEPTION.search(text, match.end())):
+            line = exception.group()[:LONGEST_NOTE]
+            yield Ending("exception", _decoded(exception.group(1)), line, None, _rank(line))
+
+
+def _rank(line: bytes) -> int | None:
+    label = RANK.search(line)
+    return int(label[1] or label[2]) if label else None
+
+
+def _line(text: bytes, at: int, most: int, *, before: int = 0) -> bytes:
+    """The line around `at`, at most `before` bytes before it and `most` after: lines need not end."""
+    head = text[max(0, at - before) : at].rpartition(b"\n")[2]
+    return head + text[at : at + most].partition(b"\n")[0]
+
+
+def _decoded(line: bytes) -> str:
+    return line[: 2 * LONGEST_NOTE].decode("utf-8", "replace").strip()

@@ -1,0 +1,79 @@
+"""How a run ended. In: a `Log`. Out: a status, apart from Slurm's, and why that is said."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from ftgen.endings import Ending
+from ftgen.log_file import LogFileError, line_number
+from ftgen.log_lines import Log
+from ftgen.logs import Run, read_batch_log
+from ftgen.window import count
+
+# What made a run fail, in the order in which one explains the others.
+FAILURES = {
+    "error": "",
+    "out of memory": "out of GPU memory: ",
+    "host memory": "out of host memory: ",
+    "collective": "a collective operation timed out: ",
+    "cancelled": "cancelled: ",
+    "exception": "",
+    "traceback": "an exception: ",
+    "killed": "",
+    "task exit": "",
+}
+AFTER_TRAINING = frozenset(FAILURES) - {"exception", "traceback"}  # what spoils a run that has all its steps
+STATUSES = ("complete", "ended-badly", "incomplete", "failed", "invalid")
+
+
+class Verdict(NamedTuple):
+    """How a run ended, and why that is said of it."""
+
+    status: str  # of STATUSES
+    reason: str | None
+
+
+def verdict_of(run: Run, log: Log) -> Verdict:
+    """Invalid before all else; complete only with every step that was planned, and nothing said against it."""
+    if log.invalid or "not finite" in log.endings:
+        return Verdict("invalid", log.invalid or _told(run, log.endings["not finite"]))
+    if log.unread and not log.steps:
+        return Verdict("incomplete", log.unread)
+    planned, there = planned_steps(log), len(log.steps)
+    failure = _failure(run, log.endings, log.exit_status)
+    if planned and there == planned and log.steps.last == planned - 1:
+        spoiled = log.exit_status or (log.exit_status is None and AFTER_TRAINING & log.endings.keys())
+        if spoiled:
+            return Verdict("ended-badly", f"all {planned} steps, then: {failure}")
+        return Verdict("incomplete", log.unread) if log.unread else Verdict("complete", None)
+    progress = f"{there} of {count(planned, 'step')}" if planned else f"{count(there, 'step')}, of how many is not known"
+    if planned and log.steps.last >= planned:
+        progress += f", and step {log.steps.last} among them"
+    failure = failure or _failure(run, read_batch_log(run), None)
+    status = "failed" if failure else "incomplete"
+    return Verdict(status, "; ".join(filter(None, (failure, log.unread, progress))))
+
+
+def planned_steps(log: Log) -> int | None:
+    """Steps the run was to have: by its plan, else by what it says when it stops, else by its last step line."""
+    said = log.steps[log.steps.last].planned if log.steps else None
+    return log.identity.max_steps or log.stopped_at or said
+
+
+def _failure(run: Run, endings: Mapping[str, Ending], exit_status: int | None) -> str | None:
+    for kind, words in FAILURES.items():
+        if kind in endings:
+            return words + _told(run, endings[kind])
+    return f"exit status {exit_status}" if exit_status else None
+
+
+def _told(run: Run, ending: Ending) -> str:
+    """The line, with the rank and the place in the file that it has."""
+    if ending.file:
+        return f"{ending.note} ({ending.file})"
+    rank = None if ending.rank is None else f"rank {ending.rank}"
+    try:
+        line = f"line {line_number(run.log, ending.at)}" if ending.at is not None else None
+    except LogFileError:
+        line = None
+    place = ", ".join(filter(None, (rank, line)))
+    return f"{ending.note} ({place})" if place else ending.note

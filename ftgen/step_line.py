@@ -1,0 +1,194 @@
+"""One step line. In: the line, as NeMo, its progress bar, Megatron-LM or Megatron-Bridge print it. Out: a `StepLine`.
+
+    Training epoch 0, iteration 7/99 | global_step: 7 | reduced_train_loss: 12.81 | train_step_timing in s: 2.693
+    Epoch 0: : 8%|█ | 8/100 [00:21<04:07, reduced_train_loss=12.81, global_step=7.000, train_step_timing in s=2.690]
+     [2025-12-22 15:18:33] iteration  8/ 100 | elapsed time per iteration (ms): 2693.0 | lm loss: 1.281E+01 |
+
+Numbers are what the line says and nothing else: steps are counted from 0 and seconds are seconds whatever it counts in.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+# The word by which a step line is known.
+NEMO = b"train_step_timing in s"
+MEGATRON = b"elapsed time per iteration (ms)"
+BRIDGE = b"MODEL_TFLOP/s/GPU"
+
+NUMBER = re.compile(rb"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|NaN|inf|Inf)")
+DIGITS = re.compile(rb"[-+.eE\d ]*")
+ITERATION = re.compile(rb"\biteration +(\d{1,9})/ *(\d{1,9})$")
+BAR = re.compile(rb"(?:\| *(\d{1,9})/(\d{1,9}) )?\[[^\[\]\n]*?, ([^\[\]\n]*)\]")
+BRIDGE_LINE = re.compile(rb"Step Time : (\d{1,9}(?:\.\d{1,9})?)s +GPU utilization: (\d{1,9}(?:\.\d{1,9})?)MODEL_TFLOP/s/GPU")
+
+LONGEST_STEP_S, SHORTEST_STEP_S = 1e6, 1e-6  # beyond these no step is
+MOST = 1e30  # beyond it a number is no measurement of anything
+
+
+class Step(NamedTuple):
+    """What the step lines of one step said; None is not said, or no number."""
+
+    time_s: float | None  # of the slowest rank that said so
+    loss: float | None
+    grad_norm: float | None = None
+    peak_memory: float | None = None  # bytes
+    tflops_per_gpu: float | None = None  # TFLOP/s, as the framework counts them
+    global_batch_size: int | None = None
+    consumed_samples: float | None = None  # until the step's end
+    planned: int | None = None  # steps in all
+    fastest_s: float | None = None  # of the fastest rank, where several said so
+
+
+class StepLine(NamedTuple):
+    """One step line."""
+
+    number: int | None  # from 0; None where it is not said
+    step: Step
+    invalid: str | None = None  # why the step was no training: a loss that is no number, a skipped step
+    bar: bool = False  # of a progress bar, which rounds
+
+
+class StepTime(NamedTuple):
+    """Megatron-Bridge's other line of a step, from another rank; it does not say of which step."""
+
+    time_s: float
+    tflops_per_gpu: float
+
+
+class Keys(NamedTuple):
+    """What a framework calls things."""
+
+    time: bytes
+    second: float  # in the line's unit
+    first: int  # the number of the first iteration
+    number: bytes
+    loss: bytes
+    grad_norm: bytes
+    tflops: tuple[bytes, ...]
+    batch: bytes
+    consumed: bytes
+    memory: tuple[bytes, ...]  # bytes; the first of them counts
+    spoiled: tuple[bytes, ...] = ()  # counts of what must not happen
+
+
+NEMO_KEYS = Keys(
+    time=NEMO,
+    second=1.0,
+    first=0,
+    number=b"global_step",
+    loss=b"reduced_train_loss",
+    grad_norm=b"grad_norm",
+    tflops=(b"TFLOPS_per_GPU",),
+    batch=b"global_batch_size",
+    consumed=b"consumed_samples",
+    memory=(b"peak_memory_usage", b"max_memory_reserved", b"max_memory_allocated"),
+)
+MEGATRON_KEYS = Keys(
+    time=MEGATRON,
+    second=1000.0,
+    first=1,
+    number=b"",
+    loss=b"lm loss",
+    grad_norm=b"grad norm",
+    tflops=(b"throughput per GPU (TFLOP/s/GPU)",),
+    batch=b"global batch size",
+    consumed=b"consumed samples",
+    memory=(),
+    spoiled=(b"number of skipped iterations", b"number of nan iterations"),
+)
+
+
+def parse(line: bytes) -> StepLine | None:
+    """What a step line says; None if it is none, or is not as it was written."""
+    keys = NEMO_KEYS if NEMO in line else MEGATRON_KEYS
+    bar = keys is NEMO_KEYS and NEMO + b"=" in line
+    fields = _bar_fields(line) if bar else _fields(line)
+    time_s = number(fields.get(keys.time))
+    if time_s is None and not DIGITS.fullmatch(fields.get(keys.time, b"none")):
+        return None
+    memory = next(filter(None, (number(fields.get(key)) for key in keys.memory)), 0.0)
+    batch = number(fields.get(keys.batch)) or 0.0
+    last = fields.get(b"last iteration")
+    step = Step(
+        time_s=_time(time_s, keys),
+        loss=number(fields.get(keys.loss)),
+        grad_norm=number(fields.get(keys.grad_norm)),
+        peak_memory=memory if 0 < memory < MOST else None,  # 0 is what a machine without a GPU prints
+        tflops_per_gpu=next((number(fields[key]) for key in keys.tflops if key in fields), None),
+        global_batch_size=int(batch) if 1 <= batch < 1e9 else None,
+        consumed_samples=number(fields.get(keys.consumed)),
+        planned=int(last) + 1 - keys.first if last else int(fields.get(b"of") or 0) or None,
+    )
+    return StepLine(_step_number(fields, keys), step, _invalid(fields, keys), bar)
+
+
+def parse_step_time(line: bytes) -> StepTime | None:
+    """What Megatron-Bridge's line of a step's time says."""
+    match = BRIDGE_LINE.search(line)
+    return StepTime(float(match[1]), float(match[2])) if match else None
+
+
+def number(text: bytes | None) -> float | None:
+    """The number that the text is; None for any other text."""
+    text = text.strip() if text else b""
+    return float(text) if NUMBER.fullmatch(text) else None
+
+
+def _fields(line: bytes) -> dict[bytes, bytes]:
+    """`key: value | key: value` as a dictionary; empty where two lines have run into each other."""
+    parts = line.split(b"|")
+    if not line.endswith(b"\n"):
+        parts.pop()  # cut off: 2.6 may have been 2.693
+    if not parts:
+        return {}
+    if not parts[-1].strip():
+        parts.pop()  # Megatron ends its lines with a |
+    fields = dict(part.strip().partition(b":")[::2] for part in parts[1:])
+    first = parts[0].rstrip() if parts else b""  # with whatever stands before it
+    iteration = ITERATION.search(first)
+    if iteration:
+        fields[b"iteration"], fields[b"last iteration"] = iteration.group(1, 2)
+    else:
+        label, _, value = first.rpartition(b": ")
+        fields[label.rpartition(b": ")[2]] = value
+    return fields if len(fields) == len(parts) + bool(iteration) else {}
+
+
+def _bar_fields(line: bytes) -> dict[bytes, bytes]:
+    """`| 50/50 [23:22<00:00, key=value, key=value]` as a dictionary; empty where it is not whole."""
+    match = BAR.search(line)
+    if not match or line.count(NEMO) != 1:
+        return {}
+    fields = dict(part.partition(b"=")[::2] for part in match[3].split(b", "))
+    if match[1]:
+        fields[b"count"], fields[b"of"] = match.group(1, 2)
+    return fields
+
+
+def _step_number(fields: dict[bytes, bytes], keys: Keys) -> int | None:
+    """The step's number, from 0, as printed; the iteration's where it is not."""
+    printed = number(fields.get(keys.number))
+    if printed is not None and 0 <= printed < 1e9 and printed.is_integer():
+        return int(printed)
+    if iteration := fields.get(b"iteration"):
+        return max(int(iteration) - keys.first, 0)
+    return max(int(fields[b"count"]) - 1, 0) if fields.get(b"count") else None
+
+
+def _time(printed: float | None, keys: Keys) -> float | None:
+    time_s = (printed or 0.0) / keys.second
+    return time_s if SHORTEST_STEP_S < time_s < LONGEST_STEP_S else None  # NaN is not, either
+
+
+def _invalid(fields: dict[bytes, bytes], keys: Keys) -> str | None:
+    for key in (keys.loss, keys.grad_norm):
+        value = number(fields.get(key))
+        if value is not None and not math.isfinite(value):
+            return f"{key.decode()} is {value}"
+    for key in keys.spoiled:
+        if number(fields.get(key)):
+            return f"{key.decode()} is {fields[key].strip().decode()}"
+    if keys is MEGATRON_KEYS and keys.loss not in fields:
+        return "lm loss is left out, as Megatron does with NaN,"
+    return None

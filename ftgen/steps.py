@@ -1,0 +1,126 @@
+"""A run's steps. In: step lines, one by one or in chunks. Out: a mapping from a step's number to what is said of it.
+
+A chunk is read only when one of its steps is asked for, and the text of old ones is let go and read again from the file:
+so the memory that a log's steps need does not grow with the log.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+from ftgen.chunk import Chunk
+from ftgen.step_line import Step, StepLine
+
+KEPT = 8 << 20  # bytes of text: the last steps', where the window is
+
+
+class Steps(Mapping[int, Step]):
+    """Step by number, from 0, in ascending order."""
+
+    def __init__(self, steps: Mapping[int, Step] | None = None) -> None:
+        self._single = dict(steps or {})
+        self._of_bars: set[int] = set()
+        self._chunks: list[Chunk] = []  # ascending
+        self._again: dict[int, Callable[[], list[Chunk]]] = {}  # by a chunk's first step: how to read its text again
+        self._kept = 0  # the chunks before it have no text
+        self._text = 0  # bytes of the others
+        self._read: tuple[int, dict[int, Step]] = (-1, {})  # a chunk, by its first step, whose lines have all been read
+        self.last = max(self._single, default=-1)  # the highest number; -1 where there is no step
+
+    def __repr__(self) -> str:
+        return f"Steps({dict(self)})"
+
+    def __len__(self) -> int:
+        return len(self._single) + sum(chunk.last - chunk.first + 1 for chunk in self._chunks)
+
+    def __iter__(self) -> Iterator[int]:
+        spans = [(number, number) for number in self._single] + [chunk[:2] for chunk in self._chunks]
+        for first, last in sorted(spans):
+            yield from range(first, last + 1)
+
+    def __contains__(self, step: object) -> bool:
+        return step in self._single or (isinstance(step, int) and self._chunk_with(step) is not None)
+
+    def __getitem__(self, step: int) -> Step:
+        if step in self._single:
+            return self._single[step]
+        chunk = self._chunk_with(step)
+        if chunk is None:
+            raise KeyError(step)
+        if self._read[0] != chunk.first:
+            self._read = chunk.first, _read(self._whole(chunk), chunk.first, chunk.last + 1)
+        return self._read[1][step]
+
+    def between(self, start: int, stop: int) -> dict[int, Step]:
+        """The steps from `start` to before `stop` that are there, in ascending order; no others are read."""
+        found: dict[int, Step] = {}
+        for chunk in self._chunks:
+            if chunk.first < stop and start <= chunk.last:
+                found |= _read(self._whole(chunk), max(start, chunk.first), min(stop, chunk.last + 1))
+        if self._single:
+            found |= {number: step for number, step in self._single.items() if start <= number < stop}
+        return dict(sorted(found.items()))
+
+    def add_chunk(self, chunk: Chunk, again: Callable[[], list[Chunk]]) -> None:
+        """Take a chunk; `again` is how to read it once more, among others."""
+        if chunk.first <= self.last:
+            self._again[chunk.first] = again
+            for line in self._whole(chunk).step_lines(chunk.first, chunk.last + 1):
+                self.add(line, line.number or 0)
+            return
+        self._chunks.append(chunk)
+        self._again[chunk.first] = again
+        self._text += len(chunk.text)
+        self.last = chunk.last
+        while self._text > KEPT and self._kept < len(self._chunks) - 1:
+            old = self._chunks[self._kept]
+            self._chunks[self._kept] = old._replace(text=b"")
+            self._text -= len(old.text)
+            self._kept += 1
+
+    def add(self, line: StepLine, number: int) -> None:
+        """Take one line: a step that several lines tell of is as slow as the slowest of them says."""
+        if number in self._single:
+            before, of_bar = self._single[number], number in self._of_bars
+            if line.bar and not of_bar:
+                return
+            self._single[number] = line.step if of_bar else _slower(before, line.step)
+        elif chunk := self._chunk_with(number):
+            if not line.bar:
+                self._dissolve(chunk)
+                self.add(line, number)
+            return
+        else:
+            self._single[number] = line.step
+            self.last = max(self.last, number)
+        (self._of_bars.add if line.bar else self._of_bars.discard)(number)
+
+    def _chunk_with(self, step: int) -> Chunk | None:
+        return next((chunk for chunk in reversed(self._chunks) if chunk.first <= step <= chunk.last), None)
+
+    def _whole(self, chunk: Chunk) -> Chunk:
+        """The chunk with its text; without, where the file is not any more what it was."""
+        if chunk.text:
+            return chunk
+        return next((same for same in self._again[chunk.first]() if same[:2] == chunk[:2]), chunk)
+
+    def _dissolve(self, chunk: Chunk) -> None:
+        place = self._chunks.index(chunk)
+        self._single |= _read(self._whole(chunk), chunk.first, chunk.last + 1)
+        del self._chunks[place]
+        if place < self._kept:
+            self._kept -= 1
+        self._text -= len(chunk.text)
+
+
+def _read(chunk: Chunk, start: int, stop: int) -> dict[int, Step]:
+    return {line.number: line.step for line in chunk.step_lines(start, stop) if line.number is not None}
+
+
+def _slower(one: Step, other: Step) -> Step:
+    """What both say, with the slower one's time."""
+    times = [time_s for step in (one, other) for time_s in (step.time_s, step.fastest_s) if time_s]
+    said = {name: value for name, value in other._asdict().items() if value is not None}
+    return one._replace(**said)._replace(
+        time_s=max(times, default=None),
+        fastest_s=min(times, default=None),
+        peak_memory=max(filter(None, (one.peak_memory, other.peak_memory)), default=None),
+    )
