@@ -158,11 +158,11 @@ def _remove(staging: Path) -> None:
 @contextmanager
 def _held(claim: Claim) -> Iterator[None]:
     """The claim is released however the block ends, by SIGTERM too."""
-    try:
-        with _sigterm_ends_the_block():
+    with _sigterm_ends_the_block():
+        try:
             yield
-    finally:
-        claim.release()
+        finally:
+            claim.release()
 
 
 @contextmanager
@@ -175,6 +175,7 @@ def _sigterm_ends_the_block() -> Iterator[None]:
     def end(_signal: int, _frame: FrameType | None) -> None:
         if os.getpid() != owner:
             os._exit(143)  # a forked child has no right to clean up
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm may send several: none of them ends the cleaning up
         raise SystemExit(143)
 
     before = signal.signal(signal.SIGTERM, end)

@@ -1,0 +1,95 @@
+"""Stands in for the job's Python where Slurm's side or the guard's is the point: program.py ENTRYPOINT COMMAND.
+
+The entrypoint, the checkpoint's code and the guard are the real ones; NeMo, the download and the training are not: they
+write a line into $STAGE_PATH/events each and take a moment. Environment: what they do, as the constants below say.
+"""
+
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+import types
+from pathlib import Path
+
+MODE = os.environ.get("PROGRAM_MODE", "")  # what a rank of the training does: see train
+CONVERT_S = float(os.environ.get("PROGRAM_CONVERT_S", "0.3"))
+TRAIN_S = float(os.environ.get("PROGRAM_TRAIN_S", "0.5"))
+STAGE = Path(os.environ["STAGE_PATH"])
+WEIGHTS = 3 << 20  # bytes: more than the guard's idea of a small file
+
+
+def event(what: str) -> None:
+    job, restart = os.environ.get("SLURM_JOB_ID", "-"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    line = f"{time.time():.3f} {what} {job}/{restart} {socket.gethostname()}\n"
+    with (STAGE / "events").open("a") as file:
+        file.write(line)
+
+
+def download(_repository: str, _revision: str | None) -> Path:
+    event("download")
+    folder = STAGE / "HF_ckpt" / "downloaded"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in {"config.json": "{}", "tokenizer.json": "{}", "model.safetensors": "weights"}.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def import_directory(_source: Path, output: Path, _scratch: Path) -> str:
+    event("converting")
+    for name in ("context", "weights"):
+        (output / name).mkdir(parents=True)
+        (output / name / "half").write_bytes(b"1" * WEIGHTS)
+        time.sleep(CONVERT_S / 2)
+    (output / "weights" / "last").write_bytes(b"2" * WEIGHTS)
+    event("converted")
+    return "none"
+
+
+def check(plan: dict) -> int:
+    event("check")
+    time.sleep(float(os.environ.get("PROGRAM_CHECK_S", "0")))
+    return 0
+
+
+def train(plan: dict) -> int:
+    """One rank: says where it stands, and that it may trust every byte of the checkpoint."""
+    from runtime import checkpoint, manifest
+
+    flaw = manifest.flaw(checkpoint.directory(plan), checkpoint.source(plan), thorough=True)
+    env, rank = os.environ, int(os.environ["RANK"])
+    place = " ".join(env.get(n, "-") for n in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"))
+    gpus = len(env.get("CUDA_VISIBLE_DEVICES", "").split(","))
+    print(f"rank {rank}: {place} {env['MASTER_PORT']} {socket.gethostname()} {gpus}", flush=True)
+    event(f"train:{rank}:{'trusted' if flaw is None else 'PARTIAL'}")
+    if MODE == "status" and rank == 3:
+        time.sleep(TRAIN_S)
+        return 42
+    if MODE == "segfault" and rank == 3:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if MODE == "raise":
+        raise RuntimeError(f"CUDA error on device {rank}")
+    time.sleep(60 if MODE in {"status", "segfault"} and int(env["WORLD_SIZE"]) > 3 else TRAIN_S)
+    event(f"trained:{rank}")
+    return 0
+
+
+def main() -> None:
+    entrypoint = sys.argv[1]
+    sys.path.insert(0, str(Path(entrypoint).parent))
+    from runtime import hub
+
+    hub.download = download
+    hub.bytes_to_download = lambda *_: 0
+    for name, function in {"importer": import_directory, "check": check, "finetune": train}.items():
+        module = types.ModuleType(f"runtime.{name}")
+        setattr(module, function.__name__ if name != "finetune" else "finetune", function)
+        sys.modules[f"runtime.{name}"] = module
+        setattr(sys.modules["runtime"], name, module)
+    sys.argv = sys.argv[1:]
+    runpy.run_path(entrypoint, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
