@@ -213,7 +213,7 @@ finish() {
     trap '' USR1 TERM INT
     # a job that failed before it came to that; one that was stopped before it submits nothing
     if [[ -z ${stopping:-} ]] && is_batch_job; then submit_the_rest "$SLURM_JOB_ID"; fi
-    if [[ -n ${timer:-} ]]; then kill "$timer" 2>/dev/null || true; fi
+    if [[ -n ${ender:-} ]]; then kill "$ender" 2>/dev/null || true; fi
     say "exit status $1"
     if [[ -n ${tee:-} ]]; then
         exec >/dev/null 2>&1 3>&1
@@ -221,22 +221,27 @@ finish() {
     fi
 }
 
-# A signal: what runs is asked to end, gets 20 seconds for it, and the job ends with status $1.
+# A signal: what runs is asked to end, and the job ends with status $1.
 stop() {
     interrupted=yes
     if [[ -n ${stopping:-} ]]; then return 0; fi
     stopping=$1
     printf 'ftgen: error: %s\n' "$2" >&2
     if ((${#children[@]} == 0)); then exit "$1"; fi
-    if [[ -n ${in_step:-} ]]; then
-        scancel --signal=TERM "$SLURM_JOB_ID" || true # the tasks of its steps; srun itself would kill them at once
-    else
-        kill "${children[@]}" 2>/dev/null || true
-    fi
-    (sleep 20 && kill -KILL "${children[@]}") >/dev/null 2>&1 3>&1 &
-    timer=$!
 }
 children=()
+
+end_children() {
+    # of a job that it ends Slurm has asked every process itself, and once is enough
+    if [[ -n ${SLURM_JOB_ID:-} ]] && ((stopping == 143)); then sleep 2; fi
+    if [[ -n ${step:-} ]]; then
+        scancel --signal=TERM "$SLURM_JOB_ID.$step" || true # the tasks: srun, if it were asked, would kill them at once
+    else
+        kill "${children[@]}" || true
+    fi
+    sleep 20
+    kill -KILL "${children[@]}"
+}
 
 # await COMMAND...: run it so that a signal is acted upon at once; its status.
 await() {
@@ -257,6 +262,10 @@ wait_for() {
     while [[ -n $interrupted ]]; do
         interrupted='' status=0
         wait "$1" || status=$?
+        if [[ -n ${stopping:-} && -z ${ender:-} ]]; then
+            end_children >/dev/null 2>&1 3>&1 &
+            ender=$!
+        fi
     done
     return "$status"
 }
@@ -332,6 +341,9 @@ run_once() {
     await "${python[@]}" "$code/$name.py" "$1"
 }
 
+# Slurm numbers a job's steps.
+next_step() { step=$((${step:--1} + 1)); }
+
 # One task for each GPU.
 run_tasks() {
     if [[ -n ${SLURM_JOB_ID:-} ]]; then
@@ -356,7 +368,7 @@ run_tasks() {
 run_step() {
     local before status=0
     before=$(wc -c <"$log")
-    in_step=yes
+    next_step
     await srun --nodes="$nodes" --ntasks="$tasks" --ntasks-per-node="$tasks_per_node" --kill-on-bad-exit=1 --export=ALL \
         --mpi=pmix "${srun_flags[@]}" "${python[@]}" "$code/$name.py" "$1" || status=$?
     if ((status)); then status=$(first_failure "$before" "$status"); fi
@@ -398,7 +410,10 @@ Written by ftgen 0.1.0 from lora_bf16_32.toml. The job's script does this for yo
 
 import json
 import os
+import socket
 import sys
+import textwrap
+import traceback
 from pathlib import Path
 
 PLAN = json.loads(r"""
@@ -551,6 +566,22 @@ def set_ranks() -> None:
     os.environ.setdefault("LOCAL_WORLD_SIZE", str(min(tasks, PLAN["gpus_per_node"])))
 
 
+def finetune() -> int:
+    """Train; where several ranks do, a failure says whose it is, on each line, however many fail at once."""
+    from runtime import finetune
+    from runtime.errors import JobError
+
+    try:
+        return finetune.finetune(PLAN)
+    except Exception as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        text = f"ftgen: error: {error}" if isinstance(error, JobError) else traceback.format_exc().rstrip()
+        who = f"[rank {os.environ['RANK']} on {socket.gethostname()}] "
+        print(textwrap.indent(text, who, lambda _line: True), file=sys.stderr, flush=True)
+        return 1
+
+
 def main(command: str) -> int:
     """Run one command; its exit status."""
     find_runtime()
@@ -559,10 +590,8 @@ def main(command: str) -> int:
 
     try:
         if command == "finetune":
-            from runtime import finetune
-
             set_ranks()
-            return finetune.finetune(PLAN)
+            return finetune()
         if command == "check":
             from runtime import check
 
@@ -1668,11 +1697,11 @@ def _remove(staging: Path) -> None:
 @contextmanager
 def _held(claim: Claim) -> Iterator[None]:
     """The claim is released however the block ends, by SIGTERM too."""
-    try:
-        with _sigterm_ends_the_block():
+    with _sigterm_ends_the_block():
+        try:
             yield
-    finally:
-        claim.release()
+        finally:
+            claim.release()
 
 
 @contextmanager
@@ -1685,6 +1714,7 @@ def _sigterm_ends_the_block() -> Iterator[None]:
     def end(_signal: int, _frame: FrameType | None) -> None:
         if os.getpid() != owner:
             os._exit(143)  # a forked child has no right to clean up
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm may send several: none of them ends the cleaning up
         raise SystemExit(143)
 
     before = signal.signal(signal.SIGTERM, end)

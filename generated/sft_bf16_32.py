@@ -14,7 +14,10 @@ Written by ftgen 0.1.0 from sft_bf16_32.toml. The job's script does this for you
 
 import json
 import os
+import socket
 import sys
+import textwrap
+import traceback
 from pathlib import Path
 
 PLAN = json.loads(r"""
@@ -160,6 +163,22 @@ def set_ranks() -> None:
     os.environ.setdefault("LOCAL_WORLD_SIZE", str(min(tasks, PLAN["gpus_per_node"])))
 
 
+def finetune() -> int:
+    """Train; where several ranks do, a failure says whose it is, on each line, however many fail at once."""
+    from runtime import finetune
+    from runtime.errors import JobError
+
+    try:
+        return finetune.finetune(PLAN)
+    except Exception as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        text = f"ftgen: error: {error}" if isinstance(error, JobError) else traceback.format_exc().rstrip()
+        who = f"[rank {os.environ['RANK']} on {socket.gethostname()}] "
+        print(textwrap.indent(text, who, lambda _line: True), file=sys.stderr, flush=True)
+        return 1
+
+
 def main(command: str) -> int:
     """Run one command; its exit status."""
     find_runtime()
@@ -168,10 +187,8 @@ def main(command: str) -> int:
 
     try:
         if command == "finetune":
-            from runtime import finetune
-
             set_ranks()
-            return finetune.finetune(PLAN)
+            return finetune()
         if command == "check":
             from runtime import check
 

@@ -215,7 +215,7 @@ finish() {
     trap '' USR1 TERM INT
     # a job that failed before it came to that; one that was stopped before it submits nothing
     if [[ -z ${stopping:-} ]] && is_batch_job; then submit_the_rest "$SLURM_JOB_ID"; fi
-    if [[ -n ${timer:-} ]]; then kill "$timer" 2>/dev/null || true; fi
+    if [[ -n ${ender:-} ]]; then kill "$ender" 2>/dev/null || true; fi
     say "exit status $1"
     if [[ -n ${tee:-} ]]; then
         exec >/dev/null 2>&1 3>&1
@@ -223,22 +223,27 @@ finish() {
     fi
 }
 
-# A signal: what runs is asked to end, gets 20 seconds for it, and the job ends with status $1.
+# A signal: what runs is asked to end, and the job ends with status $1.
 stop() {
     interrupted=yes
     if [[ -n ${stopping:-} ]]; then return 0; fi
     stopping=$1
     printf 'ftgen: error: %s\n' "$2" >&2
     if ((${#children[@]} == 0)); then exit "$1"; fi
-    if [[ -n ${in_step:-} ]]; then
-        scancel --signal=TERM "$SLURM_JOB_ID" || true # the tasks of its steps; srun itself would kill them at once
-    else
-        kill "${children[@]}" 2>/dev/null || true
-    fi
-    (sleep 20 && kill -KILL "${children[@]}") >/dev/null 2>&1 3>&1 &
-    timer=$!
 }
 children=()
+
+end_children() {
+    # of a job that it ends Slurm has asked every process itself, and once is enough
+    if [[ -n ${SLURM_JOB_ID:-} ]] && ((stopping == 143)); then sleep 2; fi
+    if [[ -n ${step:-} ]]; then
+        scancel --signal=TERM "$SLURM_JOB_ID.$step" || true # the tasks: srun, if it were asked, would kill them at once
+    else
+        kill "${children[@]}" || true
+    fi
+    sleep 20
+    kill -KILL "${children[@]}"
+}
 
 # await COMMAND...: run it so that a signal is acted upon at once; its status.
 await() {
@@ -259,6 +264,10 @@ wait_for() {
     while [[ -n $interrupted ]]; do
         interrupted='' status=0
         wait "$1" || status=$?
+        if [[ -n ${stopping:-} && -z ${ender:-} ]]; then
+            end_children >/dev/null 2>&1 3>&1 &
+            ender=$!
+        fi
     done
     return "$status"
 }
@@ -333,6 +342,9 @@ run_once() {
     await "${python[@]}" "$code/$name.py" "$1"
 }
 
+# Slurm numbers a job's steps.
+next_step() { step=$((${step:--1} + 1)); }
+
 # One task for each GPU.
 run_tasks() {
     if [[ -n ${SLURM_JOB_ID:-} ]]; then
@@ -357,7 +369,7 @@ run_tasks() {
 run_step() {
     local before status=0
     before=$(wc -c <"$log")
-    in_step=yes
+    next_step
     await srun --nodes="$nodes" --ntasks="$tasks" --ntasks-per-node="$tasks_per_node" --kill-on-bad-exit=1 --export=ALL \
         --mpi=pmix "${srun_flags[@]}" "${python[@]}" "$code/$name.py" "$1" || status=$?
     if ((status)); then status=$(first_failure "$before" "$status"); fi
