@@ -1,5 +1,6 @@
 """A real Slurm, and a folder to submit from: what the tests and the fault table share."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -172,7 +173,5 @@ def _uts(pid: int) -> str:
 
 
 def _kill(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, 9)
-    except ProcessLookupError:
-        pass

@@ -1,5 +1,6 @@
 """What becomes of `sbatch a.sh b.sh c.sh`: in which order jobs run, what is queued for them, and what is not."""
 
+import itertools
 import re
 
 from cluster import Desk, until
@@ -94,7 +95,7 @@ def test_jobs_of_one_model_submitted_apart_run_one_at_a_time_and_of_another_besi
     desk.quiet()
     times = [times for times in intervals(desk) if times[1] - times[0] > 1]
     assert len(times) == 3
-    assert all(end <= begin for (_, end), (begin, _) in zip(times, times[1:], strict=False))
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(times))
 
 
 def test_a_missing_checkpoint_is_made_by_a_job_of_one_task_that_the_run_waits_for_outside(desk):

@@ -60,7 +60,7 @@ def test_a_step_that_does_not_end_when_asked_is_killed(desk):
         "#!/bin/bash\n[ $2 = finetune ] || exit 0\ntrap '' TERM\necho up >>$STAGE_PATH/events\nwhile :; do sleep 1; done\n"
     )
     job = desk.submit(desk.compile("spec", site=TASK))
-    until(lambda: (desk.stage / "events").exists(), 30, desk.everything)
+    until((desk.stage / "events").exists, 30, desk.everything)
     desk.cluster.call("scancel", "--batch", "--signal=USR1", job)
     assert desk.ended(job, 40).exit_code == 124
     until(lambda: subprocess.run(["pgrep", "-f", str(desk.python)], capture_output=True, check=False).returncode, 10)
