@@ -192,6 +192,19 @@ def report(
     click.echo(path)
 
 
+@ftgen.command()
+@logs_argument
+@click.option("--every", type=click.FloatRange(min=0.1), default=2.0, show_default=True, help="Seconds between two looks.")
+def watch(logs: tuple[Path, ...], every: float) -> None:
+    """Show how far every run below LOGS is, until all are over: a live table, or piped a line a change."""
+    from rich.console import Console
+
+    from ftgen.follow import Follower
+    from ftgen.watch import watch
+
+    watch(Follower(logs), every, Console(highlight=False, emoji=False, markup=False), click.echo)
+
+
 @contextmanager
 def _usage() -> Iterator[None]:
     """What is wrong inside is wrong in how ftgen was called."""
