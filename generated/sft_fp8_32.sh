@@ -1223,6 +1223,59 @@ def _pack(plan: Plan, examples: Path, tokenizer: Path, staging: Path) -> None:
                 dataset_kwargs={"pad_to_max_length": True},
             )
 END_OF_FTGEN_FILE
+    cat >"$1"/runtime/environment.py <<'END_OF_FTGEN_FILE'
+"""What the training found around it: versions, machine, job. Out: one line of JSON in the log, which the report shows."""
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "nemo_toolkit", "megatron-core", "transformer-engine", "lightning", "transformers", "numpy")
+DRIVER = Path("/sys/module/nvidia/version")
+JOB = {"job": "SLURM_JOB_ID", "nodes": "SLURM_JOB_NODELIST", "partition": "SLURM_JOB_PARTITION"}
+
+
+def tell(plan: dict[str, Any]) -> None:
+    """One line, of the first rank alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"ftgen environment: {json.dumps(found(plan))}", flush=True)
+
+
+def found(plan: dict[str, Any]) -> dict[str, Any]:
+    """Names and versions; what is not there is left out."""
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "packages": {name: number for name in PACKAGES if (number := _version(name))},
+        "system": platform.platform(),
+        "cpus": os.cpu_count(),
+        **{name: os.environ[variable] for name, variable in JOB.items() if os.environ.get(variable)},
+    }
+    return facts | (_gpu() if plan["gpu"]["name"] != "cpu" else {})
+
+
+def _gpu() -> dict[str, Any]:
+    import torch
+
+    here = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu": here.name,
+        "gpu_memory_gib": round(here.total_memory / 2**30, 2),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "driver": DRIVER.read_text().strip() if DRIVER.is_file() else None,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+END_OF_FTGEN_FILE
     cat >"$1"/runtime/errors.py <<'END_OF_FTGEN_FILE'
 """Errors that the user can mend, as data: what is wrong, and what to do about it."""
 
@@ -1252,7 +1305,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from runtime import checkpoint, data
+from runtime import checkpoint, data, environment
 from runtime.errors import JobError
 from runtime.progress import say, timed
 
@@ -1277,6 +1330,7 @@ def finetune(plan: Plan) -> int:
         cpu.stand_in()
     elif not torch.cuda.is_available():
         raise JobError("PyTorch finds no GPU in this process", 'see nvidia-smi; gpu = "cpu" in the spec runs without')
+    environment.tell(plan)
     files = data.files(plan, weights / "context" / "nemo_tokenizer")
     training = fiddle.build(recipe.build(plan, weights, files, _log_directory()))
     say(f"training: {plan['experiment']}, {plan['max_steps']} steps")

@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from runtime import checkpoint, data
+from runtime import checkpoint, data, environment
 from runtime.errors import JobError
 from runtime.progress import say, timed
 
@@ -34,6 +34,7 @@ def finetune(plan: Plan) -> int:
         cpu.stand_in()
     elif not torch.cuda.is_available():
         raise JobError("PyTorch finds no GPU in this process", 'see nvidia-smi; gpu = "cpu" in the spec runs without')
+    environment.tell(plan)
     files = data.files(plan, weights / "context" / "nemo_tokenizer")
     training = fiddle.build(recipe.build(plan, weights, files, _log_directory()))
     say(f"training: {plan['experiment']}, {plan['max_steps']} steps")
