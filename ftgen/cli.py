@@ -71,6 +71,40 @@ def compile_specs(specs: tuple[Path, ...], site: Path | None, overrides: tuple[s
 
 
 @ftgen.command()
+@click.option("--site", type=FILE, required=True, help="The cluster's profile, a TOML file.")
+@click.argument("specs", nargs=-1, type=ANYWHERE, metavar="[SPEC...]")
+@click.option("--out", type=FOLDER, default=Path("generated"), show_default=True, help="OUT/setup/<site>.sh is written.")
+def setup(site: Path, specs: tuple[Path, ...], out: Path) -> None:
+    """Compile the job that sets a site up: folders, image or virtual environment, the sources that each SPEC asks for."""
+    from ftgen import files
+    from ftgen.experiment import load_all, load_site
+    from ftgen.setup import render_setup
+
+    profile = load_site(site)
+    text = render_setup(profile, site.stem, [each.plan for each in load_all(specs, site, ())])
+    for path in files.write(out / "setup", {f"{site.stem}.sh": text}):
+        click.echo(path)
+
+
+@ftgen.command()
+@click.argument("specs", nargs=-1, type=ANYWHERE, metavar="[SPEC...]")
+@site_option
+def doctor(specs: tuple[Path, ...], site: Path | None) -> None:
+    """Look, on a login node, whether jobs of each SPEC will run at this site; without SPEC, a job of one node."""
+    from ftgen.doctor import examine
+    from ftgen.experiment import load_all, load_site
+    from ftgen.site import Site
+
+    failed = False
+    profile = load_site(site) if site else Site()
+    for finding in examine(profile, [each.plan for each in load_all(specs, site, ())]):
+        failed |= finding.verdict == "FAIL"
+        click.echo(finding)
+    if failed:
+        sys.exit(1)
+
+
+@ftgen.command()
 @click.argument("spec", type=FILE)
 @site_option
 @set_option

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ftgen import matrix
+from ftgen import catalogue, matrix
 from ftgen.errors import KeyPath, Problem, SpecError, dotted
 from ftgen.plan import Plan, resolve
+from ftgen.rules import broken_rules
 from ftgen.shape import validate
 from ftgen.site import Site
 from ftgen.source import Source, read
@@ -57,6 +58,18 @@ def load_all(specs: Iterable[Path], site: Path | None = None, overrides: Sequenc
     if problems:
         raise SpecError(*dict.fromkeys(problems))
     return list(found.values())
+
+
+def load_site(path: Path) -> Site:
+    """A site profile by itself; SpecError with every problem of it."""
+    source = read(path, {})
+    site, problems = _shaped(Site, source.document, {})
+    spec = Spec.model_validate(_PLACEHOLDERS | {"gpus": site.gpus_per_node})
+    rules = broken_rules(spec, site, catalogue.models().get(spec.model), catalogue.gpus().get(spec.gpu))
+    problems += [p._replace(where=p.where[1:]) for p in rules if p.where[:1] == ("site",)]
+    if problems:
+        raise SpecError(*sorted(dict.fromkeys(map(source.located, problems)), key=_by_place))
+    return site
 
 
 def specs_in(folder: Path) -> list[Path]:

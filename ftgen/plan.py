@@ -113,12 +113,22 @@ class OptimizerPlan:
 
 
 @dataclass(frozen=True)
+class SourcePlan:
+    """A source tree that comes first on the job's path."""
+
+    url: str
+    commit: str
+    folder: str  # below STAGE_PATH
+
+
+@dataclass(frozen=True)
 class PythonPlan:
     """Where the job's Python comes from: none (the shell's), venv, container or apptainer."""
 
     kind: str
     path: str | None
     image: str | None
+    image_from: str | None  # what setup makes the image of
     mounts: list[str]  # shared_paths among them
     writable: bool
     mount_home: bool
@@ -179,6 +189,7 @@ class Plan:
     optimizer: OptimizerPlan
     window_steps: int  # the last steps, whose mean is the step time
     environment: dict[str, str]
+    sources: list[SourcePlan]
     stage_path: str | None
     modules: list[str]
     python: PythonPlan
@@ -236,6 +247,7 @@ def resolve(
         ),
         window_steps=spec.window.last_steps,
         environment=RECIPE_ENVIRONMENT | site.environment | spec.environment,
+        sources=_sources(spec),
         stage_path=site.stage_path,
         modules=site.modules,
         python=_python(site),
@@ -257,6 +269,11 @@ def _checkpoint(spec: Spec, model: Model) -> CheckpointPlan:
     }
     gated = source == "hub" and model.gated
     return CheckpointPlan(source, spec.checkpoint.revision, spec.checkpoint.path, gated, places[source])
+
+
+def _sources(spec: Spec) -> list[SourcePlan]:
+    trees = {"Megatron-LM": spec.sources.megatron_lm, "NeMo": spec.sources.nemo}
+    return [SourcePlan(it.url, it.commit, f"{name}-{it.commit[:12]}") for name, it in trees.items() if it]
 
 
 def _parallelism(spec: Spec) -> ParallelismPlan:

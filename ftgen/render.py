@@ -69,7 +69,7 @@ def render(plan: Plan) -> dict[str, str]:
     entrypoint = _python().get_template("entrypoint.py.j2").render(plan=plan, plan_json=plan.to_json())
     files = {f"{plan.name}.py": entrypoint, **_runtime()}
     script = (
-        _bash()
+        bash()
         .get_template("job.sh.j2")
         .render(
             plan=plan,
@@ -80,7 +80,7 @@ def render(plan: Plan) -> dict[str, str]:
             sbatch_variables=_sbatch_variables(plan),
             convert_options=_convert_options(plan),
             grace_s=GRACE_S,
-            stage_path=_stage_path(plan),
+            stage_path=default_stage_path(plan.stage_path),
             interpreter=_interpreter(plan),
             srun_flags=plan.slurm.srun_flags,
             files=sorted(files.items()),
@@ -128,7 +128,7 @@ def sbatch_lines(plan: Plan) -> list[str]:
         "constraint": slurm.constraint,
         "nodes": plan.nodes,
         "ntasks-per-node": plan.gpus_per_node,
-        **_gpu_request(plan, plan.gpus_per_node),
+        **gpu_request(slurm.gpu_request, slurm.gpu_type, plan.gpus_per_node),
         "time": format_walltime(slurm.walltime_s),
         "signal": f"B:USR1@{slurm.end_before_limit_s}",
         "mem": slurm.mem,
@@ -139,10 +139,10 @@ def sbatch_lines(plan: Plan) -> list[str]:
     return [*lines, *(["--exclusive"] if slurm.exclusive else []), *requeue, *slurm.sbatch_flags]
 
 
-def _gpu_request(plan: Plan, count: int) -> dict[str, str]:
-    slurm = plan.slurm
-    gpus = f"{slurm.gpu_type}:{count}" if slurm.gpu_type else str(count)
-    return {"none": {}, "gres": {"gres": f"gpu:{gpus}"}, "gpus-per-node": {"gpus-per-node": gpus}}[slurm.gpu_request]
+def gpu_request(how: str, gpu_type: str | None, count: int) -> dict[str, str]:
+    """The option that asks for so many GPUs of each node, the way the site wants it."""
+    gpus = f"{gpu_type}:{count}" if gpu_type else str(count)
+    return {"none": {}, "gres": {"gres": f"gpu:{gpus}"}, "gpus-per-node": {"gpus-per-node": gpus}}[how]
 
 
 def _convert_options(plan: Plan) -> list[str]:
@@ -152,7 +152,7 @@ def _convert_options(plan: Plan) -> list[str]:
         "dependency": "singleton",
         "nodes": 1,
         "ntasks": 1,
-        **_gpu_request(plan, 1),
+        **gpu_request(plan.slurm.gpu_request, plan.slurm.gpu_type, 1),
         "time": format_walltime(plan.slurm.convert_walltime_s),
     }
     return [*(f"--{option}={value}" for option, value in options.items()), *plan.slurm.convert_flags]
@@ -173,8 +173,9 @@ def expand_path(path: str) -> str:
     return '"' + "$STAGE_PATH".join(re.sub(r'([\\"$`])', r"\\\1", part) for part in parts) + '"'
 
 
-def _stage_path(plan: Plan) -> Verbatim:
-    return Verbatim(shlex.quote(plan.stage_path) if plan.stage_path else "${SLURM_SUBMIT_DIR:-$PWD}")
+def default_stage_path(stage_path: str | None) -> Verbatim:
+    """What stands in for a STAGE_PATH that the submitting shell does not have, for bash."""
+    return Verbatim(shlex.quote(stage_path) if stage_path else "${SLURM_SUBMIT_DIR:-$PWD}")
 
 
 def _interpreter(plan: Plan) -> str:
@@ -208,7 +209,7 @@ def _python() -> Environment:
     return _environment()
 
 
-def _bash() -> Environment:
+def bash() -> Environment:
     """Every {{ value }} is one shell word, unless a filter has made it safe for another place."""
     environment = _environment(finalize=_quote, comment_start_string="<#", comment_end_string="#>")  # ${#array[@]}
     environment.filters |= {

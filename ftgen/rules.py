@@ -142,7 +142,9 @@ def _python(site: Site) -> Iterator[Problem]:
         yield Problem(("site", "python", "image"), f'is needed by python.kind = "{python.kind}"')
     if python.kind == "venv" and not python.path:
         yield Problem(("site", "python", "path"), 'is needed by python.kind = "venv"')
-    for key in ("image", "mounts", "writable", "mount_home"):
+    if python.image_from and not (python.image and "/" in python.image):
+        yield Problem(("site", "python", "image_from"), "is imported into a file: python.image must be its path")
+    for key in ("image", "image_from", "mounts", "writable", "mount_home"):
         if getattr(python, key) and not in_image:
             yield Problem(("site", "python", key), goes_with)
 

@@ -27,6 +27,9 @@ class Python(Table):
         "$STAGE_PATH is understood.",
     )
     mounts: list[OneLine] = Field([], description="SRC:DST for the image, beside STAGE_PATH and shared_paths.")
+    image_from: OneLine | None = Field(
+        None, description="What `ftgen setup` makes the image file of, such as docker://nvcr.io#nvidia/nemo:24.12."
+    )
     writable: bool = Field(False, description="Let the job write into the image's file system; lost when it ends.")
     mount_home: bool = Field(False, description="Mount the home directory into the image.")
 

@@ -97,6 +97,20 @@ class Checkpoint(Table):
     path: OneLine | None = Field(None, description='For source = "directory": where it is.')
 
 
+class Source(Table):
+    """A Git repository at one commit."""
+
+    url: OneLine = Field(description="Where to clone from.")
+    commit: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")] = Field(description="All 40 digits of it.")
+
+
+class Sources(Table):
+    """Source trees to use in place of what is installed; `ftgen setup SPEC` clones them into $STAGE_PATH."""
+
+    megatron_lm: Source | None = Field(None, description="Megatron-LM.")
+    nemo: Source | None = Field(None, description="NeMo.")
+
+
 class Optimizer(Table):
     """Adam with a cosine schedule, as NeMo's recipe."""
 
@@ -151,6 +165,7 @@ class Spec(Table):
     parallelism: Parallelism = Field(default_factory=Parallelism, description="How the model is split over GPUs.")
     data: Data = Field(default_factory=Data, description="What is trained on.")
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="Where the weights come from.")
+    sources: Sources = Field(default_factory=Sources, description="Other sources of the framework.")
     optimizer: Optimizer = Field(default_factory=Optimizer, description="Adam's settings.")
     window: Window = Field(default_factory=Window, description="The steps that are timed.")
     environment: Environment = Field(

@@ -42,6 +42,14 @@ def check(plan: Plan) -> int:
     return 1 if problems else 0
 
 
+def packages(plan: Plan) -> int:
+    """The part of it that a login node can look at too: 0 when the packages of this Python are those the job needs."""
+    problems = list(_packages(plan))
+    for problem in problems:
+        print(f"ftgen: error: {problem}", file=sys.stderr, flush=True)
+    return 1 if problems else 0
+
+
 def _stage_path() -> Iterator[JobError]:
     path = os.environ.get("STAGE_PATH", "")
     hint = "export STAGE_PATH=<a folder that all nodes see and you can write to>"

@@ -1,0 +1,16 @@
+import importlib
+import sys
+
+sys.path[:0] = sys.argv[1:]
+failed = []
+for name in STACK:
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:
+        failed.append(name)
+        print(f"ftgen: error: {name} cannot be imported: {type(error).__name__}: {error}", flush=True)
+    else:
+        place = next(iter(getattr(module, "__path__", [])), getattr(module, "__file__", ""))
+        print(f"ftgen: {name} {getattr(module, '__version__', '?')} in {place}", flush=True)
+if failed:
+    sys.exit(1)

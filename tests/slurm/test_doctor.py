@@ -1,0 +1,96 @@
+"""`ftgen doctor` against a real Slurm and a hub of our own: what it finds, and what it says to do about it."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from cluster import ROOT, Desk
+
+TOKEN = "hf_MarkerThatMustNeverBeSeen"
+BARE = {"HF_TOKEN": "", "HF_HOME": "/nonexistent"}
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    """A hub where "granted" may be read with the token, all else is gated."""
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            granted = self.headers.get("Authorization") == f"Bearer {TOKEN}" and not self.path.startswith("/meta-llama/")
+            self.send_response(200 if granted else 403)
+            if not granted:
+                self.send_header("X-Error-Code", "GatedRepo")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def doctor(desk: Desk, profile: str, *specs: str, **environment: str) -> tuple[int, str]:
+    (desk.folder / "site.toml").write_text(profile)
+    env = desk.cluster.environment | {"STAGE_PATH": str(desk.stage), "FTGEN_PYTHON": sys.executable} | BARE | environment
+    command = [sys.executable, "-m", "ftgen", "doctor", "--site", str(desk.folder / "site.toml"), *specs]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=ROOT)
+    assert TOKEN not in done.stdout + done.stderr
+    return done.returncode, done.stdout
+
+
+def test_a_healthy_site_passes(desk, hub):
+    desk.compile("spec", gpus=16)
+    spec = str(desk.folder / "spec.toml")
+    status, said = doctor(desk, 'gpu_request = "gres"\n', spec, HF_TOKEN=TOKEN, HF_ENDPOINT=hub)
+    assert status == 0, said
+    assert "ok     Slurm answers: slurm-wlm" in said
+    assert "ok     spec: 2 x 8 GPUs: Slurm takes the job" in said
+    assert "has the packages that the job needs" in said
+    assert "ok     ftgen/tiny-llama can be read with your token" in said
+    assert not desk.queue()  # nothing was queued
+
+
+@pytest.mark.parametrize(
+    ("profile", "refusal", "mend"),
+    [
+        ('partition = "nowhere"\n', "invalid partition specified: nowhere", "sinfo -s shows them"),
+        ('gpu_request = "gres"\ngpu_type = "a100"\n', "Requested node configuration is not available", "sinfo -o"),
+        ("gpus_per_node = 2\n", "", "gpus in the spec"),
+        ('reservation = "none"\n', "Requested reservation is invalid", "scontrol show reservation"),
+        ('constraint = "blue"\n', "Invalid feature specification", ""),
+    ],
+)
+def test_a_request_that_slurm_refuses_is_told_before_it_is_queued(desk, profile, refusal, mend):
+    status, said = doctor(desk, profile, "specs/lora_bf16_16.toml")
+    assert status == 1
+    assert "FAIL   lora_bf16_16: " in said
+    assert refusal in said
+    assert mend in said
+
+
+def test_a_gated_model_is_explained(desk, hub):
+    status, said = doctor(desk, "", HF_TOKEN=TOKEN, HF_ENDPOINT=hub)
+    assert status == 1
+    assert "meta-llama/Meta-Llama-3-8B is gated, and this token's account has not been granted access (403)" in said
+    assert "ask for access on https://huggingface.co/meta-llama/Meta-Llama-3-8B" in said
+    status, said = doctor(desk, "", HF_ENDPOINT=hub)
+    assert "meta-llama/Meta-Llama-3-8B is gated, and there is no Hugging Face token\n       mend: export HF_TOKEN=" in said
+
+
+def test_what_is_missing_has_a_line_and_a_mend_each(desk):
+    profile = 'shared_paths = ["/no/data"]\n[python]\nkind = "venv"\npath = "$STAGE_PATH/venv"\n'
+    status, said = doctor(desk, profile, STAGE_PATH="/no/stage", FTGEN_PYTHON="", PATH="/nonexistent")
+    assert status == 1
+    assert "FAIL   Slurm does not answer" in said
+    assert "FAIL   STAGE_PATH: /no/stage is no folder that you can write to\n       mend: mkdir -p it" in said
+    assert "FAIL   /no/stage/venv/bin/python: " in said
+    status, said = doctor(desk, profile, FTGEN_PYTHON="/usr/bin/python3")
+    assert "shared_paths: there is no /no/data here" in said
+    assert "the package nemo_toolkit is not installed" in said
+    image = '[python]\nkind = "container"\nimage = "$STAGE_PATH/nemo.sqsh"\n'
+    assert f"FAIL   the image {desk.stage}/nemo.sqsh is not there" in doctor(desk, image)[1]
