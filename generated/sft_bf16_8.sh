@@ -442,6 +442,14 @@ def check(plan: Plan) -> int:
     return 1 if problems else 0
 
 
+def packages(plan: Plan) -> int:
+    """The part of it that a login node can look at too: 0 when the packages of this Python are those the job needs."""
+    problems = list(_packages(plan))
+    for problem in problems:
+        print(f"ftgen: error: {problem}", file=sys.stderr, flush=True)
+    return 1 if problems else 0
+
+
 def _stage_path() -> Iterator[JobError]:
     path = os.environ.get("STAGE_PATH", "")
     hint = "export STAGE_PATH=<a folder that all nodes see and you can write to>"
@@ -2274,9 +2282,10 @@ END_OF_FTGEN_FILE
 
 Written by ftgen 0.1.0 from sft_bf16_8.toml. The job's script does this for you; by hand it is
 
-    STAGE_PATH=/shared/folder python3 sft_bf16_8.py check|converted|convert|verify|finetune
+    STAGE_PATH=/shared/folder python3 sft_bf16_8.py check|packages|converted|convert|verify|finetune
 
     check      say what is missing before anything is done
+    packages   only whether this Python has the packages that it needs
     converted  exit 0 if the converted checkpoint is there, 1 if not
     convert    download the weights and convert them to NeMo's format, unless that has been done
     verify     read every byte of the converted checkpoint and compare it with what was written
@@ -2367,12 +2376,14 @@ PLAN = json.loads(r"""
     "TOKENIZERS_PARALLELISM": "False",
     "TORCH_NCCL_AVOID_RECORD_STREAMS": "1"
   },
+  "sources": [],
   "stage_path": null,
   "modules": [],
   "python": {
     "kind": "none",
     "path": null,
     "image": null,
+    "image_from": null,
     "mounts": [],
     "writable": false,
     "mount_home": false
@@ -2410,6 +2421,16 @@ def find_runtime() -> None:
             sys.path.insert(0, str(folder))
             return
     sys.exit(f"ftgen: error: no runtime/ beside {__file__}\n  hint: bash {PLAN['name']}.sh --unpack FOLDER writes both")
+
+
+def find_sources() -> None:
+    """Put other sources of the framework first on the path; exits where they are not there as the plan wants them."""
+    for source in PLAN["sources"]:
+        folder = Path(os.environ["STAGE_PATH"], source["folder"])
+        if not (folder / ".ftgen-commit").is_file():
+            sys.exit(f"ftgen: error: there is no {folder}\n  hint: ftgen setup --site SITE {PLAN['name']}.toml clones it")
+        sys.path.insert(0, str(folder))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
 
 
 def set_environment() -> None:
@@ -2454,6 +2475,7 @@ def main(command: str) -> int:
     """Run one command; its exit status."""
     find_runtime()
     set_environment()
+    find_sources()
     from runtime.errors import JobError
 
     try:
@@ -2464,6 +2486,10 @@ def main(command: str) -> int:
             from runtime import check
 
             return check.check(PLAN)
+        if command == "packages":
+            from runtime import check
+
+            return check.packages(PLAN)
         if command in {"converted", "convert", "verify"}:
             from runtime import checkpoint
 
