@@ -4,15 +4,15 @@ import base64
 import json
 import re
 import subprocess
+import sys
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from browser import chromium, show_as
 from debian import program
 from runs import EVIL, log_of, summary_of
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -26,18 +26,6 @@ from ftgen.report import Reading, flattened, read, report
 
 ROOT = Path(__file__).parent.parent
 LOGS = [ROOT / "tests" / "logs" / case / "logs" for case in ("sizes", "verdicts", "documented")]
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-    "--hide-scrollbars",
-)
 
 
 def page_of(runs, title="Results"):
@@ -142,15 +130,17 @@ def test_the_command_writes_one_file(ftgen, tmp_path):
     assert "<h1>Results &amp; more</h1>" in (tmp_path / "r.html").read_text()
 
 
+def test_without_the_library_that_draws_it_says_what_to_install(tmp_path):
+    code = "import sys; sys.modules['vl_convert'] = None; from ftgen.cli import main; main()"
+    command = [sys.executable, "-c", code, "report", str(LOGS[0]), "-o", str(tmp_path / "r.html")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "pip install 'ftgen[report]'" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    driver, chromium = program("chromedriver", "chromium-driver"), program("chromium", "chromium")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    browser = webdriver.Chrome(options=options, service=Service(driver))
+    browser = chromium(tmp_path_factory.mktemp("profile"))
     yield browser
     browser.quit()
 
@@ -160,10 +150,7 @@ def opened(browser, text, tmp_path):
     def look(text=text, *, width=1280, dark=False):
         path = tmp_path / "report.html"
         path.write_text(text)
-        scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        show_as(browser, width=width, dark=dark)
         browser.get(path.as_uri())
         return browser
 
