@@ -6,7 +6,7 @@ that are equal once their digits are taken out need no more than a look at their
 
 from typing import NamedTuple
 
-from ftgen.step_line import MEGATRON, MEGATRON_KEYS, NEMO, NEMO_KEYS, StepLine, parse
+from ftgen.step_line import MEGATRON, MEGATRON_KEYS, MOST, NEMO, NEMO_KEYS, Keys, Step, StepLine, cells_of, parse, steps_of
 
 VARYING = b"0123456789.e+- "  # what a number is written with, and what pads it
 FEW = 4  # lines: fewer are not worth the trouble
@@ -18,8 +18,10 @@ class Shape(NamedTuple):
     bare: bytes  # the line without VARYING
     before: bytes  # what stands before the step's number
     after: bytes  # and after it
-    first: int  # the number of the first iteration
+    keys: Keys
+    counts: bool  # whether the first cell ends with iteration 7/99
     constant: tuple[bytes, ...]  # cells that must be in every line as they are in the first
+    cells: tuple[tuple[str, int, bytes], ...]  # what is said in which cell, and what stands before it there
 
 
 class Chunk(NamedTuple):
@@ -29,15 +31,44 @@ class Chunk(NamedTuple):
     last: int
     text: bytes  # the lines; empty where they are to be read again from the file
 
-    def lines(self, start: int, stop: int) -> list[bytes]:
-        """The lines of the steps from `start` to before `stop`."""
-        after = self.last + 1 - start
-        tail = self.text.rsplit(b"\n", after + 1)[-after - 1 :]  # behind the last newline there is nothing
-        return [line + b"\n" for line in tail[: stop - start]]
-
     def step_lines(self, start: int, stop: int) -> list[StepLine]:
         """The steps from `start` to before `stop`, read."""
-        return [line for line in map(parse, self.lines(start, stop)) if line]
+        after = self.last + 1 - start
+        tail = self.text.rsplit(b"\n", after + 1)[-after - 1 :]  # behind the last newline there is nothing
+        lines = [line + b"\n" for line in tail[: stop - start]]
+        steps = _read_alike(lines)
+        if steps is None:
+            return [line for line in map(parse, lines) if line]
+        return [StepLine(number, step) for number, step in enumerate(steps, start)]
+
+
+def _read_alike(lines: list[bytes]) -> list[Step] | None:
+    """Lines of one shape, read cell by cell; None where one of them says something that is no plain number."""
+    shape = shape_of(lines[0]) if lines else None
+    if not shape:
+        return None
+    rows = [line.split(b"|") for line in lines]
+    said = {}
+    try:
+        for name, place, before in shape.cells:
+            column = _numbers([row[place] for row in rows], before)
+            if column is None or not -MOST < max(column) < MOST:
+                return None
+            said[name] = column
+        counts = [int(row[0].rpartition(b"/")[2]) for row in rows] if shape.counts else []
+    except ValueError:
+        return None
+    return steps_of(said, shape.keys, [count + 1 - shape.keys.first for count in counts], len(rows))
+
+
+def _numbers(cells: list[bytes], before: bytes) -> list[float] | None:
+    """The number in each cell, behind `before`; ValueError where there is none, None where something else is before it."""
+    if len(set(cells)) == 1:
+        return [float(cells[0][len(before) :])] * len(cells) if cells[0].startswith(before) else None
+    skip = len(before)
+    if {cell[:skip] for cell in cells} != {before}:
+        return None
+    return [float(cell[skip:]) for cell in cells]
 
 
 _shapes: dict[bytes, Shape | None] = {}  # by bare line
@@ -68,10 +99,23 @@ def chunk_of(text: bytes, count: int, shape: Shape) -> Chunk | None:
         first = int(parts[0][: parts[0].index(shape.after)])
     except ValueError:
         return None
-    expected = map((b"%d" + shape.after).__mod__, range(first, first + count))
-    if first < shape.first or not all(map(bytes.startswith, parts, expected)):
+    if first < shape.keys.first or not _follow(parts, first, shape.after):
         return None
-    return Chunk(first - shape.first, first - shape.first + count - 1, text)
+    return Chunk(first - shape.keys.first, first - shape.keys.first + count - 1, text)
+
+
+def _follow(parts: list[bytes], first: int, after: bytes) -> bool:
+    """Whether the parts begin with numbers that follow one another from `first` on, each before `after`."""
+    while parts:
+        digits = len(b"%d" % first)
+        some = parts[: 10**digits - first]  # as many as have so many digits
+        expected = (b"%d" + after) * len(some) % tuple(range(first, first + len(some)))
+        width = digits + len(after)
+        if b"".join([part[:width] for part in some]) != expected:
+            return False
+        first += len(some)
+        parts = parts[len(some) :]
+    return True
 
 
 def _shape(line: bytes, key: bytes) -> Shape | None:
@@ -85,4 +129,5 @@ def _shape(line: bytes, key: bytes) -> Shape | None:
     if line.count(before) != 1 or after not in line.partition(before)[2]:
         return None
     constant = tuple(cell for cell in line.split(b"|") if any(name + b":" in cell for name in keys.spoiled))
-    return Shape(key, before, after, keys.first, constant)
+    counts = read.step.planned is not None
+    return Shape(key, before, after, keys, counts, constant, cells_of(line, keys))

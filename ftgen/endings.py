@@ -74,7 +74,7 @@ class Ending(NamedTuple):
 
 def endings(text: bytes) -> Iterator[Ending]:
     """The lines that tell, in the text's order, and after each traceback's head the line that ends it."""
-    if not any(rare in text and word in text for rare, word in GUARDED):
+    if not text or not any(rare in text and word in text for rare, word in GUARDED):
         return
     for match in ENDING.finditer(text):
         kind = next(kind for kind, pattern in PATTERNS.items() if pattern.match(text, match.start()))

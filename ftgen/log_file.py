@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-BLOCK = 1 << 19  # bytes: what fits a processor's cache is read fastest
+BLOCK = 1 << 17  # bytes: what fits a processor's cache is read fastest
 PACKED = (GZIP, ZSTD) = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")  # the first bytes: RFC 1952, RFC 8878
 ESCAPE = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(?:\x07|\x1b\\))")  # ECMA-48: CSI, OSC
 
@@ -86,7 +86,7 @@ def _blocks(file: IO[bytes], start: int, end: int | None) -> Iterator[Block]:
         raw = rest + piece if rest else piece
         last = max(raw.rfind(b"\n"), raw.rfind(b"\r")) + 1
         if end is not None and offset + len(raw) >= end:
-            last = _line_end(raw, end - offset - 1)  # the line that `end` cuts is the last one
+            last = _line_end(raw, end - offset - 1) or last  # the line that `end` cuts is the last one
         if last == 0 and len(raw) >= BLOCK:
             last = len(raw)
         if last:

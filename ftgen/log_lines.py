@@ -50,8 +50,8 @@ class Log:
     ended: datetime | None = None
     step_times: list[StepTime] = field(default_factory=list)  # Megatron-Bridge's, which do not say of which step
 
-    def take(self, item: Item, again: Callable[[], list[Chunk]]) -> None:
-        """The next thing that was found; `again` is how to find the chunks of its block once more."""
+    def take(self, item: Item, again: Callable[[Chunk], Chunk]) -> None:
+        """The next thing that was found; `again` is how to read a chunk of its block once more."""
         if isinstance(item, Chunk):
             self.steps.add_chunk(item, again)
         elif isinstance(item, StepLine):

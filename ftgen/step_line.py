@@ -9,6 +9,7 @@ Numbers are what the line says and nothing else: steps are counted from 0 and se
 
 import math
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 # The word by which a step line is known.
@@ -59,42 +60,39 @@ class StepTime(NamedTuple):
 class Keys(NamedTuple):
     """What a framework calls things."""
 
-    time: bytes
-    second: float  # in the line's unit
+    second: float  # in the line's unit of time
     first: int  # the number of the first iteration
     number: bytes
-    loss: bytes
-    grad_norm: bytes
-    tflops: tuple[bytes, ...]
-    batch: bytes
-    consumed: bytes
-    memory: tuple[bytes, ...]  # bytes; the first of them counts
+    names: dict[str, tuple[bytes, ...]]  # the first that says something counts
     spoiled: tuple[bytes, ...] = ()  # counts of what must not happen
 
 
 NEMO_KEYS = Keys(
-    time=NEMO,
     second=1.0,
     first=0,
     number=b"global_step",
-    loss=b"reduced_train_loss",
-    grad_norm=b"grad_norm",
-    tflops=(b"TFLOPS_per_GPU",),
-    batch=b"global_batch_size",
-    consumed=b"consumed_samples",
-    memory=(b"peak_memory_usage", b"max_memory_reserved", b"max_memory_allocated"),
+    names={
+        "time": (NEMO,),
+        "loss": (b"reduced_train_loss",),
+        "grad_norm": (b"grad_norm",),
+        "tflops": (b"TFLOPS_per_GPU",),
+        "batch": (b"global_batch_size",),
+        "consumed": (b"consumed_samples",),
+        "memory": (b"peak_memory_usage", b"max_memory_reserved", b"max_memory_allocated"),  # bytes
+    },
 )
 MEGATRON_KEYS = Keys(
-    time=MEGATRON,
     second=1000.0,
     first=1,
     number=b"",
-    loss=b"lm loss",
-    grad_norm=b"grad norm",
-    tflops=(b"throughput per GPU (TFLOP/s/GPU)",),
-    batch=b"global batch size",
-    consumed=b"consumed samples",
-    memory=(),
+    names={
+        "time": (MEGATRON,),
+        "loss": (b"lm loss",),
+        "grad_norm": (b"grad norm",),
+        "tflops": (b"throughput per GPU (TFLOP/s/GPU)",),
+        "batch": (b"global batch size",),
+        "consumed": (b"consumed samples",),
+    },
     spoiled=(b"number of skipped iterations", b"number of nan iterations"),
 )
 
@@ -104,23 +102,53 @@ def parse(line: bytes) -> StepLine | None:
     keys = NEMO_KEYS if NEMO in line else MEGATRON_KEYS
     bar = keys is NEMO_KEYS and NEMO + b"=" in line
     fields = _bar_fields(line) if bar else _fields(line)
-    time_s = number(fields.get(keys.time))
-    if time_s is None and not DIGITS.fullmatch(fields.get(keys.time, b"none")):
+    time = fields.get(NEMO if keys is NEMO_KEYS else MEGATRON, b"none")
+    if number(time) is None and not DIGITS.fullmatch(time):
         return None
-    memory = next(filter(None, (number(fields.get(key)) for key in keys.memory)), 0.0)
-    batch = number(fields.get(keys.batch)) or 0.0
     last = fields.get(b"last iteration")
-    step = Step(
-        time_s=_time(time_s, keys),
-        loss=number(fields.get(keys.loss)),
-        grad_norm=number(fields.get(keys.grad_norm)),
-        peak_memory=memory if 0 < memory < MOST else None,  # 0 is what a machine without a GPU prints
-        tflops_per_gpu=next((number(fields[key]) for key in keys.tflops if key in fields), None),
-        global_batch_size=int(batch) if 1 <= batch < 1e9 else None,
-        consumed_samples=number(fields.get(keys.consumed)),
-        planned=int(last) + 1 - keys.first if last else int(fields.get(b"of") or 0) or None,
-    )
+    numbers = ((name, number(fields.get(key))) for name, key in _named(keys, fields))
+    said = {name: (value,) for name, value in numbers if value is not None}
+    planned = int(last) + 1 - keys.first if last else int(fields.get(b"of") or 0)
+    (step,) = steps_of({"time": (0.0,), **said}, keys, (planned,) if planned else (), 1)
     return StepLine(_step_number(fields, keys), step, _invalid(fields, keys), bar)
+
+
+def steps_of(said: Mapping[str, Sequence[float]], keys: Keys, planned: Sequence[int], count: int) -> list[Step]:
+    """So many steps of what is said of each, in the framework's units; `planned` may be empty."""
+    times = (time_s / keys.second for time_s in said["time"])
+    nothing = (None,) * count
+    columns = (
+        [time_s if SHORTEST_STEP_S < time_s < LONGEST_STEP_S else None for time_s in times],  # NaN is not, either
+        said.get("loss", nothing),
+        said.get("grad_norm", nothing),
+        [memory if 0 < memory < MOST else None for memory in said.get("memory", ())] or nothing,  # 0 is said without a GPU
+        said.get("tflops", nothing),
+        [int(batch) if 1 <= batch < 1e9 else None for batch in said.get("batch", ())] or nothing,
+        said.get("consumed", nothing),
+        planned or nothing,
+        nothing,
+    )
+    return list(map(Step._make, zip(*columns, strict=True)))
+
+
+def cells_of(line: bytes, keys: Keys) -> tuple[tuple[str, int, bytes], ...]:
+    """Where a line says what: its name, the number of the cell between |, and what stands before the number there."""
+    fields = _fields(line)
+    rows = [cell.partition(b":") for cell in line.split(b"|")]
+    return tuple(
+        (name, place, before + b":")
+        for name, key in _named(keys, fields)
+        for place, (before, _, _) in enumerate(rows)
+        if before.strip() == key and number(fields[key]) is not None
+    )
+
+
+def _named(keys: Keys, fields: Mapping[bytes, bytes]) -> Iterator[tuple[str, bytes]]:
+    """What the fields say, by name; of several keys for one thing the first that says something."""
+    for name, several in keys.names.items():
+        key = next((key for key in several if fields.get(key, b"0") != b"0"), None)
+        if key is not None:
+            yield name, key
 
 
 def parse_step_time(line: bytes) -> StepTime | None:
@@ -176,19 +204,14 @@ def _step_number(fields: dict[bytes, bytes], keys: Keys) -> int | None:
     return max(int(fields[b"count"]) - 1, 0) if fields.get(b"count") else None
 
 
-def _time(printed: float | None, keys: Keys) -> float | None:
-    time_s = (printed or 0.0) / keys.second
-    return time_s if SHORTEST_STEP_S < time_s < LONGEST_STEP_S else None  # NaN is not, either
-
-
 def _invalid(fields: dict[bytes, bytes], keys: Keys) -> str | None:
-    for key in (keys.loss, keys.grad_norm):
+    for key in (*keys.names["loss"], *keys.names["grad_norm"]):
         value = number(fields.get(key))
         if value is not None and not math.isfinite(value):
             return f"{key.decode()} is {value}"
     for key in keys.spoiled:
         if number(fields.get(key)):
             return f"{key.decode()} is {fields[key].strip().decode()}"
-    if keys is MEGATRON_KEYS and keys.loss not in fields:
+    if keys is MEGATRON_KEYS and b"lm loss" not in fields:
         return "lm loss is left out, as Megatron does with NaN,"
     return None

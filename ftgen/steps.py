@@ -19,10 +19,10 @@ class Steps(Mapping[int, Step]):
         self._single = dict(steps or {})
         self._of_bars: set[int] = set()
         self._chunks: list[Chunk] = []  # ascending
-        self._again: dict[int, Callable[[], list[Chunk]]] = {}  # by a chunk's first step: how to read its text again
+        self._again: dict[int, Callable[[Chunk], Chunk]] = {}  # by a chunk's first step: how to read its text again
         self._kept = 0  # the chunks before it have no text
         self._text = 0  # bytes of the others
-        self._read: tuple[int, dict[int, Step]] = (-1, {})  # a chunk, by its first step, whose lines have all been read
+        self._recent: tuple[range, dict[int, Step]] = (range(0), {})  # what was asked for last
         self.last = max(self._single, default=-1)  # the highest number; -1 where there is no step
 
     def __repr__(self) -> str:
@@ -42,25 +42,32 @@ class Steps(Mapping[int, Step]):
     def __getitem__(self, step: int) -> Step:
         if step in self._single:
             return self._single[step]
-        chunk = self._chunk_with(step)
-        if chunk is None:
-            raise KeyError(step)
-        if self._read[0] != chunk.first:
-            self._read = chunk.first, _read(self._whole(chunk), chunk.first, chunk.last + 1)
-        return self._read[1][step]
+        asked, found = self._recent
+        if step not in asked:
+            chunk = self._chunk_with(step)
+            if chunk is None:
+                raise KeyError(step)
+            found = self.between(chunk.first, chunk.last + 1)
+        return found[step]
 
     def between(self, start: int, stop: int) -> dict[int, Step]:
         """The steps from `start` to before `stop` that are there, in ascending order; no others are read."""
-        found: dict[int, Step] = {}
+        asked, found = self._recent
+        if start in asked and stop - 1 in asked:
+            return {number: step for number, step in found.items() if start <= number < stop}
+        found = {}
         for chunk in self._chunks:
             if chunk.first < stop and start <= chunk.last:
                 found |= _read(self._whole(chunk), max(start, chunk.first), min(stop, chunk.last + 1))
         if self._single:
             found |= {number: step for number, step in self._single.items() if start <= number < stop}
-        return dict(sorted(found.items()))
+            found = dict(sorted(found.items()))
+        self._recent = range(start, stop), found
+        return found
 
-    def add_chunk(self, chunk: Chunk, again: Callable[[], list[Chunk]]) -> None:
-        """Take a chunk; `again` is how to read it once more, among others."""
+    def add_chunk(self, chunk: Chunk, again: Callable[[Chunk], Chunk]) -> None:
+        """Take a chunk; `again` is how to read it once more."""
+        self._recent = range(0), {}
         if chunk.first <= self.last:
             self._again[chunk.first] = again
             for line in self._whole(chunk).step_lines(chunk.first, chunk.last + 1):
@@ -78,6 +85,7 @@ class Steps(Mapping[int, Step]):
 
     def add(self, line: StepLine, number: int) -> None:
         """Take one line: a step that several lines tell of is as slow as the slowest of them says."""
+        self._recent = range(0), {}
         if number in self._single:
             before, of_bar = self._single[number], number in self._of_bars
             if line.bar and not of_bar:
@@ -98,9 +106,7 @@ class Steps(Mapping[int, Step]):
 
     def _whole(self, chunk: Chunk) -> Chunk:
         """The chunk with its text; without, where the file is not any more what it was."""
-        if chunk.text:
-            return chunk
-        return next((same for same in self._again[chunk.first]() if same[:2] == chunk[:2]), chunk)
+        return chunk if chunk.text else self._again[chunk.first](chunk)
 
     def _dissolve(self, chunk: Chunk) -> None:
         place = self._chunks.index(chunk)

@@ -5,6 +5,7 @@ Steps are numbered from 0, as NeMo prints them, whatever the framework that wrot
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import fsum, sqrt
 
 from ftgen.errors import LogError, Problem
@@ -27,12 +28,12 @@ class Timed:
     times_s: tuple[float, ...] = ()
     why_not: str | None = None
 
-    @property
+    @cached_property
     def mean_s(self) -> float | None:
         """The mean step time in seconds: of all the window's steps or of none."""
         return fsum(self.times_s) / len(self.times_s) if self.times_s else None
 
-    @property
+    @cached_property
     def spread(self) -> float | None:
         """The standard deviation (of a sample) as a fraction of the mean; None of fewer than two steps."""
         mean_s = self.mean_s
