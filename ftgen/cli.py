@@ -258,11 +258,15 @@ def _baseline(name: str | None, tolerance: str) -> Baseline | None:
 
 
 def _summaries(logs: tuple[Path, ...], window: str | None) -> list[Summary]:
-    from ftgen.logs import find_runs
-    from ftgen.summarize import summarize
+    from ftgen.progress import reading
+    from ftgen.runs import find_runs
+    from ftgen.summaries import summarize_all
+    from ftgen.units import clean
 
     steps = _window(window)
-    return [summarize(run, window=steps) for run in find_runs(logs)]
+    runs = find_runs(logs, lambda text: click.echo(clean(text), err=True))
+    with reading(sum(run.size for run in runs)) as progress:
+        return summarize_all(runs, window=steps, progress=progress)
 
 
 def _window(text: str | None) -> Window | None:
