@@ -18,6 +18,7 @@ from ftgen.summarize import Summary
 from ftgen.units import UNKNOWN, number, percent, ratio, significant, whole
 
 SCHEMES = {"sft": "SFT", "lora": "LoRA"}
+RATIO = "ratio to "  # begins the title of a column that belongs to the one before it
 GOOD, BAD, FAINT = "good", "bad", "faint"  # what colour says besides the words
 
 
@@ -136,7 +137,7 @@ def _ratio_column(run: Summary | Group, there: Figures, baseline: Baseline) -> t
     regressed = baseline.regressed(run)
     faster = (baseline.ratio(run) or 1.0) <= 1.0
     tone = BAD if regressed else GOOD if faster else ""
-    top = f"ratio to {baseline.name}" + (": regressed" if regressed else "")
+    top = f"{RATIO}{baseline.name}" + (": regressed" if regressed else "")
     return Cell(top, tone), [Cell(ratio(value), tone) for value in ratios(run, there)]
 
 

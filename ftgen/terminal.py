@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ftgen.table import BAD, FAINT, GOOD, Cell, Remark, Table
+from ftgen.table import BAD, FAINT, GOOD, RATIO, Cell, Remark, Table
 from ftgen.units import clean
 
 if TYPE_CHECKING:
@@ -51,8 +51,19 @@ def _folded(table: Table, width: int) -> list[Table]:
     """The table in parts that fit the width, each with the first column: a wrapped number is no number."""
     labels = max((len(row[0].text) for row in table.rows), default=0) + 4
     some = max(1, (width - min(labels, width // 3)) // (NARROW + 3))
-    columns = range(1, len(table.header), some)
-    return [Table(table.title, *(_part(table, start, start + some))) for start in columns]
+    return [Table(table.title, *(_part(table, start, end))) for start, end in _spans(table.header, some)]
+
+
+def _spans(header: Sequence[Cell], most: int) -> list[tuple[int, int]]:
+    """Columns by at most so many, from which to before which; a ratio stays with what it is the ratio of."""
+    starts = [column for column in range(1, len(header)) if not header[column].text.startswith(RATIO)]
+    spans: list[tuple[int, int]] = []
+    for start, end in zip(starts, [*starts[1:], len(header)], strict=True):
+        if spans and end - spans[-1][0] <= most:
+            spans[-1] = spans[-1][0], end
+        else:
+            spans.append((start, end))
+    return spans
 
 
 def _part(table: Table, start: int, end: int) -> tuple[tuple[Cell, ...], tuple[tuple[Cell, ...], ...]]:

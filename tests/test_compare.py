@@ -1,6 +1,7 @@
 """Runs beside a baseline: what was published, and a file of results."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -62,6 +63,16 @@ def test_published_figures_stand_beside_what_their_step_time_gives():
 def test_every_figure_has_its_ratio():
     columns, _ = cells(View(runs(1.36), read_baseline("published")))
     assert columns["ratio to published: regressed"] == ["2.000x", "0.500x", "0.500x", "2.000x"]
+
+
+def test_a_regression_is_red_and_its_ratio_stays_beside_the_run_where_tables_are_folded():
+    text = export.to_terminal(View(runs(0.7, 0.71, 0.72, 0.9), read_baseline("published")), width=80, colour=True)
+    parts = text.split("Training step time")[1:]
+    assert len(parts) > 2
+    figures = [re.findall(r"\x1b\[([\d;]+)m *([\d.]+)x", part.splitlines()[0]) for part in parts]
+    assert [colour for part in figures for colour, _ in part] == ["1;31"]  # the one that is 1.32 times as slow
+    plain = [re.sub(r"\x1b\[[\d;]+m", "", part.splitlines()[0]).split() for part in parts]
+    assert all(not line[0].endswith("x") for line in plain)
 
 
 def test_a_file_of_results_is_a_baseline_of_the_mean_of_its_complete_runs(tmp_path):
