@@ -81,6 +81,8 @@ def _origin(experiment: Experiment, path: KeyPath) -> str:
         return worked_out
     if path[0] in ("model", "gpu") and key not in _SPEC_KEYS:
         return f"catalogue/{path[0]}s.toml [{getattr(experiment.plan, str(path[0])).name}]"
+    if path[0] == "optimizations":
+        return f"catalogue/optimizations.toml [{path[1]}]"
     if path[0] == "environment":
         return "the recipe's"
     if path[0] in ("slurm", "python", "stage_path", "modules") and key not in _SPEC_KEYS:

@@ -12,7 +12,7 @@ from typing import Any
 from ftgen import __version__, catalogue
 from ftgen.catalogue import Gpu, Model
 from ftgen.errors import SpecError
-from ftgen.rules import broken_rules
+from ftgen.rules import broken_rules, forbids
 from ftgen.site import Site
 from ftgen.spec import Spec
 from ftgen.units import parse_walltime
@@ -187,6 +187,7 @@ class Plan:
     parallelism: ParallelismPlan
     data: DataPlan
     optimizer: OptimizerPlan
+    optimizations: dict[str, bool]  # by the catalogue's names
     window_steps: int  # the last steps, whose mean is the step time
     environment: dict[str, str]
     sources: list[SourcePlan]
@@ -245,6 +246,7 @@ def resolve(
         optimizer=OptimizerPlan(
             spec.optimizer.learning_rate or RECIPE_LEARNING_RATE[spec.scheme], spec.optimizer.warmup_steps
         ),
+        optimizations=_optimizations(spec),
         window_steps=spec.window.last_steps,
         environment=RECIPE_ENVIRONMENT | site.environment | spec.environment,
         sources=_sources(spec),
@@ -290,6 +292,16 @@ def _data(spec: Spec, gpu: Gpu) -> DataPlan:
 def _python(site: Site) -> PythonPlan:
     shared = [f"{path}:{path}" for path in site.shared_paths if site.python.image]
     return PythonPlan(**dict(site.python) | {"mounts": shared + site.python.mounts})
+
+
+def _optimizations(spec: Spec) -> dict[str, bool]:
+    """What the spec says of each, else where measurements put it on and the run allows it."""
+    chosen = {}
+    for name, known in catalogue.optimizations().items():
+        said = getattr(spec.optimizations, name)
+        measured = spec.optimizations.preset == "measured" and known.is_default(spec.scheme, spec.precision, spec.gpu)
+        chosen[name] = said if said is not None else measured and not forbids(name, spec)
+    return chosen
 
 
 def _slurm(spec: Spec, site: Site) -> SlurmPlan:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from ftgen.catalogue import Gpu, Model, gpus, models
+from ftgen.catalogue import optimizations as catalogue_optimizations
 from ftgen.errors import KeyPath, Problem, closest
 from ftgen.site import Site
 from ftgen.spec import Spec
@@ -33,7 +34,7 @@ GBS: KeyPath = ("global_batch_size",)
 
 def broken_rules(spec: Spec, site: Site, model: Model | None, gpu: Gpu | None) -> list[Problem]:
     """Every rule that the spec breaks at this site."""
-    problems = [*_whole_nodes(spec, site), *_split(spec), *_data(spec), *_rest(spec, site)]
+    problems = [*_whole_nodes(spec, site), *_split(spec), *_data(spec), *_optimizations(spec), *_rest(spec, site)]
     if model is None:
         problems.append(Problem(("model",), f"is not in the catalogue: {spec.model}", closest(spec.model, models())))
     else:
@@ -115,6 +116,32 @@ def _data(spec: Spec) -> Iterator[Problem]:
         yield Problem(where, f"{rule}: {found}", also=(("checkpoint", "source"),))
     if spec.checkpoint.revision and source not in (None, "hub"):
         yield Problem(("checkpoint", "revision"), f'is of source = "hub" only: it is "{source}"')
+
+
+def _optimizations(spec: Spec) -> Iterator[Problem]:
+    for name in catalogue_optimizations():
+        reason = forbids(name, spec) if getattr(spec.optimizations, name) else ""
+        if reason:
+            also: tuple[KeyPath, ...] = (("scheme",), ("gpu",), ("micro_batch_size",), ("data", "packed"), TP, PP, CP)
+            yield Problem(("optimizations", name), reason, f"leave {name} out: it is on where it helps", also=also)
+
+
+def forbids(name: str, spec: Spec) -> str:
+    """What an optimization needs and this run does not have; empty if it can be had."""
+    split = spec.parallelism
+    tp, pp, cp = split.tensor_model_parallel_size, split.pipeline_model_parallel_size, split.context_parallel_size
+    needs = {
+        "cuda_graphs": {"packed sequences": spec.data.packed is not False, "PP = CP = 1": pp * cp == 1},
+        "fused_cross_entropy": {"micro_batch_size = 1 (else its gradients are wrong)": spec.micro_batch_size == 1},
+        "loss_tokens_only": {"TP = PP = CP = 1": tp * pp * cp == 1},
+        "scale_small_tensor": {
+            'scheme = "lora"': spec.scheme == "lora",
+            "TP = 1 and no dropout in the adapters": tp == 1 and not spec.lora.dropout,
+        },
+        "fused_wgrad_accumulation": {'scheme = "sft"': spec.scheme == "sft"},
+    }
+    missing = [what for what, there in {"a GPU": spec.gpu != "cpu", **needs.get(name, {})}.items() if not there]
+    return f"needs {missing[0]}" if missing else ""
 
 
 def _rest(spec: Spec, site: Site) -> Iterator[Problem]:

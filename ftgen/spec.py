@@ -120,6 +120,25 @@ class Optimizer(Table):
     warmup_steps: int = Field(50, ge=0, description="Steps over which the learning rate rises to its peak.")
 
 
+def _optimization(title: str) -> Any:
+    return Field(None, description=f"{title}. Default: as measured for the scheme, precision and GPU.")
+
+
+class Optimizations(Table):
+    """What makes a step faster than NeMo's stock recipe; what each does to the numerics is in the catalogue."""
+
+    preset: Literal["measured", "stock"] = Field(
+        "measured", description='"measured": what was measured to help is on; "stock": nothing is, NeMo\'s own recipe.'
+    )
+    cuda_graphs: bool | None = _optimization("CUDA graphs of the transformer layers")
+    fused_cross_entropy: bool | None = _optimization("Transformer Engine's fused cross entropy")
+    loss_tokens_only: bool | None = _optimization("LM head and loss on the tokens that have a loss")
+    scale_small_tensor: bool | None = _optimization("LoRA's scale on the small tensor between its two matrices")
+    fused_wgrad_accumulation: bool | None = _optimization("Weight gradients accumulated by the GEMM that makes them")
+    skip_nan_check: bool | None = _optimization("No look for NaN in the gradients of each step")
+    op_fuser: bool | None = _optimization("Transformer Engine's op fuser, which rounds differently")
+
+
 class Window(Table):
     """The steps whose mean is the reported step time."""
 
@@ -167,6 +186,9 @@ class Spec(Table):
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="Where the weights come from.")
     sources: Sources = Field(default_factory=Sources, description="Other sources of the framework.")
     optimizer: Optimizer = Field(default_factory=Optimizer, description="Adam's settings.")
+    optimizations: Optimizations = Field(
+        default_factory=Optimizations, description="What makes a step faster than the stock recipe."
+    )
     window: Window = Field(default_factory=Window, description="The steps that are timed.")
     environment: Environment = Field(
         {}, description="Environment variables of the training, over the recipe's and the site's."

@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from runtime import checkpoint, data, environment
+from runtime import checkpoint, data, environment, optimizations
 from runtime.errors import JobError
 from runtime.progress import say, timed
 
@@ -24,6 +24,7 @@ def finetune(plan: Plan) -> int:
         raise JobError(f"there is no converted checkpoint in {weights}", "run the command convert first")
     with timed("importing NeMo"):
         _set_switches(plan)
+        optimizations.before_imports(plan)
         import fiddle
         import torch
 

@@ -16,6 +16,7 @@ from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
 from nemo.collections.llm.recipes.precision.mixed_precision import bf16_with_fp8_mixed
 from nemo.lightning import _strategy_lib
 
+from runtime import optimizations
 from runtime.data import Files
 from runtime.progress import say
 
@@ -47,6 +48,7 @@ def build(plan: Plan, checkpoint: Path, files: Files, log_directory: Path) -> An
     recipe.resume = run.Config(nl.AutoResume, restore_config=run.Config(nl.RestoreConfig, path=str(checkpoint)))
     if plan["gpu"]["name"] == "cpu":
         _for_the_cpu(recipe)
+    optimizations.apply(recipe, plan)
     # The seed of adapters and dropout is no setting of NeMo's: its default stands in this function's signature.
     _strategy_lib.init_parallel_ranks = functools.partial(_strategy_lib.init_parallel_ranks, seed=plan["seed"])
     return recipe
@@ -84,17 +86,17 @@ def _set_parallelism(recipe: Any, plan: Plan) -> None:
     if split["context_parallel_size"] > 1:
         # A rank whose part of the sequence holds no answer has no loss of its own: NeMo insists on these two.
         recipe.model.config.calculate_per_token_loss = True
-        strategy.ddp = _ddp(recipe, average_in_collective=False)
+        strategy.ddp = ddp(recipe, average_in_collective=False)
 
 
-def _ddp(recipe: Any, **changes: Any) -> Any:
+def ddp(recipe: Any, **changes: Any) -> Any:
     """The recipe's settings of data parallelism, which may be a word, with changes."""
-    ddp = recipe.trainer.strategy.ddp
-    if isinstance(ddp, str):
-        ddp = run.Config(DistributedDataParallelConfig, check_for_nan_in_grad=True)
+    settings = recipe.trainer.strategy.ddp
+    if isinstance(settings, str):
+        settings = run.Config(DistributedDataParallelConfig, check_for_nan_in_grad=True)
     for key, value in changes.items():
-        setattr(ddp, key, value)
-    return ddp
+        setattr(settings, key, value)
+    return settings
 
 
 def _set_precision(recipe: Any, plan: Plan) -> None:
@@ -139,7 +141,7 @@ def _for_the_cpu(recipe: Any) -> None:
     trainer.accelerator = "cpu"
     trainer.plugins = trainer.plugins[1:]  # no mixed precision
     trainer.callbacks = [callback for callback in trainer.callbacks if "CommOverlap" not in str(callback)]
-    trainer.strategy.ddp = _ddp(recipe, overlap_grad_reduce=False, overlap_param_gather=False)
+    trainer.strategy.ddp = ddp(recipe, overlap_grad_reduce=False, overlap_param_gather=False)
     trainer.strategy.pipeline_dtype = None
     optimizer.bf16 = False
     optimizer.use_distributed_optimizer = False

@@ -71,6 +71,22 @@ class Gpu:
 
 
 @dataclass(frozen=True)
+class Optimization:
+    """A change to NeMo's stock recipe: what it does, and where measurements put it on."""
+
+    name: str
+    title: str
+    numerics: str  # "same" arithmetic, or another "rounding"
+    default: Mapping[str, list[str]]  # schemes, precisions, gpus: on where all three name the run
+    why: str
+
+    def is_default(self, scheme: str, precision: str, gpu: str) -> bool:
+        """Whether it is on in this run unless the spec says otherwise."""
+        named = (("schemes", scheme), ("precisions", precision), ("gpus", gpu))
+        return all(value in self.default[key] for key, value in named)
+
+
+@dataclass(frozen=True)
 class Published:
     """One column of the recipe's result tables, as printed there."""
 
@@ -103,6 +119,12 @@ def gpus() -> dict[str, Gpu]:
     return {
         name: Gpu(name=name, **table | {"precisions": tuple(table["precisions"])}) for name, table in _read("gpus").items()
     }
+
+
+@cache
+def optimizations() -> dict[str, Optimization]:
+    """Every known optimization by name."""
+    return {name: Optimization(name=name, **table) for name, table in _read("optimizations").items()}
 
 
 @cache
