@@ -18,16 +18,8 @@ SAMPLES = 4096  # of each weight
 
 def main(entrypoint: Path, output: Path) -> int:
     """Train and record; the training's exit status."""
-    spec = importlib.util.spec_from_file_location("entrypoint", entrypoint)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.find_runtime()
-    module.set_environment()
-    module.set_ranks()
-    from runtime import finetune, optimizations
-
-    optimizations.before_imports(module.PLAN)
-    from runtime import recipe
+    module = load(entrypoint)
+    from runtime import finetune, recipe
 
     build = recipe.build
 
@@ -42,6 +34,20 @@ def main(entrypoint: Path, output: Path) -> int:
 
     recipe.build = build_and_watch
     return finetune.finetune(module.PLAN)
+
+
+def load(entrypoint: Path) -> Any:
+    """The entrypoint as a module, its environment set and its runtime ready to be imported."""
+    spec = importlib.util.spec_from_file_location("entrypoint", entrypoint)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.find_runtime()
+    module.set_environment()
+    module.set_ranks()
+    from runtime import optimizations
+
+    optimizations.before_imports(module.PLAN)
+    return module
 
 
 def _recorder() -> type:

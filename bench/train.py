@@ -1,0 +1,171 @@
+"""NeMo's stock recipe and ftgen's side by side, on the GPUs at hand. In: specs. Out: bench/results/<date>-<gpu>.json.
+
+    python bench/train.py bench/specs/*.toml --gpu h200 [--steps 60] [--repeats 1] [--kernels] [--stage DIR] [--out DIR]
+
+Each spec is compiled twice, with `optimizations.preset` "stock" and as the spec has it, and both scripts run in turn, once a
+repeat, with FTGEN_PYTHON or this interpreter. The step times are those of the logs. `--kernels` profiles four more steps of
+each with the PyTorch profiler: how long the GPU was busy, and with what.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ftgen.logs import find_runs, read_log
+from ftgen.summarize import judge
+
+HERE = Path(__file__).parent
+VARIANTS = {"stock": ["--set", "optimizations.preset=stock"], "ftgen": []}
+PACKAGES = ("torch", "nemo_toolkit", "megatron-core", "transformer-engine", "lightning")
+CLOCKS = ("clocks.sm", "power.draw", "temperature.gpu", "utilization.gpu")
+
+
+def main() -> int:
+    """Compile, run in turn, collect; 1 if any run failed."""
+    options = _options()
+    python = os.environ.get("FTGEN_PYTHON", sys.executable)
+    scripts = [(spec, variant, _compile(spec, variant, options)) for spec in options.specs for variant in VARIANTS]
+    runs = []
+    for repeat in range(options.repeats):
+        for spec, variant, script in scripts:
+            print(f"bench: {spec.stem}, {variant}, repeat {repeat + 1}", file=sys.stderr, flush=True)
+            runs.append({"spec": spec.stem, "variant": variant, "repeat": repeat} | _run(script, python, options))
+            _write(runs, options)
+            print(json.dumps({key: runs[-1][key] for key in ("spec", "variant", "status", "step_time_s")}), flush=True)
+    if options.kernels:
+        for run, (_, _, script) in zip(runs, scripts, strict=False):
+            run["kernels"] = _kernels(script, python, options)
+            _write(runs, options)
+    return int(any(run["status"] != "complete" for run in runs))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("specs", nargs="+", type=Path)
+    parser.add_argument("--gpu", required=True, help="the GPU's name in the catalogue")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--stage", type=Path, default=Path("bench-stage"), help="STAGE_PATH of the runs")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds that a run may take")
+    return parser.parse_args()
+
+
+def _compile(spec: Path, variant: str, options: argparse.Namespace) -> Path:
+    out = options.stage / "scripts" / variant
+    changes = ["--set", f"gpu={options.gpu}", "--set", f"max_steps={options.steps}", *VARIANTS[variant]]
+    command = [sys.executable, "-m", "ftgen", "compile", spec, *changes, "--out", out]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return (out / f"{spec.stem}.sh").resolve()
+
+
+def _environment(options: argparse.Namespace, python: str) -> dict[str, str]:
+    return os.environ | {"STAGE_PATH": str(options.stage.resolve()), "FTGEN_PYTHON": python}
+
+
+def _run(script: Path, python: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One job; what its log says, and what nvidia-smi said meanwhile."""
+    before = {run.log for run in _runs(options)}
+    clocks = _Clocks()
+    with clocks, (script.parent / f"{script.stem}.out").open("w") as output:
+        command = ["timeout", str(options.limit), "bash", script]
+        subprocess.run(command, env=_environment(options, python), stdout=output, stderr=output, check=False)
+    (run,) = [run for run in _runs(options) if run.log not in before]
+    log = read_log(run)
+    summary = judge(run, log)
+    times = [log.steps[number].time_s for number in sorted(log.steps)]
+    per_gpu = summary.tokens_per_s / summary.gpus if summary.tokens_per_s and summary.gpus else None
+    return {
+        "gpu": options.gpu,
+        "gpus": summary.gpus,
+        "model": summary.model,
+        "status": summary.status,
+        "reason": summary.reason,
+        "steps": summary.steps,
+        "window": summary.window,
+        "step_time_s": summary.step_time_s,
+        "tokens_per_s_per_gpu": per_gpu,
+        "mfu": summary.mfu,
+        "peak_memory_gib": summary.peak_memory_gib,
+        "published_step_time_s": summary.published_step_time_s,
+        "step_times_s": times,
+        "losses": [log.steps[number].loss for number in sorted(log.steps)],
+        "optimizations": json.loads((run.log.parent / "plan.json").read_text())["optimizations"],
+        "clocks": clocks.medians(),
+        "versions": _versions(),
+        "log": str(run.log.relative_to(options.stage)),
+    }
+
+
+def _runs(options: argparse.Namespace) -> list[Any]:
+    logs = options.stage / "logs"
+    return find_runs([logs]) if any(logs.rglob("log-*.out")) else []
+
+
+def _kernels(script: Path, python: str, options: argparse.Namespace) -> Any:
+    """GPU time by kernel over four steps, by bench/kernels.py; None where it failed."""
+    output = script.with_suffix(".kernels.json")
+    entrypoint = script.parent / "unpacked" / f"{script.stem}.py"
+    subprocess.run(["bash", script, "--unpack", entrypoint.parent], check=True)
+    command = ["timeout", str(options.limit), python, HERE / "kernels.py", entrypoint, output]
+    with output.with_suffix(".out").open("w") as log:
+        done = subprocess.run(command, env=_environment(options, python), stdout=log, stderr=log, check=False)
+    return json.loads(output.read_text()) if done.returncode == 0 and output.exists() else None
+
+
+class _Clocks:
+    """Asks nvidia-smi every few seconds while it is entered."""
+
+    def __enter__(self) -> "_Clocks":
+        self.seen: list[list[float]] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def medians(self) -> dict[str, float] | None:
+        """Of the last ten looks, while the last steps ran."""
+        columns = zip(*self.seen[-10:], strict=True)
+        return dict(zip(CLOCKS, map(statistics.median, columns), strict=True)) if self.seen else None
+
+    def _watch(self) -> None:
+        query = ["nvidia-smi", f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader,nounits"]
+        while not self._stop.wait(3):
+            try:
+                answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20).stdout
+                self.seen.append([float(value) for value in answer.splitlines()[0].split(",")])
+            except (OSError, ValueError, IndexError, subprocess.TimeoutExpired):
+                return  # no clocks are reported
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _write(runs: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{date.today().isoformat()}-{options.gpu}.json"
+    path.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
