@@ -491,6 +491,15 @@ PLAN = json.loads(r"""
     "learning_rate": 0.0001,
     "warmup_steps": 50
   },
+  "optimizations": {
+    "cuda_graphs": true,
+    "fused_cross_entropy": true,
+    "loss_tokens_only": true,
+    "scale_small_tensor": true,
+    "fused_wgrad_accumulation": false,
+    "skip_nan_check": true,
+    "op_fuser": false
+  },
   "window_steps": 20,
   "environment": {
     "NCCL_NVLS_ENABLE": "0",
@@ -633,6 +642,28 @@ if __name__ == "__main__":
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/__init__.py <<'END_OF_FTGEN_FILE'
 """What runs inside the job: the standard library and the framework, never ftgen."""
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/adapters.py <<'END_OF_FTGEN_FILE'
+"""LoRA's adapters with less to do. In: nothing. Out: NeMo's adapter class, changed for this process."""
+
+from typing import Any
+
+import torch
+
+
+def scale_small_tensor() -> None:
+    """Multiply by alpha / rank between the two matrices, [tokens, rank], rather than behind them, [tokens, features].
+
+    The same bits where alpha / rank is a power of two. For one tensor-parallel rank and no dropout.
+    """
+    from nemo.collections.llm.peft.utils import ParallelLinearAdapter
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        x, _ = self.linear_in(x)
+        x, _ = self.linear_out(self.activation(x) * (self.alpha / self.dim))
+        return x
+
+    ParallelLinearAdapter.forward = forward
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/check.py <<'END_OF_FTGEN_FILE'
 """The job's first seconds: what is missing, all of it, before anything is done. In: a plan. Out: an exit status.
@@ -1550,7 +1581,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from runtime import checkpoint, data, environment
+from runtime import checkpoint, data, environment, optimizations
 from runtime.errors import JobError
 from runtime.progress import say, timed
 
@@ -1565,6 +1596,7 @@ def finetune(plan: Plan) -> int:
         raise JobError(f"there is no converted checkpoint in {weights}", "run the command convert first")
     with timed("importing NeMo"):
         _set_switches(plan)
+        optimizations.before_imports(plan)
         import fiddle
         import torch
 
@@ -1616,6 +1648,42 @@ def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/graphs.py <<'END_OF_FTGEN_FILE'
+"""Megatron-Core's local CUDA graphs, made right for weights that are kept in FP8.
+
+Transformer Engine keeps a transposed copy of each FP8 weight for the backward pass, and renews it in the forward pass
+when the optimizer has marked it as old. A captured forward pass holds only what was done while it was captured, when
+the copy was fresh: replays would go on with the transposes of the first step, and the model would learn from wrong
+gradients. Here the copies are renewed, in place, before a layer's graph is replayed: once a step, when they are old.
+"""
+
+import functools
+from typing import Any
+
+
+def refresh_fp8_transposes() -> None:
+    """Renew a layer's old FP8 transposes before each replay of its graph; call it once, before the model is built."""
+    from megatron.core.transformer.cuda_graphs import _CudaGraphRunner
+
+    replay = _CudaGraphRunner.replay_graph_capture
+
+    @functools.wraps(replay)
+    def with_fresh_transposes(self: Any, *args: Any, **kwargs: Any) -> Any:
+        weights = self.__dict__.get("_ftgen_fp8_weights")
+        if weights is None:
+            weights = self.__dict__["_ftgen_fp8_weights"] = _fp8_weights(self.base_module)
+        for weight in weights:
+            if weight._transpose_invalid:
+                weight._create_transpose()
+        return replay(self, *args, **kwargs)
+
+    _CudaGraphRunner.replay_graph_capture = with_fresh_transposes
+
+
+def _fp8_weights(module: Any) -> list[Any]:
+    """The module's weights in FP8 that have a transposed copy."""
+    return [weight for weight in module.parameters() if getattr(weight, "_transpose", None) is not None]
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/guard.py <<'END_OF_FTGEN_FILE'
 """A directory that is published once, for all who ask. In: its place and how to build it. Out: the directory, finished.
@@ -2002,6 +2070,70 @@ def _keep_to_this_process() -> None:
 def _die_with_the_parent() -> None:
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 END_OF_FTGEN_FILE
+    cat >"$1"/runtime/loss_tokens.py <<'END_OF_FTGEN_FILE'
+"""LM head and loss on the tokens that have a loss. In: a model's config. Out: the config, with steps that do so.
+
+Fine-tuning has a loss on the answers alone; the head's products and the cross entropy of every other token are
+multiplied by zero. Which tokens count is read off the batch while it is still on the CPU, so that the GPU is not waited
+for. The rows are the same sums as before; a GEMM of another height may add them up in another order.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+ROWS = 128  # row counts are rounded up to it, so that few shapes occur
+
+
+def install(config: Any) -> None:
+    """Make a GPTConfig's steps pick the tokens with a loss. For one tensor-, pipeline- and context-parallel rank."""
+    from megatron.core.models.gpt import GPTModel
+
+    config.data_step_fn = data_step
+    config.forward_step_fn = forward_step
+    GPTModel._postprocess = _postprocess_with(GPTModel._postprocess)
+
+
+def data_step(dataloader_iter: Iterator[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """NeMo's, with `loss_rows` [n] in the batch: where in [batch, sequence] the loss counts; and `loss_count`."""
+    from nemo.collections.llm.gpt.model.base import gpt_data_step
+
+    batch = next(dataloader_iter)
+    rows = (batch[0] if isinstance(batch, tuple) else batch)["loss_mask"].flatten().nonzero().flatten()
+    step: dict[str, Any] = gpt_data_step(iter([batch]), *args, **kwargs)
+    height = max(1, -(-len(rows) // ROWS)) * ROWS
+    padded = torch.zeros(height, dtype=torch.long, pin_memory=torch.cuda.is_available())
+    padded[: len(rows)] = rows
+    return step | {"loss_rows": padded.cuda(non_blocking=True), "loss_count": len(rows)}
+
+
+def forward_step(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """NeMo's, after telling the head which rows it is to work on."""
+    from nemo.collections.llm.gpt.model.base import gpt_forward_step
+
+    head = model
+    while hasattr(head, "module"):
+        head = head.module
+    head.loss_rows, head.loss_count = batch["loss_rows"], batch["loss_count"]
+    return gpt_forward_step(model, batch)
+
+
+def _postprocess_with(whole: Any) -> Any:
+    def postprocess(self: Any, hidden_states: torch.Tensor, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
+        """Loss [batch, sequence], zero where it does not count, from hidden states [sequence, batch, hidden]."""
+        rows = getattr(self, "loss_rows", None)
+        if labels is None or rows is None or not self.post_process:
+            return whole(self, hidden_states, *args, labels=labels, **kwargs)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        picked = hidden_states.transpose(0, 1).flatten(0, 1).index_select(0, rows).unsqueeze(1)
+        logits, _ = self.output_layer(picked, weight=weight)
+        loss = self.compute_language_model_loss(labels.flatten().index_select(0, rows).unsqueeze(0), logits).flatten()
+        count = self.loss_count
+        return loss.new_zeros(labels.numel()).index_copy(0, rows[:count], loss[:count]).view_as(labels)
+
+    return postprocess
+END_OF_FTGEN_FILE
     cat >"$1"/runtime/manifest.py <<'END_OF_FTGEN_FILE'
 """What a published directory is made of. In: a directory and what identifies it. Out: its manifest, or its first flaw.
 
@@ -2101,6 +2233,90 @@ def _file_flaw(path: Path, entry: dict[str, Any], thorough: bool) -> str | None:
     if (thorough or not unchanged) and sha256_of(path) != entry["sha256"]:
         return f"{path.name} has another content than when it was made"
     return None
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/optimizations.py <<'END_OF_FTGEN_FILE'
+"""What makes a step faster than NeMo's stock recipe, each by name. In: a recipe and a plan. Out: the recipe, changed.
+
+`before_imports` comes before NeMo is imported, `apply` once the recipe is built. An optimization that is off leaves the
+stock recipe as it is. Measured effects and numerics of each: the catalogue's optimizations.toml.
+"""
+
+import os
+import sys
+from typing import Any
+
+from runtime.progress import say
+
+Plan = dict[str, Any]
+
+
+def before_imports(plan: Plan) -> None:
+    """What Megatron-Core decides while it is imported."""
+    if plan["optimizations"]["fused_wgrad_accumulation"]:
+        from runtime import wgrad
+
+        sys.modules.setdefault("fused_weight_gradient_mlp_cuda", wgrad)
+
+
+def apply(recipe: Any, plan: Plan) -> None:
+    """Turn on what the plan has on."""
+    on = [name for name, is_on in plan["optimizations"].items() if is_on]
+    say(f"optimizations: {', '.join(on) or 'none, the stock recipe'}")
+    for name in on:
+        _APPLY[name](recipe)
+
+
+def _cuda_graphs(recipe: Any) -> None:
+    from runtime import graphs
+
+    if "expandable_segments" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
+        os.environ.pop("PYTORCH_CUDA_ALLOC_CONF")  # Megatron-Core refuses graphs with it
+    recipe.model.config.cuda_graph_impl = "local"
+    recipe.trainer.strategy.use_te_rng_tracker = True
+    recipe.data.packed_sequence_specs.pad_cu_seqlens = True
+    graphs.refresh_fp8_transposes()
+
+
+def _fused_cross_entropy(recipe: Any) -> None:
+    recipe.model.config.cross_entropy_loss_fusion = True
+    recipe.model.config.cross_entropy_fusion_impl = "te"
+
+
+def _loss_tokens_only(recipe: Any) -> None:
+    from runtime import loss_tokens
+
+    loss_tokens.install(recipe.model.config)
+
+
+def _scale_small_tensor(_recipe: Any) -> None:
+    from runtime import adapters
+
+    adapters.scale_small_tensor()
+
+
+def _fused_wgrad_accumulation(recipe: Any) -> None:
+    recipe.model.config.gradient_accumulation_fusion = True
+
+
+def _skip_nan_check(recipe: Any) -> None:
+    from runtime.recipe import ddp
+
+    recipe.trainer.strategy.ddp = ddp(recipe, check_for_nan_in_grad=False)
+
+
+def _op_fuser(recipe: Any) -> None:
+    recipe.model.config.use_transformer_engine_op_fuser = True
+
+
+_APPLY = {
+    "cuda_graphs": _cuda_graphs,
+    "fused_cross_entropy": _fused_cross_entropy,
+    "loss_tokens_only": _loss_tokens_only,
+    "scale_small_tensor": _scale_small_tensor,
+    "fused_wgrad_accumulation": _fused_wgrad_accumulation,
+    "skip_nan_check": _skip_nan_check,
+    "op_fuser": _op_fuser,
+}
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/progress.py <<'END_OF_FTGEN_FILE'
 """Lines that say what the job is doing, whole ones, as they happen; under several ranks the first alone speaks."""
@@ -2279,6 +2495,7 @@ from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
 from nemo.collections.llm.recipes.precision.mixed_precision import bf16_with_fp8_mixed
 from nemo.lightning import _strategy_lib
 
+from runtime import optimizations
 from runtime.data import Files
 from runtime.progress import say
 
@@ -2310,6 +2527,7 @@ def build(plan: Plan, checkpoint: Path, files: Files, log_directory: Path) -> An
     recipe.resume = run.Config(nl.AutoResume, restore_config=run.Config(nl.RestoreConfig, path=str(checkpoint)))
     if plan["gpu"]["name"] == "cpu":
         _for_the_cpu(recipe)
+    optimizations.apply(recipe, plan)
     # The seed of adapters and dropout is no setting of NeMo's: its default stands in this function's signature.
     _strategy_lib.init_parallel_ranks = functools.partial(_strategy_lib.init_parallel_ranks, seed=plan["seed"])
     return recipe
@@ -2347,17 +2565,17 @@ def _set_parallelism(recipe: Any, plan: Plan) -> None:
     if split["context_parallel_size"] > 1:
         # A rank whose part of the sequence holds no answer has no loss of its own: NeMo insists on these two.
         recipe.model.config.calculate_per_token_loss = True
-        strategy.ddp = _ddp(recipe, average_in_collective=False)
+        strategy.ddp = ddp(recipe, average_in_collective=False)
 
 
-def _ddp(recipe: Any, **changes: Any) -> Any:
+def ddp(recipe: Any, **changes: Any) -> Any:
     """The recipe's settings of data parallelism, which may be a word, with changes."""
-    ddp = recipe.trainer.strategy.ddp
-    if isinstance(ddp, str):
-        ddp = run.Config(DistributedDataParallelConfig, check_for_nan_in_grad=True)
+    settings = recipe.trainer.strategy.ddp
+    if isinstance(settings, str):
+        settings = run.Config(DistributedDataParallelConfig, check_for_nan_in_grad=True)
     for key, value in changes.items():
-        setattr(ddp, key, value)
-    return ddp
+        setattr(settings, key, value)
+    return settings
 
 
 def _set_precision(recipe: Any, plan: Plan) -> None:
@@ -2402,7 +2620,7 @@ def _for_the_cpu(recipe: Any) -> None:
     trainer.accelerator = "cpu"
     trainer.plugins = trainer.plugins[1:]  # no mixed precision
     trainer.callbacks = [callback for callback in trainer.callbacks if "CommOverlap" not in str(callback)]
-    trainer.strategy.ddp = _ddp(recipe, overlap_grad_reduce=False, overlap_param_gather=False)
+    trainer.strategy.ddp = ddp(recipe, overlap_grad_reduce=False, overlap_param_gather=False)
     trainer.strategy.pipeline_dtype = None
     optimizer.bf16 = False
     optimizer.use_distributed_optimizer = False
@@ -2512,6 +2730,25 @@ def example(rng: random.Random) -> dict[str, str]:
         "input": f"Context: {' '.join(paragraph)} Question: {question} Answer:",
         "output": " ".join(paragraph[start : start + length]).rstrip("."),
     }
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/wgrad.py <<'END_OF_FTGEN_FILE'
+"""Weight gradients added where they are kept, without APEX. In: a GEMM's operands. Out: nothing; `main_grad` grows.
+
+Stands in for APEX's extension `fused_weight_gradient_mlp_cuda`, whose presence Megatron-Core and NeMo take for leave to
+fuse: Transformer Engine's own GEMMs then accumulate into main_grad, and these two serve Megatron's LM head.
+"""
+
+import torch
+
+
+def wgrad_gemm_accum_fp16(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+    """main_grad [out, in] += grad_outputᵀ [out, n] @ inputs [n, in], all of one 16-bit type."""
+    main_grad.addmm_(grad_output.t(), inputs)
+
+
+def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+    """main_grad [out, in] (float32) += grad_outputᵀ [out, n] @ inputs [n, in]."""
+    main_grad.add_(grad_output.t() @ inputs)
 END_OF_FTGEN_FILE
 }
 

@@ -94,6 +94,15 @@ PLAN = json.loads(r"""
     "learning_rate": 0.0001,
     "warmup_steps": 50
   },
+  "optimizations": {
+    "cuda_graphs": true,
+    "fused_cross_entropy": true,
+    "loss_tokens_only": true,
+    "scale_small_tensor": true,
+    "fused_wgrad_accumulation": false,
+    "skip_nan_check": true,
+    "op_fuser": false
+  },
   "window_steps": 20,
   "environment": {
     "NCCL_NVLS_ENABLE": "0",

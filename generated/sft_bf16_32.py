@@ -87,6 +87,15 @@ PLAN = json.loads(r"""
     "learning_rate": 5e-06,
     "warmup_steps": 50
   },
+  "optimizations": {
+    "cuda_graphs": true,
+    "fused_cross_entropy": true,
+    "loss_tokens_only": true,
+    "scale_small_tensor": false,
+    "fused_wgrad_accumulation": true,
+    "skip_nan_check": true,
+    "op_fuser": false
+  },
   "window_steps": 20,
   "environment": {
     "NCCL_NVLS_ENABLE": "0",

@@ -76,7 +76,7 @@ class Optimization:
 
     name: str
     title: str
-    numerics: str  # "same" arithmetic, or another "rounding"
+    numerics: str  # "identical" to the stock recipe, "reordered" sums, or "rounded"
     default: Mapping[str, list[str]]  # schemes, precisions, gpus: on where all three name the run
     why: str
 
