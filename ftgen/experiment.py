@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ftgen import catalogue, matrix
+from ftgen import catalogue, matrix, memory
 from ftgen.errors import KeyPath, Problem, SpecError, dotted
 from ftgen.plan import Plan, resolve
 from ftgen.rules import broken_rules
@@ -135,6 +135,7 @@ def _experiment(spec_source: Source, site_source: Source, name: str, changes: di
     except SpecError as error:
         shapeless = [problem.where for problem in problems]
         problems += [p for p in error.problems if not _touches(p, shapeless)]
+    problems += memory.problems(plan) if plan and not problems else []
     if problems or not plan:
         raise SpecError(*(_locate(p, spec_source, site_source) for p in problems))
     return Experiment(plan, spec_source, site_source)

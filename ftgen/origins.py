@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from ftgen import memory
 from ftgen.errors import KeyPath, dotted
 from ftgen.experiment import Experiment
 from ftgen.shape import show
@@ -47,7 +48,16 @@ def explain(experiment: Experiment) -> list[tuple[str, str, str]]:
     rows = []
     for path, value in _leaves(asdict(experiment.plan)):
         rows.append((dotted(path), _text(value), _origin(experiment, path)))
-    return rows
+    return rows + _memory(experiment)
+
+
+def _memory(experiment: Experiment) -> list[tuple[str, str, str]]:
+    """GiB of one GPU by part, which the plan does not hold: estimated from it."""
+    needed = memory.estimate(experiment.plan)
+    if needed is None:
+        return []
+    parts = {**asdict(needed), "total": needed.total}
+    return [(f"memory_gib.{part}", f"{gib:.1f}", "estimated for the peak of one GPU") for part, gib in parts.items()]
 
 
 def _leaves(tree: dict[str, Any], path: KeyPath = ()) -> list[tuple[KeyPath, Any]]:
