@@ -219,9 +219,10 @@ def report(
     from ftgen import files
     from ftgen.fields import View
     from ftgen.report import read, report
+    from ftgen.units import clean
 
     view = View((), _baseline(baseline, tolerance))
-    runs = read(logs, _window(window))
+    runs = read(logs, _window(window), lambda text: click.echo(clean(text), err=True))
     (path,) = files.write(output.parent, {output.name: report(runs, view, title=title)})
     click.echo(path)
 

@@ -7,7 +7,7 @@ security policy lets a browser run.
 import base64
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
@@ -74,9 +74,11 @@ class Section(NamedTuple):
         return "; ".join(filter(None, (self.run.reason, *self.run.doubts)))
 
 
-def read(paths: Iterable[str | Path], window: Window | None = None) -> list[Reading]:
-    """Every run below the paths, with what its log says."""
-    found = [(run, read_log(run)) for run in find_runs(paths)]
+def read(
+    paths: Iterable[str | Path], window: Window | None = None, tell: Callable[[str], object] = lambda _: None
+) -> list[Reading]:
+    """Every run below the paths, with what its log says; `tell` is called with what was passed over, and why."""
+    found = [(run, read_log(run)) for run in find_runs(paths, tell)]
     return [Reading(judge(run, log, window=window), log) for run, log in found]
 
 

@@ -6,7 +6,7 @@ from ftgen.compare import Baseline
 from ftgen.errors import LogError, Problem, closest
 from ftgen.fields import View
 from ftgen.summarize import Summary
-from ftgen.units import ratio, significant
+from ftgen.units import clean, ratio, significant
 
 BY_STATUS: Mapping[str, Callable[[Summary], bool]] = {
     "incomplete": lambda run: run.status in {"incomplete", "failed"},  # steps are missing, whatever the reason
@@ -31,7 +31,7 @@ def read_words(text: str, *, compared: bool) -> tuple[str, ...]:
 
 def failures(view: View, words: Sequence[str]) -> list[str]:
     """Each run that one of the words is true of, and why."""
-    found = [line for run in view.runs for line in _failures(run, words, view.baseline)]
+    found = [clean(line) for run in view.runs for line in _failures(run, words, view.baseline)]
     if REGRESSION in words and view.baseline and all(view.baseline.ratio(run) is None for run in view.runs):
         found.append(f"no run has a step time and the same work in {view.baseline.name}: nothing could be compared")
     return found

@@ -23,6 +23,7 @@ from ftgen.fields import GROUP, RUN, View, json_schema, read_keys, rows
 from ftgen.logs import find_runs
 from ftgen.markup import latex_text
 from ftgen.summarize import summarize
+from ftgen.verdict import WORDS, failures
 
 ROOT = Path(__file__).parent.parent
 CASES = sorted(path for path in (Path(__file__).parent / "logs").iterdir() if (path / "logs").is_dir())
@@ -176,3 +177,5 @@ def test_no_name_moves_the_cursor_of_a_terminal(name):
         text = export.to_terminal(named(name)._replace(flat=flat), width=200, colour=True)
         assert not re.search(r"[\x00-\x09\x0b-\x1a\x1c-\x1f\x7f-\x9f\u202a-\u202e]", re.sub(r"\x1b\[[\d;]*m", "", text))
         assert "\x1b" not in re.sub(r"\x1b\[[\d;]*m", "", text)
+    view = View([replace(run, status="failed", step_time_s=9.0) for run in named(name).runs], read_baseline("published", 0))
+    assert all(line.isprintable() for line in failures(view, WORDS))
