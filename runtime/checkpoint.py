@@ -50,11 +50,12 @@ def converted(plan: Plan) -> bool:
 
 
 def verify(plan: Plan) -> int:
-    """Read every byte of the checkpoint; 0 if all is as it was made, else 1 and a line that says what is not."""
+    """Read every byte of the checkpoint; 0 if all is as it was made, else 1, what is not, and it is moved away."""
     with timed(f"reading {directory(plan)}"):
         flaw = manifest.flaw(directory(plan), source(plan), thorough=True)
     if flaw:
-        say(f"the checkpoint in {directory(plan)} cannot be used: {flaw}. Move it away, and the next job makes it anew")
+        say(f"the checkpoint in {directory(plan)} cannot be used: {flaw}. The next job makes it anew")
+        guard.set_aside(directory(plan), source(plan), thorough=True)
     return 1 if flaw else 0
 
 

@@ -91,7 +91,7 @@ def _make(place: Path, source: Source, build: Build, need_bytes: int | Callable[
     staging = staging_of(place, claim.generation)
     try:
         with _plain_disk_errors(place.parent):
-            _set_aside(place, source)
+            set_aside(place, source)
             if need := need_bytes() if callable(need_bytes) else need_bytes:
                 require_space(place.parent, need, place.name)
             staging.mkdir()
@@ -115,21 +115,21 @@ def _publish(staging: Path, place: Path, source: Source, claim: Claim) -> bool:
                 raise
             if manifest.flaw(place, source) is None:
                 return True  # an owner that we had given up woke and was faster
-            _set_aside(place, source)
+            set_aside(place, source)
         else:
             manifest.sync(place.parent)
             return True
     return False
 
 
-def _set_aside(place: Path, source: Source) -> None:
-    """Rename what is in the place and cannot be trusted, and say so."""
-    flaw = manifest.flaw(place, source)
+def set_aside(place: Path, source: Source, *, thorough: bool = False) -> None:
+    """Rename what is in the place and cannot be trusted, and say so; `thorough` reads all of it."""
+    flaw = manifest.flaw(place, source, thorough=thorough)
     if flaw is None or not os.path.lexists(place):
         return
     aside = place.with_name(f"{place.name}.untrusted-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     place.rename(aside)
-    if manifest.flaw(aside, source) is None:  # another owner published between the look and the rename
+    if manifest.flaw(aside, source, thorough=thorough) is None:  # another owner published between the look and the rename
         aside.rename(place)
         return
     say(f"{place} is not used: {flaw}. It was moved to {aside}, which nothing needs any more", any_rank=True)

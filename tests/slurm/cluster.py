@@ -51,7 +51,7 @@ class Cluster:
         start = 'hostname "$1"; mount --bind "$2/etc/hosts" /etc/hosts; exec slurmd -N "$1"'
         command = ["unshare", "--uts", "--mount", "--propagation", "slave", "sh", "-ec", start, "sh", name, str(self.folder)]
         subprocess.run(command, env=self.environment, check=True, cwd="/")
-        self.call("scontrol", "update", f"nodename={name}", "state=resume")
+        self.call("scontrol", "update", f"nodename={name}", "state=idle")
 
     def kill_node(self, name: str) -> None:
         """Power off: the daemon, and every process of the node's jobs."""
