@@ -9,7 +9,7 @@ Written by ftgen 0.1.0 from lora_bf16_8.toml. The job's script does this for you
     packages   only whether this Python has the packages that it needs
     converted  exit 0 if the converted checkpoint is there, 1 if not
     convert    download the weights and convert them to NeMo's format, unless that has been done
-    verify     read every byte of the converted checkpoint and compare it with what was written
+    verify     read every byte of the converted checkpoint; one that is not as it was made is moved away
     finetune   train; one process for each GPU, told apart by RANK, LOCAL_RANK and WORLD_SIZE (or Slurm's own variables)
 """
 

@@ -604,11 +604,12 @@ def converted(plan: Plan) -> bool:
 
 
 def verify(plan: Plan) -> int:
-    """Read every byte of the checkpoint; 0 if all is as it was made, else 1 and a line that says what is not."""
+    """Read every byte of the checkpoint; 0 if all is as it was made, else 1, what is not, and it is moved away."""
     with timed(f"reading {directory(plan)}"):
         flaw = manifest.flaw(directory(plan), source(plan), thorough=True)
     if flaw:
-        say(f"the checkpoint in {directory(plan)} cannot be used: {flaw}. Move it away, and the next job makes it anew")
+        say(f"the checkpoint in {directory(plan)} cannot be used: {flaw}. The next job makes it anew")
+        guard.set_aside(directory(plan), source(plan), thorough=True)
     return 1 if flaw else 0
 
 
@@ -1533,7 +1534,7 @@ def _make(place: Path, source: Source, build: Build, need_bytes: int | Callable[
     staging = staging_of(place, claim.generation)
     try:
         with _plain_disk_errors(place.parent):
-            _set_aside(place, source)
+            set_aside(place, source)
             if need := need_bytes() if callable(need_bytes) else need_bytes:
                 require_space(place.parent, need, place.name)
             staging.mkdir()
@@ -1557,21 +1558,21 @@ def _publish(staging: Path, place: Path, source: Source, claim: Claim) -> bool:
                 raise
             if manifest.flaw(place, source) is None:
                 return True  # an owner that we had given up woke and was faster
-            _set_aside(place, source)
+            set_aside(place, source)
         else:
             manifest.sync(place.parent)
             return True
     return False
 
 
-def _set_aside(place: Path, source: Source) -> None:
-    """Rename what is in the place and cannot be trusted, and say so."""
-    flaw = manifest.flaw(place, source)
+def set_aside(place: Path, source: Source, *, thorough: bool = False) -> None:
+    """Rename what is in the place and cannot be trusted, and say so; `thorough` reads all of it."""
+    flaw = manifest.flaw(place, source, thorough=thorough)
     if flaw is None or not os.path.lexists(place):
         return
     aside = place.with_name(f"{place.name}.untrusted-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     place.rename(aside)
-    if manifest.flaw(aside, source) is None:  # another owner published between the look and the rename
+    if manifest.flaw(aside, source, thorough=thorough) is None:  # another owner published between the look and the rename
         aside.rename(place)
         return
     say(f"{place} is not used: {flaw}. It was moved to {aside}, which nothing needs any more", any_rank=True)
@@ -2516,7 +2517,7 @@ Written by ftgen 0.1.0 from sft_fp8_8.toml. The job's script does this for you; 
     packages   only whether this Python has the packages that it needs
     converted  exit 0 if the converted checkpoint is there, 1 if not
     convert    download the weights and convert them to NeMo's format, unless that has been done
-    verify     read every byte of the converted checkpoint and compare it with what was written
+    verify     read every byte of the converted checkpoint; one that is not as it was made is moved away
     finetune   train; one process for each GPU, told apart by RANK, LOCAL_RANK and WORLD_SIZE (or Slurm's own variables)
 """
 
