@@ -266,7 +266,7 @@ def _checkpoint(spec: Spec, model: Model) -> CheckpointPlan:
     source = spec.checkpoint.source or model.checkpoint
     places = {
         "hub": model.hf_id if not spec.checkpoint.revision else f"{model.hf_id}@{spec.checkpoint.revision}",
-        "random": f"random/{model.name}",
+        "random": f"random/{model.name}-{spec.seed}",
         "directory": f"directory/{sha256(str(spec.checkpoint.path).encode()).hexdigest()[:12]}",
     }
     gated = source == "hub" and model.gated

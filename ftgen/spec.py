@@ -175,7 +175,7 @@ class Spec(Table):
     global_batch_size: Positive | None = Field(None, description="Sequences a step. Default: 4 x gpus.")
     micro_batch_size: Positive = Field(1, description="Sequences a GPU works on at once.")
     seq_length: Positive = Field(4096, description="Tokens in a sequence.")
-    seed: int = Field(1234, ge=0, lt=2**32, description="Seed of the weights' initialization and the data's order.")
+    seed: int = Field(1234, ge=1, lt=2**31, description="Seed of the weights' initialization and the data's order.")
     walltime: Walltime = Field("00:30:00", description="Time limit of the job, [days-]hours:minutes:seconds.")
     convert_walltime: Walltime = Field(
         "02:00:00", description="Time limit of the checkpoint's download and conversion, [days-]hours:minutes:seconds."
