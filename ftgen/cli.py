@@ -139,6 +139,26 @@ def list_experiments(specs: tuple[Path, ...], site: Path | None, overrides: tupl
         click.echo("  ".join(f"{text:{width}}" for text, width in zip(row, wide, strict=True)).rstrip())
 
 
+@ftgen.command("import-env")
+@click.option("--spec", type=FILE, help="Write the spec there instead of to stdout.")
+@click.option("--site", type=FILE, help="Write the site profile there instead of to stdout.")
+def import_env(spec: Path | None, site: Path | None) -> None:
+    """Translate the variables of the recipe's own launcher into a spec and a site profile.
+
+    Reads DTYPE, MODEL_SIZE, SFT_SCHEME (or FT_TYPE), JOB_TOTAL_GPUS, RUN_CONF_GPUS_PER_NODE, RUN_CONF_IMAGE, STAGE_PATH,
+    SBATCH_ACCOUNT and SBATCH_PARTITION.
+    """
+    from ftgen import files, launcher
+
+    texts = (("spec", spec, launcher.spec(os.environ)), ("site profile", site, launcher.site(os.environ)))
+    for title, path, text in texts:
+        if path:
+            files.write(path.parent, {path.name: text})
+            click.echo(path)
+        else:
+            click.echo(f"# {title}\n{text}")
+
+
 @ftgen.command()
 @click.option("--results", is_flag=True, help="Of what `ftgen tabulate --format json` prints, in place of a spec's.")
 def schema(results: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from ftgen import catalogue, matrix, memory
 from ftgen.errors import KeyPath, Problem, SpecError, dotted
+from ftgen.own import own
 from ftgen.plan import Plan, resolve
 from ftgen.rules import broken_rules
 from ftgen.shape import validate
@@ -123,6 +124,7 @@ def _experiment(spec_source: Source, site_source: Source, name: str, changes: di
     ]
     plan = None
     try:
+        mine = [own(source) for source in (site_source, spec_source)]
         plan = resolve(
             spec,
             site,
@@ -131,6 +133,7 @@ def _experiment(spec_source: Source, site_source: Source, name: str, changes: di
             spec_text=spec_source.text,
             point=spec_source.point,
             overrides={dotted(path): value for path, value in changes.items()},
+            own=catalogue.Own(mine[0].models | mine[1].models, mine[0].gpus | mine[1].gpus),
         )
     except SpecError as error:
         shapeless = [problem.where for problem in problems]
@@ -173,6 +176,8 @@ def _touches(problem: Problem, keys: Sequence[KeyPath]) -> bool:
 
 
 def _locate(problem: Problem, spec: Source, site: Source) -> Problem:
+    if problem.file:
+        return problem
     if problem.where[:1] != ("site",):
         return spec.located(problem)
     if site.path is None:

@@ -3,18 +3,21 @@
 from dataclasses import asdict
 from typing import Any
 
-from ftgen import memory
+from ftgen import catalogue, memory
 from ftgen.errors import KeyPath, dotted
 from ftgen.experiment import Experiment
 from ftgen.shape import show
 from ftgen.source import Source, place
 
 # The plan's numbers that are worked out, and from what, where no key of the spec or the site says them.
+SPLIT = "the catalogue's for the model and the GPU's memory, or none"
 _WORKED_OUT = {
     "experiment": "{scheme}_nemo_{model}_{precision}_{gpus}, the recipe's name",
     "nodes": "gpus / gpus_per_node",
     "gpus_per_node": "the smaller of gpus and a node's GPUs",
     "global_batch_size": "4 x gpus, as the recipe",
+    **{f"parallelism.{kind}_model_parallel_size": SPLIT for kind in ("tensor", "pipeline", "virtual_pipeline")},
+    **dict.fromkeys(("parallelism.context_parallel_size", "parallelism.sequence_parallel"), SPLIT),
     "parallelism.data_parallel_size": "gpus / (TP x PP x CP)",
     "data.packed": "true on GPUs, false on a CPU",
     "optimizer.learning_rate": "the recipe's for the scheme",
@@ -90,7 +93,9 @@ def _origin(experiment: Experiment, path: KeyPath) -> str:
     if worked_out:
         return worked_out
     if path[0] in ("model", "gpu") and key not in _SPEC_KEYS:
-        return f"catalogue/{path[0]}s.toml [{getattr(experiment.plan, str(path[0])).name}]"
+        name = getattr(experiment.plan, str(path[0])).name
+        known = catalogue.models() if path[0] == "model" else catalogue.gpus()
+        return f"catalogue/{path[0]}s.toml [{name}]" if name in known else "the catalogue that is named"
     if path[0] == "optimizations":
         return f"catalogue/optimizations.toml [{path[1]}]"
     if path[0] == "environment":

@@ -45,9 +45,13 @@ class ModelPlan:
     ffn_hidden_size: int
     num_attention_heads: int
     num_query_groups: int
+    head_size: int
     vocab_size: int
     max_position_embeddings: int  # tokens
     rope_theta: float
+    rope_scaling_factor: float | None  # Llama 3.1's
+    tied_embeddings: bool
+    qkv_bias: bool
     parameters: int
     flops_per_sample: float  # SFT, forward and backward, one sequence of seq_length tokens
 
@@ -210,10 +214,13 @@ def resolve(
     spec_text: str = "",
     point: dict[str, Any] | None = None,
     overrides: dict[str, Any] | None = None,
+    own: catalogue.Own | None = None,
 ) -> Plan:
     """The plan of a spec at a site; SpecError with every rule it breaks."""
-    model = catalogue.models().get(spec.model)
-    gpu = catalogue.gpus().get(spec.gpu)
+    known = own or catalogue.Own({}, {})
+    model = known.models.get(spec.model) or catalogue.models().get(spec.model)
+    gpu = known.gpus.get(spec.gpu) or catalogue.gpus().get(spec.gpu)
+    spec = split_as_catalogued(spec, model, gpu)
     problems = broken_rules(spec, site, model, gpu)
     if problems or not model or not gpu:
         raise SpecError(*problems)
@@ -255,6 +262,15 @@ def resolve(
         python=_python(site),
         slurm=_slurm(spec, site),
     )
+
+
+def split_as_catalogued(spec: Spec, model: Model | None, gpu: Gpu | None) -> Spec:
+    """The spec with the catalogue's split of the model, where it says none of its own."""
+    row = model.split(spec.scheme, gpu.memory_gib) if model and gpu else None
+    if row is None or spec.parallelism.model_fields_set:
+        return spec
+    split = {key: getattr(row, key) for key in type(spec.parallelism).model_fields}
+    return spec.model_copy(update={"parallelism": spec.parallelism.model_copy(update=split)})
 
 
 def _model(model: Model, seq_length: int) -> ModelPlan:

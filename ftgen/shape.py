@@ -1,6 +1,6 @@
 """A document against a table of keys. In: plain dicts. Out: the frozen table, or every problem of shape, with a hint."""
 
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -70,13 +70,21 @@ def show(value: Any) -> str:
 def _table_at(table: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
     """The table that stands at a key path, None where the path leaves the vocabulary."""
     current: type[BaseModel] = table
-    for key in path:
-        field = current.model_fields.get(str(key))
-        inner = field and [t for t in (field.annotation, *get_args(field.annotation)) if _is_table(t)]
+    keys = [str(key) for key in path if isinstance(key, str)]
+    while keys:
+        field = current.model_fields.get(keys.pop(0))
+        inner = field and [t for t in _inside(field.annotation) if _is_table(t)]
         if not inner:
             return None
         current = inner[0]
+        if field and get_origin(field.annotation) is dict:
+            keys = keys[1:]  # a name of the user's
     return current
+
+
+def _inside(annotation: Any) -> tuple[Any, ...]:
+    """The annotation and those that it is made of."""
+    return (annotation, *(inner for each in get_args(annotation) for inner in (each, *get_args(each))))
 
 
 def _is_table(annotation: Any) -> bool:

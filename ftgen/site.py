@@ -77,3 +77,6 @@ class Site(Table):
     )
     python: Python = Field(default_factory=Python, description="Where the job's Python comes from.")
     environment: Environment = Field({}, description="Environment variables of every job at this site.")
+    catalogue: OneLine | None = Field(
+        None, min_length=1, description="A catalogue file of your own, relative to this one: [models.NAME], [gpus.NAME]."
+    )

@@ -198,6 +198,9 @@ class Spec(Table):
         min_length=1,
         description="Another spec, relative to this one, whose keys hold where this one does not say them.",
     )
+    catalogue: OneLine | None = Field(
+        None, min_length=1, description="A catalogue file of your own, relative to this one: [models.NAME], [gpus.NAME]."
+    )
     matrix: Matrix | None = Field(None, description="Many experiments from this one spec.")
 
 

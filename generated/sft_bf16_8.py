@@ -42,9 +42,13 @@ PLAN = json.loads(r"""
     "ffn_hidden_size": 14336,
     "num_attention_heads": 32,
     "num_query_groups": 8,
+    "head_size": 128,
     "vocab_size": 128256,
     "max_position_embeddings": 8192,
     "rope_theta": 500000.0,
+    "rope_scaling_factor": null,
+    "tied_embeddings": false,
+    "qkv_bias": false,
     "parameters": 8030261248,
     "flops_per_sample": 184000000000000.0
   },

@@ -2239,6 +2239,7 @@ This module imports NeMo (15-40 s): only a training does.
 
 import functools
 import importlib
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -2260,18 +2261,9 @@ ARCHITECTURE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_h
 
 def build(plan: Plan, checkpoint: Path, files: Files, log_directory: Path) -> Any:
     """The recipe as a `run.Partial`; `fdl.build(recipe)()` trains. Nothing is written outside `log_directory`."""
-    library = importlib.import_module(f"nemo.collections.llm.recipes.{plan['model']['nemo_recipe']}")
-    recipe = library.finetune_recipe(
-        dir=str(log_directory),
-        name="nemo",
-        num_nodes=plan["nodes"],
-        num_gpus_per_node=plan["gpus_per_node"],
-        peft_scheme="lora" if plan["scheme"] == "lora" else "none",
-        seq_length=plan["seq_length"],
-        packed_sequence=plan["data"]["packed"],
-        performance_mode=True,
-    )
-    _set_model(recipe, plan)
+    recipe = stock(plan, log_directory)
+    set_model(recipe, plan)
+    _set_scheme(recipe, plan)
     _set_optimizer(recipe, plan)
     _set_parallelism(recipe, plan)
     _set_precision(recipe, plan)
@@ -2288,10 +2280,40 @@ def build(plan: Plan, checkpoint: Path, files: Files, log_directory: Path) -> An
     return recipe
 
 
-def _set_model(recipe: Any, plan: Plan) -> None:
+def stock(plan: Plan, log_directory: Path) -> Any:
+    """NeMo's own recipe of the model, with as much of the plan as it takes; not every model's takes all of it."""
+    library = importlib.import_module(f"nemo.collections.llm.recipes.{plan['model']['nemo_recipe']}")
+    arguments = {
+        "dir": str(log_directory),
+        "name": "nemo",
+        "num_nodes": plan["nodes"],
+        "num_gpus_per_node": plan["gpus_per_node"],
+        "peft_scheme": "lora" if plan["scheme"] == "lora" else "none",
+        "seq_length": plan["seq_length"],
+        "packed_sequence": plan["data"]["packed"],
+        "performance_mode": True,
+    }
+    taken = inspect.signature(library.finetune_recipe).parameters
+    return library.finetune_recipe(**{key: value for key, value in arguments.items() if key in taken})
+
+
+def set_model(recipe: Any, plan: Plan) -> None:
+    """The plan's architecture, over that of the recipe's model."""
+    config, model = recipe.model.config, plan["model"]
     for key in ARCHITECTURE:
-        setattr(recipe.model.config, key, plan["model"][key])
-    recipe.model.config.rotary_base = int(plan["model"]["rope_theta"])
+        setattr(config, key, model[key])
+    config.rotary_base = int(model["rope_theta"])
+    config.kv_channels = model["head_size"]
+    config.share_embeddings_and_output_weights = model["tied_embeddings"]
+    config.add_qkv_bias = model["qkv_bias"]
+    if model["rope_scaling_factor"]:
+        config.scale_factor = model["rope_scaling_factor"]
+    config.seq_length = recipe.data.seq_length = plan["seq_length"]
+    # some of NeMo's recipes count embedding and loss as layers of the pipeline; the plan counts the layers alone
+    config.account_for_embedding_in_pipeline_split = config.account_for_loss_in_pipeline_split = False
+
+
+def _set_scheme(recipe: Any, plan: Plan) -> None:
     if plan["scheme"] == "lora":
         recipe.peft.dim = plan["lora"]["rank"]
         recipe.peft.alpha = plan["lora"]["alpha"]
@@ -2550,9 +2572,13 @@ PLAN = json.loads(r"""
     "ffn_hidden_size": 14336,
     "num_attention_heads": 32,
     "num_query_groups": 8,
+    "head_size": 128,
     "vocab_size": 128256,
     "max_position_embeddings": 8192,
     "rope_theta": 500000.0,
+    "rope_scaling_factor": null,
+    "tied_embeddings": false,
+    "qkv_bias": false,
     "parameters": 8030261248,
     "flops_per_sample": 184000000000000.0
   },

@@ -12,6 +12,19 @@ HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
+class Split:
+    """How a model is split over GPUs where the spec does not say: the first row that fits the run."""
+
+    scheme: str  # sft, lora
+    memory_gib: float  # of one GPU, at least
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    sequence_parallel: bool = False
+
+
+@dataclass(frozen=True)
 class Model:
     """A model's architecture under Megatron's names, and where its weights come from."""
 
@@ -30,21 +43,37 @@ class Model:
     max_position_embeddings: int  # tokens
     rope_theta: float
     source: str
+    kv_channels: int | None = None  # width of an attention head; None is hidden_size / num_attention_heads
+    tied_embeddings: bool = False  # the LM head is the embedding
+    qkv_bias: bool = False  # queries, keys and values have one
+    rope_scaling_factor: float | None = None  # Llama 3.1's scaling of the rotary frequencies; None is without
+    parallelism: tuple[Split, ...] = ()  # in the order of preference; without a row that fits it is not split
     flops_per_sample: float | None = None  # SFT, forward and backward, for flops_seq_length tokens
     flops_seq_length: int | None = None
 
     @property
+    def head_size(self) -> int:
+        """Width of an attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
     def matrix_weights(self) -> int:
         """Weights that take part in matrix products: projections, MLPs and the LM head; not the embedding, not the norms."""
-        head = self.hidden_size // self.num_attention_heads
-        attention = self.hidden_size * head * (2 * self.num_attention_heads + 2 * self.num_query_groups)
+        attention = self.hidden_size * self.head_size * 2 * (self.num_attention_heads + self.num_query_groups)
         mlp = 3 * self.hidden_size * self.ffn_hidden_size
         return self.num_layers * (attention + mlp) + self.hidden_size * self.vocab_size
 
     @property
     def parameters(self) -> int:
-        """All weights: untied embedding and head, RMS norms without bias."""
-        return self.matrix_weights + self.hidden_size * (self.vocab_size + 2 * self.num_layers + 1)
+        """All weights: RMS norms without bias, an embedding of its own unless the LM head is it."""
+        embedding = 0 if self.tied_embeddings else self.hidden_size * self.vocab_size
+        bias = self.qkv_bias * self.head_size * (self.num_attention_heads + 2 * self.num_query_groups)
+        return self.matrix_weights + embedding + self.hidden_size * (2 * self.num_layers + 1) + self.num_layers * bias
+
+    def split(self, scheme: str, memory_gib: float) -> Split | None:
+        """How to split it over GPUs of this much memory; None where no row says."""
+        rows = (row for row in self.parallelism if row.scheme == scheme and memory_gib >= row.memory_gib)
+        return next(rows, None)
 
     def flops(self, seq_length: int) -> float:
         """FLOPs of one SFT sample of `seq_length` tokens, forward and backward, without attention scores."""
@@ -103,6 +132,14 @@ class Published:
     days_per_1t_tokens: float
 
 
+@dataclass(frozen=True)
+class Own:
+    """Models and GPUs of a catalogue file of the user's."""
+
+    models: dict[str, Model]
+    gpus: dict[str, Gpu]
+
+
 def _read(name: str) -> dict[str, Any]:
     return tomli.loads((HERE / f"{name}.toml").read_text(encoding="utf-8"))
 
@@ -110,15 +147,23 @@ def _read(name: str) -> dict[str, Any]:
 @cache
 def models() -> dict[str, Model]:
     """Every known model by name."""
-    return {name: Model(name=name, **table) for name, table in _read("models").items()}
+    return {name: model(name, table) for name, table in _read("models").items()}
 
 
 @cache
 def gpus() -> dict[str, Gpu]:
     """Every known accelerator by name."""
-    return {
-        name: Gpu(name=name, **table | {"precisions": tuple(table["precisions"])}) for name, table in _read("gpus").items()
-    }
+    return {name: gpu(name, table) for name, table in _read("gpus").items()}
+
+
+def model(name: str, table: Mapping[str, Any]) -> Model:
+    """A model from its TOML table."""
+    return Model(name=name, **{**table, "parallelism": tuple(Split(**row) for row in table.get("parallelism", ()))})
+
+
+def gpu(name: str, table: Mapping[str, Any]) -> Gpu:
+    """A GPU from its TOML table."""
+    return Gpu(name=name, **{**table, "precisions": tuple(table["precisions"])})
 
 
 @cache
