@@ -54,7 +54,7 @@ def _other_plan(what: Identity, log: Log, steps: dict[int, Step]) -> Iterator[st
 def _samples(what: Identity, steps: dict[int, Step]) -> Iterator[str]:
     """Samples that are not those of so many steps."""
     for number, step in steps.items():
-        samples, batch = step.consumed_samples, step.global_batch_size or what.global_batch_size
+        samples, batch = step.consumed_samples, what.global_batch_size or step.global_batch_size
         if samples is not None and batch and samples != (number + 1) * batch:
             yield (
                 f"step {number} says consumed_samples {samples:.0f}, "

@@ -3,7 +3,6 @@
 Offsets count decompressed bytes. What a terminal would not show is taken out: colours, and the returns of progress bars.
 """
 
-import gzip
 import io
 import os
 import re
@@ -49,24 +48,27 @@ def is_packed(path: Path) -> bool:
 def blocks(path: Path, start: int = 0, end: int | None = None) -> Iterator[Block]:
     """The lines that begin from `start` to before `end`, in blocks; LogFileError after what could be read.
 
-    A block ends where a line does, unless that line is longer than a block. What is_packed begins at its beginning.
+    A block ends where a line does, unless that line is longer than a block.
     """
-    with closing(_stream(path)) as file:
-        try:
-            yield from _blocks(file, start, end)
-        except EOFError:
-            raise LogFileError("the log is cut off: its compressed data has no end") from None
-        except (zlib.error, gzip.BadGzipFile) as error:
-            raise LogFileError(f"the log's compressed data is damaged: {error}") from None
-        except OSError as error:
-            raise LogFileError(f"the log cannot be read: {error.strerror or error}") from None
+    try:
+        offset = _first_line(path, start)
+        with closing(_stream(path)) as file:
+            _skip(file, offset)
+            yield from _blocks(file, offset, end)
+    except EOFError:
+        raise LogFileError("the log is cut off: its compressed data has no end") from None
+    except zlib.error as error:
+        raise LogFileError(f"the log's compressed data is damaged: {error}") from None
+    except OSError as error:
+        raise LogFileError(f"the log cannot be read: {error.strerror or error}") from None
 
 
-def block_at(path: Path, offset: int, length: int) -> Block:
-    """A block that was read before, once more."""
-    with closing(_stream(path)) as file:
-        _skip(file, offset)
-        return Block(offset, file.read(length))
+def edges(path: Path, size: int) -> tuple[bytes, bytes]:
+    """The first and the last `size` bytes of a file that is not compressed; LogFileError."""
+    with closing(_open(path)) as file:
+        first = file.read(size)
+        file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+        return first, file.read(size)
 
 
 def line_number(path: Path, offset: int) -> int:
@@ -79,9 +81,8 @@ def line_number(path: Path, offset: int) -> int:
     return number
 
 
-def _blocks(file: IO[bytes], start: int, end: int | None) -> Iterator[Block]:
-    offset, rest = _first_line(file, start), b""
-    _skip(file, offset)
+def _blocks(file: "IO[bytes] | _Unpacked", offset: int, end: int | None) -> Iterator[Block]:
+    rest = b""
     while (end is None or offset < end) and (piece := file.read(BLOCK)):
         raw = rest + piece if rest else piece
         last = max(raw.rfind(b"\n"), raw.rfind(b"\r")) + 1
@@ -96,16 +97,17 @@ def _blocks(file: IO[bytes], start: int, end: int | None) -> Iterator[Block]:
         yield Block(offset, rest)
 
 
-def _first_line(file: IO[bytes], start: int) -> int:
+def _first_line(path: Path, start: int) -> int:
     """Where the first line begins that does so at `start` or after it."""
     if start == 0:
         return 0
-    file.seek(start - 1)
     offset = start - 1
-    while piece := file.read(BLOCK):
-        if end := _line_end(piece):
-            return offset + end
-        offset += len(piece)
+    with closing(_stream(path)) as file:
+        _skip(file, offset)
+        while piece := file.read(BLOCK):
+            if end := _line_end(piece):
+                return offset + end
+            offset += len(piece)
     return offset
 
 
@@ -127,19 +129,15 @@ def _open(path: Path) -> IO[bytes]:
     return open(descriptor, "rb", buffering=0)  # noqa: PTH123
 
 
-def _stream(path: Path) -> IO[bytes]:
+def _stream(path: Path) -> "IO[bytes] | _Unpacked":
     """The file's bytes, decompressed."""
     file = _open(path)
     start = file.read(4)
     file.seek(0)
-    if start.startswith(GZIP):
-        return io.BufferedReader(_Gzip(file), BLOCK)
-    if start.startswith(ZSTD):
-        return io.BufferedReader(_Zstd(file), BLOCK)
-    return file
+    return _Unpacked(file, zstd=start.startswith(ZSTD)) if start.startswith(PACKED) else file
 
 
-def _skip(file: IO[bytes], offset: int) -> None:
+def _skip(file: "IO[bytes] | _Unpacked", offset: int) -> None:
     """To `offset` from the beginning: at once, or by decompressing what lies before."""
     if isinstance(file, io.FileIO):
         file.seek(offset)
@@ -148,53 +146,63 @@ def _skip(file: IO[bytes], offset: int) -> None:
         offset -= len(piece)
 
 
-class _Gzip(gzip.GzipFile):
-    """A gzip'd file as a stream that closes the file with itself."""
+class _Unpacked:
+    """A compressed file's bytes; EOFError where it is cut off, behind everything that could be read."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        super().__init__(fileobj=file, mode="rb")
+    def __init__(self, file: IO[bytes], *, zstd: bool) -> None:
         self._file = file
-
-    def close(self) -> None:
-        super().close()
-        self._file.close()
-
-
-class _Zstd(io.RawIOBase):
-    """A zstd'd file as a stream; EOFError where it is cut off."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        try:
-            import zstandard
-        except ImportError:
-            file.close()
-            raise LogFileError("the log is zstd'd, which needs a package: pip install zstandard") from None
-        self._file = file
-        self._frame = zstandard.ZstdDecompressor()
-        self._error = zstandard.ZstdError
-        self._open_frame = self._frame.decompressobj()
+        self._new = _zstd_frame if zstd else _gzip_member
+        self._frame = self._new()
         self._left = b""
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes; none at the end."""
         while not self._left:
-            piece = self._open_frame.unused_data or self._file.read(BLOCK >> 3)
-            if self._open_frame.eof and piece:
-                self._open_frame = self._frame.decompressobj()
-            elif not piece:
-                if not self._open_frame.eof:
+            piece = self._frame.unused_data or self._file.read(BLOCK)
+            if not piece:
+                if not self._frame.eof:
                     raise EOFError
-                return 0
-            try:
-                self._left = self._open_frame.decompress(piece)
-            except self._error as error:
-                raise zlib.error(str(error)) from None
-        size = min(len(buffer), len(self._left))
-        buffer[:size], self._left = self._left[:size], self._left[size:]
-        return size
+                return b""
+            if self._frame.eof:  # another one follows
+                self._frame = self._new()
+            self._left = self._frame.decompress(piece)
+        found, self._left = self._left[:size], self._left[size:]
+        return found
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
-        super().close()
+
+
+def _gzip_member() -> Any:
+    return zlib.decompressobj(zlib.MAX_WBITS | 16)
+
+
+def _zstd_frame() -> Any:
+    try:
+        import zstandard
+    except ImportError:
+        raise LogFileError("the log is zstd'd, which needs a package: pip install zstandard") from None
+    return _ZstdFrame(zstandard)
+
+
+class _ZstdFrame:
+    """zstandard's decompressor, with zlib's error."""
+
+    def __init__(self, zstandard: Any) -> None:
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._error = zstandard.ZstdError
+
+    @property
+    def eof(self) -> bool:
+        return bool(self._frame.eof)
+
+    @property
+    def unused_data(self) -> bytes:
+        return bytes(self._frame.unused_data)
+
+    def decompress(self, piece: bytes) -> bytes:
+        try:
+            return bytes(self._frame.decompress(piece))
+        except self._error as error:
+            raise zlib.error(str(error)) from None

@@ -23,8 +23,7 @@ __all__ = ["Log", "Step", "scan"]
 
 Item = Chunk | StepLine | StepTime | Ending | str  # a text is a line that is damaged
 
-STEP_WORDS = (NEMO, MEGATRON, BRIDGE)
-ANY_STEP_WORD = re.compile(b"|".join(map(re.escape, STEP_WORDS)))
+ANY_STEP_WORD = re.compile(b"|".join(map(re.escape, (NEMO, MEGATRON, BRIDGE))))
 HEAD = b"ftgen plan: {"  # ours: the plan, one line of JSON
 LONGEST_LINE = 1 << 16  # bytes that are looked at of a step line
 
@@ -130,12 +129,12 @@ def scan_text(text: bytes) -> list[Item]:
 
 
 def _scan_lines(text: bytes) -> Iterator[Item]:
-    word = next((word for word in STEP_WORDS if word in text), None)
-    if word is None:
+    words = [NEMO] if NEMO in text else [word for word in (MEGATRON, BRIDGE) if word in text]
+    if not words:
         yield from endings(text)
         return
-    start = text.rfind(b"\n", 0, text.find(word)) + 1
-    stop = text.find(b"\n", text.rfind(word)) + 1 or len(text)
+    start = text.rfind(b"\n", 0, min(map(text.find, words))) + 1
+    stop = text.find(b"\n", max(map(text.rfind, words))) + 1 or len(text)
     if text.find(HEAD, start, stop) >= 0:
         at = text.rfind(b"\n", 0, text.find(HEAD, start)) + 1
         if start < at < stop:  # another attempt, between its steps and those before it
@@ -143,11 +142,11 @@ def _scan_lines(text: bytes) -> Iterator[Item]:
             yield from _scan_lines(text[at:])
             return
     yield from endings(text[:start])
-    chunk = _whole_chunk(text[start:stop])
+    chunk = None if BRIDGE in words else _whole_chunk(text[start:stop])
     if chunk:
         yield chunk
     else:
-        yield from _scan_mixed(text[start:stop], word)
+        yield from _scan_mixed(text[start:stop], words)
     yield from endings(text[stop:])
 
 
@@ -163,9 +162,9 @@ def _whole_chunk(text: bytes) -> Chunk | None:
     return chunk_of(text, count, shape)
 
 
-def _scan_mixed(text: bytes, word: bytes) -> Iterator[Item]:
+def _scan_mixed(text: bytes, words: list[bytes]) -> Iterator[Item]:
     """Step lines, neighbours of one shape together, and what tells of an ending between them."""
-    lines, others = _separate(text, word)
+    lines, others = _separate(text, words)
     if HEAD in text:
         for line in text.splitlines(keepends=True):
             yield from _scan_one(line) if ANY_STEP_WORD.search(line) else endings(line)
@@ -182,10 +181,10 @@ def _scan_mixed(text: bytes, word: bytes) -> Iterator[Item]:
     yield from endings(others)
 
 
-def _separate(text: bytes, word: bytes) -> tuple[list[bytes], bytes]:
+def _separate(text: bytes, words: list[bytes]) -> tuple[list[bytes], bytes]:
     """The step lines, and the text between them."""
-    mixed = any(other in text for other in STEP_WORDS if other != word)
-    places = [match.start() for match in ANY_STEP_WORD.finditer(text)] if mixed else _places(text, word)
+    word = re.compile(b"|".join(map(re.escape, words)))
+    places = _places(text, words[0]) if len(words) == 1 else (match.start() for match in word.finditer(text))
     lines, others, position = [], [], 0
     for at in places:
         if at < position:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ftgen import catalogue, identity
 from ftgen.chunk import Chunk
-from ftgen.log_file import LogFileError, block_at, blocks, is_packed
+from ftgen.log_file import LogFileError, blocks, edges, is_packed
 from ftgen.log_lines import Item, Log, scan
 from ftgen.logs import CLOCK_BYTES, settle, take
 from ftgen.runs import Run
@@ -148,8 +148,7 @@ def _joined(run: Run, parts: Sequence[Part]) -> Log:
         take(log, run.log, part.start, part.end, part.items)
         log.unread = log.unread or part.why_not
     try:
-        head = block_at(run.log, 0, CLOCK_BYTES).raw
-        tail = block_at(run.log, max(0, run.size - CLOCK_BYTES), CLOCK_BYTES).raw
+        head, tail = edges(run.log, CLOCK_BYTES)
     except LogFileError as error:
         head = tail = b""
         log.unread = log.unread or str(error)

@@ -3,9 +3,12 @@
 Each case is a folder with `logs/` as a cluster would have them, and what `ftgen tabulate` is to make of it.
 """
 
+import gzip
 import json
 import shutil
 from pathlib import Path
+
+import zstandard
 
 from ftgen.plan import resolve
 from ftgen.site import Site
@@ -168,7 +171,116 @@ def garbled():
     run("garbled", "sft_nemo_llama3_8b_bf16_8", 4, crlf)
 
 
+def bar(step, steps, batch, time_s):
+    """As Lightning's progress bar prints a step: its count is from 1, its numbers have few digits."""
+    values = {
+        "reduced_train_loss": f"{12 - step / 10:.3f}",
+        "global_step": f"{step:.2f}",
+        "consumed_samples": f"{batch * (step + 1):.1f}",
+        "train_step_timing in s": f"{time_s:.3f}",
+    }
+    said = ", ".join(f"{key}={value}" for key, value in values.items())
+    share = (step + 1) / steps
+    return f"Epoch 0: : {share:4.0%}|{'█' * int(10 * share)}| {step + 1}/{steps} [00:{step % 60:02}<00:30, {said}]"
+
+
+def megatron(step, steps, batch, time_s, flops, loss="8.114214E+00", grad_norm="0.042", skipped=0, nan=0):
+    """As Megatron-Bridge prints a step: two lines, of two ranks; counted from 1, in milliseconds."""
+    cells = [
+        f" [2025-12-22 15:18:{step % 60:02}] iteration {step + 1:8}/{steps:8} ",
+        f" consumed samples: {batch * (step + 1):12} ",
+        f" elapsed time per iteration (ms): {1000 * time_s:.1f} ",
+        " learning rate: 3.000000E-05 ",
+        f" global batch size: {batch:5} ",
+        f" lm loss: {loss} " if loss else "",
+        " loss scale: 1.0 ",
+        f" grad norm: {grad_norm} ",
+        f" number of skipped iterations: {skipped:3} ",
+        f" number of nan iterations: {nan:3} ",
+    ]
+    return (
+        f"Step Time : {time_s:.2f}s GPU utilization: {flops / time_s:.1f}MODEL_TFLOP/s/GPU\n",
+        "".join(f"{cell}|" for cell in cells if cell) + "\n",
+    )
+
+
+def times(mean_s, steps=25):
+    return [3 * mean_s if step < 5 else mean_s + WOBBLE[step % 2] for step in range(steps)]
+
+
+def packed(case, experiment, run_id, data, suffix):
+    run(case, experiment, run_id, [data], name=f"log-acct-part.{experiment}_{run_id}_0.out{suffix}")
+
+
+def elsewhere():
+    """Logs of other makes: progress bars, Megatron-Bridge, colours, compressed, cut off, and a batch log beside."""
+    name = "sft_nemo_llama3_8b_bf16_8"
+    bars = [bar(step, 25, 32, time_s) for step, time_s in enumerate(times(1.32))]
+    run("elsewhere", name, 1, ["\r".join(text for text in bars for _ in range(3)), "\n"])
+
+    pairs = [megatron(step, 25, 32, time_s, 736) for step, time_s in enumerate(times(1.32))]
+    lines = [line for step, pair in enumerate(pairs) for line in (pair if step % 2 else pair[::-1])]
+    run("elsewhere", name, 2, ["[before the start of training step] datetime: 2025-12-22 15:18:00\n", *lines])
+    lost = megatron(12, 25, 32, 1.32, 736, loss=None, grad_norm="nan")
+    run("elsewhere", name, 3, [*lines[:24], *lost, *lines[26:]])
+    skipped = megatron(12, 25, 32, 1.32, 736, skipped=1)
+    run("elsewhere", name, 4, [*lines[:24], *skipped, *lines[26:]])
+
+    plain = step_lines(25, 32, 1.32)
+    colours = [line.replace("1.3", "\x1b[1m1.3\x1b[0m").replace(" | ", "\x1b[90m | \x1b[0m") for line in plain]
+    run("elsewhere", name, 5, colours)
+    data = "".join(plain).encode()
+    packed("elsewhere", name, 6, gzip.compress(data, mtime=0), ".gz")
+    packed("elsewhere", name, 7, zstandard.ZstdCompressor().compress(data), ".zst")
+    packed("elsewhere", name, 8, gzip.compress(data, mtime=0)[:-200], ".gz")
+
+    run("elsewhere", name, 9, plain[:20])
+    limit = "slurmstepd: error: *** JOB 9 ON node1 CANCELLED AT 2025-01-01T00:30:00 DUE TO TIME LIMIT ***\n"
+    run("elsewhere", name, 9, [limit], name=f"sbatch_acct.{name}_9.out")
+
+
+def doubtful():
+    """All steps are there, and yet the figures are not to be trusted."""
+    what = plan("sft", "bf16", 8, 25)
+
+    def case(run_id, change, **keys):
+        seconds = times(1.32)
+        change(seconds)
+        lines = [
+            step_line(step, 24, 32, time_s, **{key: of(step, time_s) for key, of in keys.items()})
+            for step, time_s in enumerate(seconds)
+        ]
+        run("doubtful", what.experiment, run_id, lines + ended(), plan=what, head=what)
+
+    def slow(seconds):
+        seconds[20] = 2.9
+
+    def throttled(seconds):
+        seconds[15:] = [time_s * 1.04 for time_s in seconds[15:]]
+
+    def noisy(seconds):
+        seconds[:] = [time_s * (1 + (step * 7 % 10 - 5) / 100) for step, time_s in enumerate(seconds)]
+
+    def steady(seconds):
+        pass
+
+    def tflops(step, time_s):
+        return f"{1.84e14 * 32 / 8 / time_s / 1e12:.4}"
+
+    case(1, slow)
+    case(2, throttled)
+    case(3, noisy)
+    case(4, steady, TFLOPS_per_GPU=tflops)
+    case(5, steady, TFLOPS_per_GPU=lambda *_: "281.5")
+    case(6, steady, TFLOPS_per_GPU=lambda step, time_s: tflops(step, 1.0 if step == 10 else time_s))
+    case(7, steady, consumed_samples=lambda step, _: 32 * (step + 1) + (step == 22))
+    case(8, steady, peak_memory_usage=lambda step, _: 72613349376 if step == 11 else 52613349376)
+    case(9, steady, global_batch_size=lambda step, _: 64 if step > 20 else 32)
+    other = plan("sft", "bf16", 8, 25, micro_batch_size=2)
+    run("doubtful", what.experiment, 10, step_lines(25, 32, 1.32) + ended(), plan=what, head=other)
+
+
 if __name__ == "__main__":
-    for make in (documented, sizes, verdicts, launcher, restarts, plans, garbled):
+    for make in (documented, sizes, verdicts, launcher, restarts, plans, garbled, elsewhere, doubtful):
         shutil.rmtree(HERE / make.__name__ / "logs", ignore_errors=True)
         make()

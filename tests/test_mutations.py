@@ -1,0 +1,140 @@
+"""What damage does to figures: none that is not said.
+
+One edit of a healthy log either changes what is said of the run (status, reason, doubts, notes) or leaves its figures as
+they were: all of them exactly, but for a step's time and peak memory, of which no line is certain beyond its measure.
+There an edit may go unsaid up to the thresholds of `doubts`: 2 x OUTLIER of one step in the window, MEMORY of the peak.
+"""
+
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from logs import make
+
+from ftgen import log_lines
+from ftgen.doubts import MEMORY, OUTLIER
+from ftgen.logs import read_log
+from ftgen.runs import find_runs
+from ftgen.summarize import summarize
+
+NAME = "lora_nemo_llama3_8b_fp8_8"
+STEPS, WINDOW = 30, 20
+TIME = 2 * OUTLIER / WINDOW * (1 + OUTLIER)
+WORK = 1.84e14 * 32 * 2 / 3 / 8 / 1e12  # TFLOP of one GPU in a step
+
+
+def seconds(step):
+    return (2.0 if step < 3 else 0.68) * (1 + (step * 7 % 11 - 5) / 1000)
+
+
+def nemo(tflops=False):
+    for step in range(STEPS):
+        keys = {"TFLOPS_per_GPU": f"{WORK / seconds(step):.4}"} if tflops else {}
+        yield make.step_line(step, STEPS - 1, 32, seconds(step), **keys)
+
+
+def megatron():
+    return (line for step in range(STEPS) for line in make.megatron(step, STEPS, 32, seconds(step), WORK))
+
+
+@cache
+def healthy(kind):
+    """A log, and the plan beside it."""
+    plan = make.plan("lora", "fp8", 8, STEPS)
+    head = f"ftgen plan: {make.json.dumps(make.json.loads(plan.to_json()))}\n"
+    ended = ["some words\n", f"`Trainer.fit` stopped: `max_steps={STEPS}` reached.\n", "ftgen: exit status 0\n"]
+    lines = {
+        "ours": [head, "ftgen: training\n", *nemo(), *ended],
+        "with TFLOPS": [head, *nemo(tflops=True), *ended],
+        "the launcher's": ["0: words\n", *make.labelled(nemo()), "0: [after training is done] datetime: 2025\n"],
+        "Megatron's": [*megatron(), "[after training is done] datetime: 2025-12-22\n"],
+    }[kind]
+    return "".join(lines).encode(), plan.to_json() if head in lines else None
+
+
+KINDS = ["ours", "with TFLOPS", "the launcher's", "Megatron's"]
+
+
+def summary(text, plan):
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder, NAME)
+        place.mkdir()
+        place.joinpath(f"log-a.{NAME}_1_0.out").write_bytes(text)
+        if plan:
+            place.joinpath("plan.json").write_text(plan)
+        (run,) = find_runs([folder])
+        return summarize(run)
+
+
+def said(run):
+    return run.status, run.reason, run.doubts, run.notes
+
+
+def close(one, other, share):
+    return one == other or (one is not None and other is not None and abs(one - other) <= share * min(one, other))
+
+
+@st.composite
+def edits(draw, text):
+    """The text with one edit."""
+    digits = [at for at, byte in enumerate(text) if byte in b"0123456789"]
+    at = draw(st.one_of(st.integers(0, len(text) - 1), st.sampled_from(digits)))
+    kind = draw(st.sampled_from(["digit", "byte", "insert", "delete", "span", "cut", "repeat", "move", "join"]))
+    if kind in {"repeat", "move", "join"}:
+        lines = text.splitlines(keepends=True)
+        one, other = draw(st.integers(0, len(lines) - 1)), draw(st.integers(0, len(lines) - 1))
+        line = lines[one].rstrip(b"\n") if kind == "join" else lines[one]
+        if kind != "repeat":
+            del lines[one]
+        lines.insert(one if kind == "join" else other, line)
+        return b"".join(lines)
+    put, gone = {
+        "digit": (draw(st.sampled_from("0123456789")).encode(), 1),
+        "byte": (draw(st.binary(min_size=1, max_size=1)), 1),
+        "insert": (
+            draw(st.sampled_from([b"0", b"7", b".", b"-", b"e5", b" ", b"|", b"\n", b"\r", b"\0", b"\x1b[1m", b"\xff"])),
+            0,
+        ),
+        "delete": (b"", 1),
+        "span": (b"", draw(st.integers(2, 600))),
+        "cut": (b"", len(text)),
+    }[kind]
+    return text[:at] + put + text[at + gone :]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_healthy_log_is_not_doubted(kind):
+    run = summary(*healthy(kind))
+    assert said(run) == ("complete", None, (), ())
+    assert run.step_time_s == pytest.approx(sum(seconds(step) for step in range(10, 30)) / 20, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.data())
+def test_one_edit_is_said_or_changes_no_figure(kind, data):
+    text, plan = healthy(kind)
+    before, after = summary(text, plan), summary(data.draw(edits(text)), plan)
+    if said(before) != said(after):
+        return
+    assert close(after.step_time_s, before.step_time_s, TIME)
+    assert close(after.tokens_per_s, before.tokens_per_s, TIME)
+    assert close(after.mfu, before.mfu, TIME)
+    assert close(after.days_per_1t_tokens, before.days_per_1t_tokens, TIME)
+    assert close(after.peak_memory_gib, before.peak_memory_gib, MEMORY)
+    sizes = ("steps", "planned_steps", "gpus", "global_batch_size", "seq_length", "window", "window_first", "window_last")
+    assert [getattr(after, key) for key in sizes] == [getattr(before, key) for key in sizes]
+
+
+@given(st.data(), st.sampled_from(KINDS))
+def test_many_lines_at_once_say_what_each_of_them_says(data, kind):
+    text, _ = healthy(kind)
+    text = data.draw(edits(text))
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        Path(folder, f"log-a.{NAME}_1_0.out").write_bytes(text)
+        (run,) = find_runs([folder])
+        at_once = read_log(run)
+        patch.setattr(log_lines, "chunk_of", lambda *_: None)
+        assert repr(read_log(run)) == repr(at_once)
