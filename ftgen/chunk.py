@@ -6,7 +6,20 @@ that are equal once their digits are taken out need no more than a look at their
 
 from typing import NamedTuple
 
-from ftgen.step_line import MEGATRON, MEGATRON_KEYS, MOST, NEMO, NEMO_KEYS, Keys, Step, StepLine, cells_of, parse, steps_of
+from ftgen.step_line import (
+    ITERATION,
+    MEGATRON,
+    MEGATRON_KEYS,
+    MOST,
+    NEMO,
+    NEMO_KEYS,
+    Keys,
+    Step,
+    StepLine,
+    cells_of,
+    parse,
+    steps_of,
+)
 
 VARYING = b"0123456789.e+- "  # what a number is written with, and what pads it
 FEW = 4  # lines: fewer are not worth the trouble
@@ -16,7 +29,8 @@ class Shape(NamedTuple):
     """What lines that are alike have in common."""
 
     bare: bytes  # the line without VARYING
-    before: bytes  # what stands before the step's number
+    time: bytes  # what stands before the step's time
+    before: bytes  # what stands before its number
     after: bytes  # and after it
     keys: Keys
     counts: bool  # whether the first cell ends with iteration 7/99
@@ -55,10 +69,18 @@ def _read_alike(lines: list[bytes]) -> list[Step] | None:
             if column is None or not -MOST < max(column) < MOST:
                 return None
             said[name] = column
-        counts = [int(row[0].rpartition(b"/")[2]) for row in rows] if shape.counts else []
+        counts = [_count(row[0]) for row in rows] if shape.counts else []
     except ValueError:
         return None
     return steps_of(said, shape.keys, [count + 1 - shape.keys.first for count in counts], len(rows))
+
+
+def _count(cell: bytes) -> int:
+    """The 99 in iteration 7/99; ValueError."""
+    match = ITERATION.search(cell.rstrip())
+    if not match:
+        raise ValueError
+    return int(match[2])
 
 
 def _numbers(cells: list[bytes], before: bytes) -> list[float] | None:
@@ -92,7 +114,7 @@ def shape_of(line: bytes) -> Shape | None:
 def chunk_of(text: bytes, count: int, shape: Shape) -> Chunk | None:
     """The `count` lines of that shape as a chunk; None if their steps do not follow one another."""
     parts = text.split(shape.before)
-    if len(parts) != count + 1 or any(text.count(cell) != count for cell in shape.constant):
+    if len(parts) != count + 1 or any(text.count(cell) != count for cell in (shape.time, *shape.constant)):
         return None
     del parts[0]
     try:
@@ -130,4 +152,5 @@ def _shape(line: bytes, key: bytes) -> Shape | None:
         return None
     constant = tuple(cell for cell in line.split(b"|") if any(name + b":" in cell for name in keys.spoiled))
     counts = read.step.planned is not None
-    return Shape(key, before, after, keys, counts, constant, cells_of(line, keys))
+    time = b"| %s: " % keys.names["time"][0]
+    return Shape(key, time, before, after, keys, counts, constant, cells_of(line, keys)) if time in line else None

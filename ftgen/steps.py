@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from ftgen.chunk import Chunk
 from ftgen.step_line import Step, StepLine
 
+NOTHING = Step(None, None)
 KEPT = 8 << 20  # bytes of text: the last steps', where the window is
 
 
@@ -48,7 +49,7 @@ class Steps(Mapping[int, Step]):
             if chunk is None:
                 raise KeyError(step)
             found = self.between(chunk.first, chunk.last + 1)
-        return found[step]
+        return found.get(step, NOTHING)  # the file is not any more what it was
 
     def between(self, start: int, stop: int) -> dict[int, Step]:
         """The steps from `start` to before `stop` that are there, in ascending order; no others are read."""
