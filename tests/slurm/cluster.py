@@ -23,7 +23,11 @@ class Cluster:
 
     def __init__(self, folder: Path, nodes: int = 4, **settings: str) -> None:
         self.folder, self.nodes = folder, nodes
-        self.environment = os.environ | {"SLURMLAB_PARTITIONS": "main other", "SLURMLAB_GPU_TYPE": "h100"} | settings
+        self.environment = (
+            os.environ
+            | {"SLURMLAB_PARTITIONS": "main other", "SLURMLAB_GPU_TYPE": "h100", "SLURMLAB_PREEMPT": "1"}
+            | settings
+        )
         self.environment["SLURM_CONF"] = str(folder / "etc/slurm.conf")
 
     def up(self) -> None:

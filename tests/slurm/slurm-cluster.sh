@@ -13,6 +13,7 @@
 #   SLURMLAB_CPUS=16  SLURMLAB_MEM=16000       CPUs and MB that each node claims (need not exist)
 #   SLURMLAB_GPU_TYPE=                         e.g. h100, so that --gres=gpu:h100:8 is accepted too
 #   SLURMLAB_PARTITIONS=main                   names, space separated; the first is the default
+#   SLURMLAB_PREEMPT=                          1: a job of a later partition requeues those of earlier ones
 #   SLURMLAB_SACCT=                            1: run mariadbd and slurmdbd, so that sacct works (+4 s)
 #   SLURMLAB_PORT=                             first of 20 TCP ports (default: derived from DIR)
 #
@@ -149,11 +150,12 @@ KillWait=5
 GresTypes=gpu
 NodeName=node[1-$NODES] NodeAddr=127.0.0.1 Port=[$((PORT + 1))-$((PORT + NODES))] CPUs=$cpus RealMemory=$mem$( ((GPUS == 0)) || echo " Gres=gpu:${type:+$type:}$GPUS")
 CONF
-    i=YES
+    i=YES n=1
     for p in ${SLURMLAB_PARTITIONS:-main}; do
-        echo "PartitionName=$p Nodes=ALL Default=$i DefaultTime=60 MaxTime=INFINITE State=UP" >>"$SLURM_CONF"
-        i=NO
+        echo "PartitionName=$p Nodes=ALL Default=$i DefaultTime=60 MaxTime=INFINITE State=UP PriorityTier=$n" >>"$SLURM_CONF"
+        i=NO n=$((n + 1))
     done
+    [ -z "${SLURMLAB_PREEMPT:-}" ] || printf 'PreemptType=preempt/partition_prio\nPreemptMode=REQUEUE\n' >>"$SLURM_CONF"
     echo "$NODES $GPUS" >"$DIR/run/shape"
 }
 

@@ -82,6 +82,14 @@ def test_a_job_that_cannot_begin_does_not_stop_those_after_it(desk):
     assert "no Python: /no/such/python" in desk.log(first + 1)
 
 
+def test_a_script_that_cannot_be_submitted_does_not_stop_those_after_it(desk):
+    convert(desk)
+    first = desk.submit(desk.compile("a"), "no_such.sh", desk.compile("c"))
+    desk.quiet()
+    assert trained(desk) == [first, first + 1]
+    assert "2 of 3: no_such.sh could not be submitted" in desk.output(first)
+
+
 def test_jobs_of_one_model_submitted_apart_run_one_at_a_time_and_of_another_beside_them(desk):
     convert(desk)
     site = 'convert = "task"\n'

@@ -79,6 +79,19 @@ def test_requeued_in_the_middle_of_a_conversion_a_job_makes_it_anew_and_writes_t
     assert desk.output(job).count("ftgen: log: ") == 2  # Slurm's own file is appended to
 
 
+def test_pre_empted_a_job_makes_room_and_starts_over(desk):
+    low = desk.compile("low", site=TASK + "requeue = true\n", gpus=8)
+    high = desk.compile("high", site=TASK, gpus=8)
+    job = desk.submit("--nodelist=node1", low, PROGRAM_TRAIN_S="4")
+    until(lambda: desk.events("train:0"), 30, desk.everything)
+    above = desk.submit("--partition=other", "--nodelist=node1", "--job-name=above", high, PROGRAM_TRAIN_S="0")
+    assert desk.ended(above, 60).state == "COMPLETED", desk.everything()
+    ended = desk.ended(job, 60)
+    assert (ended.state, ended.restarts) == ("COMPLETED", 1), desk.everything()
+    nothing_partial(desk)
+    assert "ftgen: error: SIGTERM: cancelled, pre-empted or requeued\n" in desk.log(job, 0)
+
+
 def test_a_job_whose_node_is_gone_runs_again_elsewhere_and_takes_over(desk):
     job = desk.submit(desk.compile("spec", site=TASK + "requeue = true\n"), PROGRAM_CONVERT_S="4")
     until(lambda: desk.events("converting"), 30, desk.everything)
