@@ -24,6 +24,7 @@ class Result(BaseModel):
     gpus: int | None
     global_batch_size: int | None
     seq_length: int | None
+    options: list[str] = []
     step_time_s: float | None = Field(gt=0, allow_inf_nan=False)
     tokens_per_s: float | None = Field(gt=0, allow_inf_nan=False)
     mfu: float | None = Field(gt=0, allow_inf_nan=False)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ftgen import catalogue
 from ftgen.compare import recomputed
+from ftgen.options import shortly
 from ftgen.repeats import Group
 from ftgen.step_line import Step
 from ftgen.summarize import Summary
@@ -90,7 +91,7 @@ def throughput(groups: Sequence[Group]) -> Chart | None:
     for group in groups:
         if not (group.tokens_per_s and group.gpus):
             continue
-        name = clean(f"{accelerators(group)}, GBS {group.global_batch_size}")
+        name = _name(group)
         of_each = f"tokens per second and {_one(group)}"
         found: dict[str, float | None] = {
             MEASURED: group.tokens_per_s,
@@ -108,6 +109,11 @@ def throughput(groups: Sequence[Group]) -> Chart | None:
     return Chart(experiment_title(groups[0]), sentence, _bars(values, of_each, (MEASURED, PUBLISHED, IDEAL)))
 
 
+def _name(group: Group) -> str:
+    parts = (accelerators(group), f"GBS {group.global_batch_size}", shortly(group.options))
+    return clean(", ".join(filter(None, parts)))
+
+
 def _one(group: Group) -> str:
     return "process" if group.gpu == "cpu" else "GPU"
 
@@ -119,7 +125,7 @@ def memory(groups: Sequence[Group]) -> Chart | None:
     for group in groups:
         if not group.peak_memory_gib:
             continue
-        name = clean(f"{accelerators(group)}, GBS {group.global_batch_size}")
+        name = _name(group)
         gpu = catalogue.gpus().get(group.gpu or "")
         found = {used: group.peak_memory_gib, there: gpu.memory_gib if gpu else None}
         for source, gib in found.items():
@@ -135,12 +141,16 @@ def memory(groups: Sequence[Group]) -> Chart | None:
 def scaling(groups: Sequence[Group]) -> Chart | None:
     """Throughput per GPU by that of the fewest GPUs with as much work for each: measured, and published."""
     values: Values = []
-    for (name, *_), same in groupby(sorted(groups, key=_scaled_from), _scaled_from):
+    for (title, *_, done), same in groupby(sorted(groups, key=_scaled_from), _scaled_from):
         sizes = [g for g in same if g.gpus and g.tokens_per_s and g.gpu != "cpu"]  # processes that share one machine
         measured = [(g.gpus, g.tokens_per_s) for g in sizes]
         published = [(g.gpus, recomputed(g.published).tokens_per_s) for g in sizes if g.published]
         for source, found in ((MEASURED, measured), (PUBLISHED, published)):
-            values += _efficiencies(clean(name), source, [(gpus, tokens) for gpus, tokens in found if gpus and tokens])
+            values += _efficiencies(
+                clean(", ".join(filter(None, (title, shortly(done))))),
+                source,
+                [(gpus, tokens) for gpus, tokens in found if gpus and tokens],
+            )
     if not values:
         return None
     worst = min(values, key=lambda value: float(value["value"]))
@@ -177,14 +187,10 @@ def _efficiencies(name: str, source: str, sizes: Sequence[tuple[int, float]]) ->
     return values
 
 
-def _scaled_from(group: Group) -> tuple[str, str, int, float]:
-    """What is the same in a series of sizes: as much work for each GPU."""
-    return (
-        experiment_title(group),
-        group.gpu or "",
-        group.seq_length or 0,
-        (group.global_batch_size or 0) / (group.gpus or 1),
-    )
+def _scaled_from(group: Group) -> tuple[str, str, int, float, tuple[str, ...]]:
+    """What is the same in a series of sizes: as much work for each GPU, done in the same way."""
+    work = (group.global_batch_size or 0) / (group.gpus or 1)
+    return (experiment_title(group), group.gpu or "", group.seq_length or 0, work, group.options)
 
 
 def _series(steps: Mapping[int, Step], of: Callable[[Step], float | None]) -> list[tuple[int, float]]:
@@ -258,7 +264,7 @@ def _bars(values: Values, title: str, sources: Sequence[str]) -> dict[str, Any]:
     """Horizontal bars for the first source, and for each other one a stroke where it would end."""
     names = list(dict.fromkeys(value["name"] for value in values))
     at = {
-        "y": {"field": "name", "type": "nominal", "title": None, "sort": names, "axis": {"labelLimit": 150}},
+        "y": {"field": "name", "type": "nominal", "title": None, "sort": names, "axis": {"labelLimit": 190}},
         "x": {"field": "value", "type": "quantitative", "title": title, "axis": {"tickCount": 4}},
         "color": _colour("source", [source for source in sources if any(v["source"] == source for v in values)]),
     } | _LABEL

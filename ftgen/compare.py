@@ -6,6 +6,7 @@ time, and what else was printed in that row is shown beside what the step time g
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
@@ -57,7 +58,8 @@ class Baseline(NamedTuple):
 
     def of(self, run: Figures) -> Figures | None:
         """The baseline's figures for the same work; None where it has none."""
-        return self.figures.get(_work(run, gpu=self.name != PUBLISHED))
+        work = _work(run, gpu=self.name != PUBLISHED)
+        return self.figures.get((*work, _options(run)), self.figures.get(work))
 
     def ratio(self, run: Figures) -> float | None:
         """The run's step time by the baseline's: above 1 is slower."""
@@ -76,11 +78,13 @@ def published(tolerance: float = TOLERANCE) -> Baseline:
 
 
 def measured(name: str, runs: Iterable[Figures], tolerance: float = TOLERANCE) -> Baseline:
-    """The mean step times of runs, by what they did."""
+    """The mean step times of runs, by what they did and how; where all did it in one way, by what alone as well."""
     same: dict[Work, list[Figures]] = {}
     for run in runs:
-        same.setdefault(_work(run, gpu=True), []).append(run)
-    return Baseline(name, {work: mean(repeats) for work, repeats in same.items()}, tolerance)
+        same.setdefault((*_work(run, gpu=True), _options(run)), []).append(run)
+    figures: dict[Work, Figures] = {work: mean(repeats) for work, repeats in same.items()}
+    ways = Counter(work[:-1] for work in figures)
+    return Baseline(name, figures | {w[:-1]: f for w, f in figures.items() if ways[w[:-1]] == 1}, tolerance)
 
 
 def read_tolerance(text: str) -> float:
@@ -99,6 +103,10 @@ def _work(of: Any, *, gpu: bool) -> Work:
     """What was done: the published figures are for H100s and stand beside any GPU's, a measurement's only beside its own."""
     work = (of.model, of.scheme, of.precision, of.gpus, of.global_batch_size, of.seq_length)
     return (*work, of.gpu) if gpu else work
+
+
+def _options(of: Any) -> tuple[str, ...]:
+    return tuple(getattr(of, "options", ()))
 
 
 def mean(runs: Sequence[Figures]) -> Timed:

@@ -48,6 +48,7 @@ WORK = (
     Field("gpus", "integer?", "how many", "GPUs"),
     Field("global_batch_size", "integer?", "sequences of a step", "GBS"),
     Field("seq_length", "integer?", "tokens of a sequence", "Tokens"),
+    Field("options", "strings", "what differs from the recipe's way of doing the work", "Options"),
 )
 FIGURES = (
     Field("step_time_s", "number?", "seconds a step: the mean of the window", "Step time (s)", _seconds),

@@ -11,7 +11,7 @@ from ftgen.summarize import Summary
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of the same work on the same GPUs; the figures are those of the mean step time."""
+    """Runs of the same work, done in the same way on the same GPUs; the figures are those of the mean step time."""
 
     experiment: str
     model: str | None
@@ -21,6 +21,7 @@ class Group:
     gpus: int | None
     global_batch_size: int | None
     seq_length: int | None  # tokens
+    options: tuple[str, ...]  # what differs from the recipe's way of doing the work
     runs: int  # that there are
     counted: int  # of which complete and with a step time
     step_time_s: float | None  # the mean of those
@@ -39,19 +40,24 @@ def kind(run: Summary | Group) -> tuple[str, ...]:
 
 
 def size(run: Summary | Group) -> tuple[int | str, ...]:
-    """What makes two runs of a kind repeats of each other."""
+    """What makes two runs of a kind comparable."""
     return (run.gpus or 0, run.global_batch_size or 0, run.seq_length or 0, run.gpu or "")
+
+
+def way(run: Summary | Group) -> tuple[object, ...]:
+    """What makes two runs repeats of each other."""
+    return (kind(run), size(run), run.options)
 
 
 def order(run: Summary) -> tuple[object, ...]:
     """The recipe's order: SFT before LoRA, BF16 before FP8; then sizes, then ids as numbers."""
     known = (run.model or "~", -ord((run.scheme or "~")[0]), run.precision or "~")
-    return (*known, kind(run), size(run), len(run.run_id), run.run_id, run.log)
+    return (*known, kind(run), size(run), run.options, len(run.run_id), run.run_id, run.log)
 
 
 def group(runs: Sequence[Summary]) -> list[Group]:
     """One group an experiment, in the recipe's order."""
-    return [_group(list(same)) for _, same in groupby(sorted(runs, key=order), lambda run: (kind(run), size(run)))]
+    return [_group(list(same)) for _, same in groupby(sorted(runs, key=order), way)]
 
 
 def _group(runs: list[Summary]) -> Group:
@@ -67,6 +73,7 @@ def _group(runs: list[Summary]) -> Group:
         gpus=what.gpus,
         global_batch_size=what.global_batch_size,
         seq_length=what.seq_length,
+        options=what.options,
         runs=len(runs),
         counted=len(counted),
         step_time_spread_s=spread(counted),

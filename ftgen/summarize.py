@@ -12,6 +12,7 @@ from ftgen.doubts import doubts
 from ftgen.identity import Identity
 from ftgen.log_lines import Log
 from ftgen.logs import Run, read_log
+from ftgen.options import options
 from ftgen.outcome import planned_steps, verdict_of
 from ftgen.window import RECIPE_WINDOW, Window, checked, count, timed
 
@@ -54,6 +55,7 @@ class Summary:
     restarts: int = 0  # earlier attempts, in logs of their own or in this one
     started: datetime | None = None  # as the log tells, in the cluster's time
     ended: datetime | None = None
+    options: tuple[str, ...] = ()  # what differs from the recipe's way of doing the work
 
     @property
     def published_step_time_s(self) -> float | None:
@@ -107,6 +109,7 @@ def judge(run: Run, log: Log, *, window: Window | None = None) -> Summary:
         restarts=run.earlier + log.attempts - 1,
         started=log.started,
         ended=log.ended,
+        options=options(log.plan),
     )
 
 

@@ -13,6 +13,7 @@ from ftgen.catalogue import Published
 from ftgen.compare import PUBLISHED, Baseline, Figures, contradicts_itself, ratios, recomputed
 from ftgen.fields import SHOWN_OF_GROUP, SHOWN_OF_RUN, Field, Row, View, chosen, rows
 from ftgen.identity import RECIPE_SEQ_LENGTH
+from ftgen.options import shortly
 from ftgen.repeats import Group, group, kind, order, size
 from ftgen.summarize import Summary
 from ftgen.units import UNKNOWN, number, percent, ratio, significant, whole
@@ -170,6 +171,7 @@ def _column_title(run: Summary | Group, beside: Sequence[Summary | Group]) -> st
     """8x H100 GPUs (GBS=32), as in the recipe, with what else tells the run from its neighbours."""
     length = "" if run.seq_length == RECIPE_SEQ_LENGTH else f", {run.seq_length or UNKNOWN} tokens"
     title = f"{accelerators(run)} (GBS={run.global_batch_size or UNKNOWN}{length})"
+    title = ", ".join(filter(None, (title, shortly(run.options))))
     if isinstance(run, Group):
         counted = str(run.counted) if run.counted == run.runs else f"{run.counted} of {run.runs} runs"
         return title if run.runs == 1 else f"{title}, mean of {counted}"

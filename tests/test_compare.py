@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -91,6 +92,15 @@ def test_runs_compared_with_themselves_are_as_fast(tmp_path):
     rows = json.loads(export.to_json(View(summaries, baseline)))
     assert rows["baseline"] == {"name": "before.json", "tolerance": 0.05}
     assert [(row["step_time_ratio"], row["regressed"]) for row in rows["runs"]] == [(1.0, False)] * 2
+
+
+def test_the_same_way_of_doing_the_work_is_preferred_and_a_mixture_is_none(tmp_path):
+    plain, fast = runs(0.8)[0], replace(runs(0.6)[0], options=("cuda_graphs",))
+    other = replace(fast, options=("op_fuser",))
+    both = read_baseline(results(tmp_path, [plain, fast]))
+    assert [both.of(run) and both.of(run).step_time_s for run in (plain, fast, other)] == [0.8, 0.6, None]
+    before = read_baseline(results(tmp_path, [plain]))
+    assert before.ratio(fast) == pytest.approx(0.75)  # before and after an optimization
 
 
 def test_other_work_is_not_compared(tmp_path):

@@ -22,6 +22,7 @@ from ftgen.compare import Baseline
 from ftgen.fields import GROUP, RUN, View, json_schema, read_keys, rows
 from ftgen.logs import find_runs
 from ftgen.markup import latex_text
+from ftgen.options import options
 from ftgen.summarize import summarize
 from ftgen.verdict import WORDS, failures
 
@@ -89,6 +90,29 @@ def test_repeats_are_one_with_mean_spread_and_number():
     assert "8x H100 GPUs (GBS=32), mean of 3 of 4 runs" in text
     assert "0.7 ± 0.1" in text
     assert list(row) == [field.key for field in GROUP]
+
+
+def test_runs_that_did_the_work_in_another_way_are_no_repeats():
+    name = "lora_nemo_llama3_8b_fp8_8"
+    ways = [(), (), ("TP 2", "cuda_graphs", "op_fuser")]
+    runs = [replace(summary_of(name, [0.6 + i / 10] * 20, run_id=str(i)), options=way) for i, way in enumerate(ways)]
+    assert [(row["runs"], row["options"]) for row in rows(View(runs, group=True))] == [(2, []), (1, [*ways[2]])]
+    text = export.FORMATS["markdown"](View(runs, group=True))
+    assert "8x H100 GPUs (GBS=32), mean of 2" in text
+    assert "8x H100 GPUs (GBS=32), TP 2, 2 optimizations" in text
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        (None, ()),
+        ({"micro_batch_size": 2, "parallelism": {"tensor_model_parallel_size": 1}}, ("MBS 2",)),
+        ({"optimizations": {"b": True, "a": True, "c": False, "d": 1}}, ("a", "b")),
+        ({"optimizations": [1], "parallelism": "x", "micro_batch_size": "2"}, ()),
+    ],
+)
+def test_a_plan_says_in_which_way_it_differs(plan, words):
+    assert options(plan) == words
 
 
 def test_csv_has_a_row_a_run_and_every_key():
