@@ -264,7 +264,13 @@ def _bars(values: Values, title: str, sources: Sequence[str]) -> dict[str, Any]:
     """Horizontal bars for the first source, and for each other one a stroke where it would end."""
     names = list(dict.fromkeys(value["name"] for value in values))
     at = {
-        "y": {"field": "name", "type": "nominal", "title": None, "sort": names, "axis": {"labelLimit": 190}},
+        "y": {
+            "field": "name",
+            "type": "nominal",
+            "title": None,
+            "sort": names,
+            "axis": {"labelLimit": 130, "labelExpr": "split(datum.label, ', ')"},
+        },
         "x": {"field": "value", "type": "quantitative", "title": title, "axis": {"tickCount": 4}},
         "color": _colour("source", [source for source in sources if any(v["source"] == source for v in values)]),
     } | _LABEL
@@ -276,7 +282,7 @@ def _bars(values: Values, title: str, sources: Sequence[str]) -> dict[str, Any]:
     others = {"field": "source", "oneOf": list(sources[1:])}
     tick = {"type": "tick", "thickness": 4, "size": 28}
     strokes = {"transform": [{"filter": others}], "mark": tick, "encoding": at}
-    return _layered([first, strokes]) | {"data": {"values": values}, "height": {"step": 34}}
+    return _layered([first, strokes]) | {"data": {"values": values}, "height": {"step": 44}}
 
 
 def _colour(field: str, domain: Sequence[str]) -> dict[str, Any]:
