@@ -28,6 +28,7 @@ _WORKED_OUT = {
     "checkpoint.place": "the weights' source and name; below $NEMO_HOME/models",
     "gpu.peak_flops": "catalogue: dense peak in the run's precision, FLOP/s",
     "lora": 'none: scheme = "sft"',
+    "profile": "none",
     "format": "ftgen",
     "ftgen_version": "ftgen",
     "name": "the spec's file name",

@@ -126,6 +126,16 @@ class SourcePlan:
 
 
 @dataclass(frozen=True)
+class ProfilePlan:
+    """What is recorded, in $FTGEN_RUN_DIR/profile."""
+
+    tool: str  # nsys, pytorch
+    first_step: int
+    last_step: int
+    ranks: list[int]
+
+
+@dataclass(frozen=True)
 class PythonPlan:
     """Where the job's Python comes from: none (the shell's), venv, container or apptainer."""
 
@@ -192,6 +202,7 @@ class Plan:
     data: DataPlan
     optimizer: OptimizerPlan
     optimizations: dict[str, bool]  # by the catalogue's names
+    profile: ProfilePlan | None
     window_steps: int  # the last steps, whose mean is the step time
     environment: dict[str, str]
     sources: list[SourcePlan]
@@ -254,6 +265,7 @@ def resolve(
             spec.optimizer.learning_rate or RECIPE_LEARNING_RATE[spec.scheme], spec.optimizer.warmup_steps
         ),
         optimizations=_optimizations(spec),
+        profile=ProfilePlan(**dict(spec.profile)) if spec.profile else None,
         window_steps=spec.window.last_steps,
         environment=RECIPE_ENVIRONMENT | site.environment | spec.environment,
         sources=_sources(spec),

@@ -34,7 +34,14 @@ GBS: KeyPath = ("global_batch_size",)
 
 def broken_rules(spec: Spec, site: Site, model: Model | None, gpu: Gpu | None) -> list[Problem]:
     """Every rule that the spec breaks at this site."""
-    problems = [*_whole_nodes(spec, site), *_split(spec), *_data(spec), *_optimizations(spec), *_rest(spec, site)]
+    problems = [
+        *_whole_nodes(spec, site),
+        *_split(spec),
+        *_data(spec),
+        *_optimizations(spec),
+        *_profile(spec),
+        *_rest(spec, site),
+    ]
     if model is None:
         problems.append(Problem(("model",), f"is not in the catalogue: {spec.model}", closest(spec.model, models())))
     else:
@@ -159,6 +166,27 @@ def _rest(spec: Spec, site: Site) -> Iterator[Problem]:
             yield Problem((*prefix, "environment", name), "is set by the generated script")
     yield from _python(site)
     yield from _slurm(spec, site)
+
+
+def _profile(spec: Spec) -> Iterator[Problem]:
+    asked = spec.profile
+    if not asked:
+        return
+    where: KeyPath = ("profile", "last_step")
+    untimed = spec.max_steps - spec.window.last_steps
+    if asked.first_step > asked.last_step:
+        yield Problem(where, f"must not come before first_step: {asked.last_step} < {asked.first_step}")
+    elif asked.last_step >= untimed:
+        rule = f"profiled steps must not be timed ones: the window begins at step {untimed}"
+        yield Problem(where, f"{rule}, last_step is {asked.last_step}", also=(("max_steps",), ("window", "last_steps")))
+    if unknown := [rank for rank in asked.ranks if rank >= spec.gpus]:
+        yield Problem(
+            ("profile", "ranks"), f"must be ranks of the run: there is no {unknown[0]} of {spec.gpus}", also=(("gpus",),)
+        )
+    if asked.tool == "nsys" and spec.gpu == "cpu":
+        yield Problem(
+            ("profile", "tool"), "nsys records GPUs: this run has none", 'set profile.tool = "pytorch"', also=(("gpu",),)
+        )
 
 
 def _python(site: Site) -> Iterator[Problem]:

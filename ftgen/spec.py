@@ -139,6 +139,17 @@ class Optimizations(Table):
     op_fuser: bool | None = _optimization("Transformer Engine's op fuser, which rounds differently")
 
 
+class Profile(Table):
+    """A profiler around some steps of some ranks; it slows them down, so they are none of the timed ones."""
+
+    tool: Literal["nsys", "pytorch"] = Field(
+        "nsys", description='"nsys": Nsight Systems, which the node must have; "pytorch": torch.profiler, a Chrome trace.'
+    )
+    first_step: int = Field(10, ge=0, description="First step that is recorded, counted from 0.")
+    last_step: int = Field(12, ge=0, description="Last step that is recorded.")
+    ranks: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([0], min_length=1, description="Ranks that are recorded.")
+
+
 class Window(Table):
     """The steps whose mean is the reported step time."""
 
@@ -190,6 +201,7 @@ class Spec(Table):
         default_factory=Optimizations, description="What makes a step faster than the stock recipe."
     )
     window: Window = Field(default_factory=Window, description="The steps that are timed.")
+    profile: Profile | None = Field(None, description="A profiler around some steps. Default: none.")
     environment: Environment = Field(
         {}, description="Environment variables of the training, over the recipe's and the site's."
     )

@@ -504,6 +504,7 @@ PLAN = json.loads(r"""
     "skip_nan_check": true,
     "op_fuser": false
   },
+  "profile": null,
   "window_steps": 20,
   "environment": {
     "NCCL_NVLS_ENABLE": "0",
@@ -1586,7 +1587,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from runtime import checkpoint, data, environment, optimizations
+from runtime import checkpoint, data, environment, optimizations, profile
 from runtime.errors import JobError
 from runtime.progress import say, timed
 
@@ -1596,6 +1597,7 @@ Plan = dict[str, Any]
 def finetune(plan: Plan) -> int:
     """Train plan["max_steps"] steps; 0. JobError: no checkpoint, the wrong number of processes, faulty data."""
     _settle_ranks(plan)
+    profile.enter(plan)
     weights = checkpoint.directory(plan)
     if not checkpoint.converted(plan):
         raise JobError(f"there is no converted checkpoint in {weights}", "run the command convert first")
@@ -2323,6 +2325,120 @@ _APPLY = {
     "op_fuser": _op_fuser,
 }
 END_OF_FTGEN_FILE
+    cat >"$1"/runtime/profile.py <<'END_OF_FTGEN_FILE'
+"""Profiling some steps of some ranks. In: plan["profile"]. Out: a file for each rank in $FTGEN_RUN_DIR/profile.
+
+"nsys": the process becomes a child of Nsight Systems, which records between cudaProfilerStart and cudaProfilerStop.
+"pytorch": torch.profiler, written as a Chrome trace. Steps are counted as in the log, from 0.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import JobError
+from runtime.progress import say
+
+Plan = dict[str, Any]
+INSIDE = "FTGEN_INSIDE_NSYS"  # set for the process that Nsight Systems started
+
+
+def wanted(plan: Plan) -> bool:
+    """Whether this process is one of those to profile."""
+    return bool(plan.get("profile")) and int(os.environ.get("RANK", "0")) in plan["profile"]["ranks"]
+
+
+def file(plan: Plan) -> Path:
+    """Where the profile of this rank goes, without its suffix."""
+    run = os.environ.get("FTGEN_RUN_DIR") or Path(os.environ.get("STAGE_PATH") or Path.cwd(), "logs")
+    steps = f"steps_{plan['profile']['first_step']}-{plan['profile']['last_step']}"
+    return Path(run, "profile", f"{steps}_rank_{os.environ.get('RANK', '0')}")
+
+
+def enter(plan: Plan) -> None:
+    """Start this process again under Nsight Systems, if that is wanted and not done yet. JobError: there is no nsys."""
+    if not wanted(plan) or plan["profile"]["tool"] != "nsys" or INSIDE in os.environ:
+        return
+    nsys = shutil.which("nsys")
+    if not nsys:
+        raise JobError("there is no nsys on this node", 'install Nsight Systems, or set profile.tool = "pytorch"')
+    file(plan).parent.mkdir(parents=True, exist_ok=True)
+    os.environ[INSIDE] = "1"
+    options = ["--trace=cuda,nvtx", "--capture-range=cudaProfilerApi", "--capture-range-end=stop", "--force-overwrite=true"]
+    command = [nsys, "profile", *options, f"--output={file(plan)}", sys.executable, *sys.argv]
+    say("profiling: " + " ".join(command))
+    sys.stdout.flush()
+    os.execv(nsys, command)  # noqa: S606 - the profiler takes this process's place
+
+
+def add(recipe: Any, plan: Plan) -> None:
+    """Let the recipe's trainer start and stop the profiler."""
+    if not wanted(plan):
+        return
+    import nemo_run as run
+
+    asked = plan["profile"]
+    callback = run.Config(_callback(), asked["tool"], asked["first_step"], asked["last_step"], str(file(plan)))
+    recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), callback]
+
+
+def _callback() -> Any:
+    from runtime.profiler import Profiler
+
+    return Profiler
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/profiler.py <<'END_OF_FTGEN_FILE'
+"""The callback that records some steps. In: the tool, the steps, a file. Out: what the tool writes.
+
+This module imports torch and Lightning: only a training that is profiled does.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from runtime.progress import say
+
+
+class Profiler(Callback):  # type: ignore[misc]
+    """Records from the start of `first_step` to the end of `last_step`, counted from 0."""
+
+    def __init__(self, tool: str, first_step: int, last_step: int, file: str) -> None:
+        self.tool, self.first_step, self.last_step, self.file = tool, first_step, last_step, Path(file)
+        self.profile: Any = None
+
+    def on_train_batch_start(self, trainer: Any, *_args: Any) -> None:
+        """Start before the first step."""
+        if trainer.global_step != self.first_step:
+            return
+        if self.tool == "nsys":
+            torch.cuda.synchronize()
+            torch.cuda.profiler.start()
+            return
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self.profile = torch.profiler.profile(activities=activities, record_shapes=True)
+        self.profile.start()
+
+    def on_train_batch_end(self, trainer: Any, *_args: Any) -> None:
+        """Stop after the last one."""
+        if trainer.global_step != self.last_step + 1:  # Lightning has counted the step by now
+            return
+        if self.tool == "nsys":
+            torch.cuda.synchronize()
+            torch.cuda.profiler.stop()
+        elif self.profile:
+            self.profile.stop()
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.profile.export_chrome_trace(f"{self.file}.json")
+            say(f"profile: {self.file}.json")
+            self.profile = None
+END_OF_FTGEN_FILE
     cat >"$1"/runtime/progress.py <<'END_OF_FTGEN_FILE'
 """Lines that say what the job is doing, whole ones, as they happen; under several ranks the first alone speaks."""
 
@@ -2501,7 +2617,7 @@ from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
 from nemo.collections.llm.recipes.precision.mixed_precision import bf16_with_fp8_mixed
 from nemo.lightning import _strategy_lib
 
-from runtime import optimizations
+from runtime import optimizations, profile
 from runtime.data import Files
 from runtime.progress import say
 
@@ -2525,6 +2641,7 @@ def build(plan: Plan, checkpoint: Path, files: Files, log_directory: Path) -> An
     if plan["gpu"]["name"] == "cpu":
         _for_the_cpu(recipe)
     optimizations.apply(recipe, plan)
+    profile.add(recipe, plan)
     # The seed of adapters and dropout is no setting of NeMo's: its default stands in this function's signature.
     _strategy_lib.init_parallel_ranks = functools.partial(_strategy_lib.init_parallel_ranks, seed=plan["seed"])
     return recipe

@@ -100,6 +100,7 @@ PLAN = json.loads(r"""
     "skip_nan_check": true,
     "op_fuser": false
   },
+  "profile": null,
   "window_steps": 20,
   "environment": {
     "NCCL_NVLS_ENABLE": "0",

@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from runtime import checkpoint, data, environment, optimizations
+from runtime import checkpoint, data, environment, optimizations, profile
 from runtime.errors import JobError
 from runtime.progress import say, timed
 
@@ -19,6 +19,7 @@ Plan = dict[str, Any]
 def finetune(plan: Plan) -> int:
     """Train plan["max_steps"] steps; 0. JobError: no checkpoint, the wrong number of processes, faulty data."""
     _settle_ranks(plan)
+    profile.enter(plan)
     weights = checkpoint.directory(plan)
     if not checkpoint.converted(plan):
         raise JobError(f"there is no converted checkpoint in {weights}", "run the command convert first")

@@ -17,7 +17,7 @@ from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
 from nemo.collections.llm.recipes.precision.mixed_precision import bf16_with_fp8_mixed
 from nemo.lightning import _strategy_lib
 
-from runtime import optimizations
+from runtime import optimizations, profile
 from runtime.data import Files
 from runtime.progress import say
 
@@ -41,6 +41,7 @@ def build(plan: Plan, checkpoint: Path, files: Files, log_directory: Path) -> An
     if plan["gpu"]["name"] == "cpu":
         _for_the_cpu(recipe)
     optimizations.apply(recipe, plan)
+    profile.add(recipe, plan)
     # The seed of adapters and dropout is no setting of NeMo's: its default stands in this function's signature.
     _strategy_lib.init_parallel_ranks = functools.partial(_strategy_lib.init_parallel_ranks, seed=plan["seed"])
     return recipe

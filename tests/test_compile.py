@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import tomli
-from conftest import ROOT
+
+ROOT = Path(__file__).parent.parent
 
 CASES = Path(__file__).parent / "golden"
 SPECS = sorted((ROOT / "specs").glob("*.toml"))

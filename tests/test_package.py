@@ -8,9 +8,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 import ftgen
+
+ROOT = Path(__file__).parent.parent
 
 SPEC = 'scheme = "lora"\nprecision = "fp8"\ngpus = 16\n'
 
