@@ -134,7 +134,7 @@ def build(staging: Path) -> None:
 
 
 def test_of_sixteen_that_start_together_one_builds_and_all_use_it(place: Path, racer: Callable[..., Racer]) -> None:
-    racers = [racer(pause=0.5) for _ in range(16)]
+    racers = [racer(pause=2.0) for _ in range(16)]
     waited = sum("waiting for" in one.finish() for one in racers)
     assert builds(place) == 1
     assert waited > 0
