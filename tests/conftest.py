@@ -10,6 +10,8 @@ import hypothesis
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# What the environment brings, such as shellcheck, is found however pytest was called.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 # The same examples each time; `pytest tests/test_properties.py --hypothesis-profile=long` looks further, and elsewhere.
