@@ -1,7 +1,6 @@
 """What the report draws. In: `Summary`s, `Group`s and steps, ascending. Out: charts as Vega-Lite specifications.
 
-Colours are CSS variables of the page, so that one drawing serves light, dark and print. Each point carries a sentence,
-which the page says when the point is reached by pointer or keyboard.
+Each point carries a sentence, which the page says when the point is reached by pointer or keyboard.
 """
 
 import math
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ftgen import catalogue
 from ftgen.compare import recomputed
+from ftgen.marks import LABEL, MOST_RUNS, POINT, Values, bars, colour_by, curve, layered, legend, off_scale, window
 from ftgen.options import shortly
 from ftgen.repeats import Group
 from ftgen.step_line import Step
@@ -19,13 +19,8 @@ from ftgen.summarize import Summary
 from ftgen.table import accelerators, experiment_title
 from ftgen.units import clean, number, percent, significant, whole
 
-Values = list[dict[str, Any]]
-
-WIDTH, HEIGHT = 360, 180  # pixels of the drawing and of the plot in it: fits a phone
 MOST_POINTS = 400  # of a curve; more are drawn by the lowest and highest of each part
-MOST_RUNS = 8  # curves in one chart: as many as there are colours
 OFF_SCALE = 3  # times the median: a step that takes longer is drawn at the edge, with its value
-SERIES = [f"var(--series-{number})" for number in range(1, MOST_RUNS + 1)]
 MEASURED, PUBLISHED, IDEAL = "measured", "published (H100)", "ideal, at the dense peak"
 
 
@@ -48,15 +43,15 @@ def step_times(run: Summary, steps: Mapping[int, Step]) -> Chart | None:
         for step, time_s in thinned(series)
     ]
     beyond = sum(time_s > most for _, time_s in series)
-    layers = [*_window(run), *_curve(values, "seconds", zero=True)]
+    layers = [*window(run), *curve(values, "seconds", zero=True)]
     if beyond:
-        layers.append(_off_scale(values))
+        layers.append(off_scale(values))
     told = f"mean {significant(run.step_time_s, 4)} s over steps {run.window_first} to {run.window_last}"
     above = f"; {beyond} off the scale" if beyond else ""
     return Chart(
         "Step time",
         f"{len(series)} steps, {told if run.step_time_s else 'no step time is reported'}{above}",
-        _layered(layers),
+        layered(layers),
     )
 
 
@@ -67,7 +62,7 @@ def losses(steps: Mapping[int, Step]) -> Chart | None:
         return None
     values = [{"step": step, "value": loss, "label": f"step {step}: loss {loss:.4g}"} for step, loss in thinned(series)]
     sentence = f"from {series[0][1]:.4g} to {series[-1][1]:.4g} in {len(series)} steps"
-    return Chart("Loss", sentence, _layered(_curve(values, "loss", zero=False)))
+    return Chart("Loss", sentence, layered(curve(values, "loss", zero=False)))
 
 
 def losses_together(runs: Sequence[tuple[Summary, Mapping[int, Step]]]) -> Iterable[Chart]:
@@ -81,8 +76,8 @@ def losses_together(runs: Sequence[tuple[Summary, Mapping[int, Step]]]) -> Itera
             for name, series in part
             for step, loss in thinned(series)
         ]
-        layers = _curve(values, "loss", zero=False, by="run")
-        yield Chart(experiment_title(runs[0][0]), f"the loss of {len(part)} runs", _layered(layers))
+        layers = curve(values, "loss", zero=False, by="run")
+        yield Chart(experiment_title(runs[0][0]), f"the loss of {len(part)} runs", layered(layers))
 
 
 def throughput(groups: Sequence[Group]) -> Chart | None:
@@ -106,7 +101,7 @@ def throughput(groups: Sequence[Group]) -> Chart | None:
         return None
     ideal = f", {percent(groups[0].mfu, 2)} of the ideal" if groups[0].mfu else ""
     sentence = values[0]["label"].replace(f": {MEASURED}", "") + ideal
-    return Chart(experiment_title(groups[0]), sentence, _bars(values, of_each, (MEASURED, PUBLISHED, IDEAL)))
+    return Chart(experiment_title(groups[0]), sentence, bars(values, of_each, (MEASURED, PUBLISHED, IDEAL)))
 
 
 def _name(group: Group) -> str:
@@ -135,7 +130,7 @@ def memory(groups: Sequence[Group]) -> Chart | None:
                 )
     if not values:
         return None
-    return Chart(experiment_title(groups[0]), values[0]["label"], _bars(values, "GiB a GPU", (used, there)))
+    return Chart(experiment_title(groups[0]), values[0]["label"], bars(values, "GiB a GPU", (used, there)))
 
 
 def scaling(groups: Sequence[Group]) -> Chart | None:
@@ -165,13 +160,13 @@ def scaling(groups: Sequence[Group]) -> Chart | None:
     least, most = min(0.8, worst["value"]), max(1.0, *(value["value"] for value in values))
     scale = {"domain": [least, most], "nice": True}
     y = {"field": "value", "type": "quantitative", "title": "efficiency", "axis": {"format": "%"}, "scale": scale}
-    colour = _colour("name", sorted({value["name"] for value in values}))
+    colour = colour_by("name", sorted({value["name"] for value in values}))
     sources = [source for source in (MEASURED, PUBLISHED) if any(value["source"] == source for value in values)]
-    dash = {"field": "source", "scale": {"domain": sources, "range": [[1, 0], [4, 4]]}, "legend": _legend(sources)}
+    dash = {"field": "source", "scale": {"domain": sources, "range": [[1, 0], [4, 4]]}, "legend": legend(sources)}
     base = {"x": x, "y": y, "color": colour}
     line = {"mark": {"type": "line", "aria": False}, "encoding": base | {"strokeDash": dash}}
-    points = {"mark": _POINT | {"opacity": 1}, "encoding": base | _LABEL}
-    spec = _layered([line, points]) | {"data": {"values": values}}
+    points = {"mark": POINT | {"opacity": 1}, "encoding": base | LABEL}
+    spec = layered([line, points]) | {"data": {"values": values}}
     return Chart("Scaling efficiency", f"the least: {worst['label']}", spec)
 
 
@@ -209,94 +204,3 @@ def thinned(series: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
         some = series[len(series) * part // parts : len(series) * (part + 1) // parts]
         kept |= {min(some, key=lambda point: point[1]), max(some, key=lambda point: point[1])}
     return sorted(kept)
-
-
-_POINT = {"type": "point", "filled": True, "size": 50, "opacity": 0}
-_LABEL = {"description": {"field": "label", "type": "nominal"}}
-
-
-def _x(field: str) -> dict[str, Any]:
-    return {
-        "field": field,
-        "type": "quantitative",
-        "title": "step",
-        "axis": {"tickMinStep": 1, "tickCount": 6, "grid": False},
-        "scale": {"nice": False},
-    }
-
-
-def _curve(values: Values, title: str, *, zero: bool, by: str | None = None) -> list[dict[str, Any]]:
-    """A line through the values, and a point for each, which shows itself when it is reached."""
-    y = {"field": "value", "type": "quantitative", "title": title, "scale": {"zero": zero}}
-    colour = _colour(by, list(dict.fromkeys(value[by] for value in values))) if by else {"value": SERIES[0]}
-    at = {"x": _x("step"), "y": y, "color": colour}
-    data = {"values": values}
-    line = {"data": data, "mark": {"type": "line", "strokeWidth": 1.5, "aria": False}, "encoding": at}
-    return [line, {"data": data, "mark": _POINT, "encoding": at | _LABEL}]
-
-
-def _off_scale(values: Values) -> dict[str, Any]:
-    """Triangles at the edge for what is beyond it."""
-    beyond = [value for value in values if value["off"]]
-    mark = {"type": "point", "shape": "triangle-up", "filled": True, "size": 40, "color": "var(--series-1)", "aria": False}
-    return {
-        "data": {"values": beyond},
-        "mark": mark,
-        "encoding": {"x": _x("step"), "y": {"field": "value", "type": "quantitative"}},
-    }
-
-
-def _window(run: Summary) -> list[dict[str, Any]]:
-    """The steps that are timed, shaded, and their mean as a line; both behind the curve."""
-    if run.window_first is None or run.window_last is None:
-        return []
-    edges = {"first": run.window_first - 0.5, "last": run.window_last + 0.5, "mean": run.step_time_s}
-    width = {"x": _x("first"), "x2": {"field": "last"}}
-    shade = {"mark": {"type": "rect", "color": "var(--window)", "aria": False}, "encoding": width}
-    mean = {
-        "mark": {"type": "rule", "color": "var(--series-2)", "strokeWidth": 2, "aria": False},
-        "encoding": {**width, "y": {"field": "mean", "type": "quantitative"}},
-    }
-    return [layer | {"data": {"values": [edges]}} for layer in ([shade, mean] if run.step_time_s else [shade])]
-
-
-def _bars(values: Values, title: str, sources: Sequence[str]) -> dict[str, Any]:
-    """Horizontal bars for the first source, and for each other one a stroke where it would end."""
-    names = list(dict.fromkeys(value["name"] for value in values))
-    at = {
-        "y": {
-            "field": "name",
-            "type": "nominal",
-            "title": None,
-            "sort": names,
-            "axis": {"labelLimit": 130, "labelExpr": "split(datum.label, ', ')"},
-        },
-        "x": {"field": "value", "type": "quantitative", "title": title, "axis": {"tickCount": 4}},
-        "color": _colour("source", [source for source in sources if any(v["source"] == source for v in values)]),
-    } | _LABEL
-    first = {
-        "transform": [{"filter": {"field": "source", "equal": sources[0]}}],
-        "mark": {"type": "bar", "size": 16},
-        "encoding": at,
-    }
-    others = {"field": "source", "oneOf": list(sources[1:])}
-    tick = {"type": "tick", "thickness": 4, "size": 28}
-    strokes = {"transform": [{"filter": others}], "mark": tick, "encoding": at}
-    return _layered([first, strokes]) | {"data": {"values": values}, "height": {"step": 44}}
-
-
-def _colour(field: str, domain: Sequence[str]) -> dict[str, Any]:
-    scale = {"domain": list(domain), "range": SERIES[: len(domain)]}
-    return {"field": field, "type": "nominal", "scale": scale, "legend": _legend(domain)}
-
-
-def _legend(domain: Sequence[str]) -> dict[str, Any] | None:
-    """None for a single entry, which says nothing."""
-    if len(domain) < 2:
-        return None
-    return {"title": None, "orient": "bottom", "columns": 1, "labelLimit": WIDTH, "direction": "vertical"}
-
-
-def _layered(layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Drawings of one width, so that their letters are of one size."""
-    return {"width": WIDTH, "height": HEIGHT, "autosize": {"type": "fit-x", "contains": "padding"}, "layer": layers}
