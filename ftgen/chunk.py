@@ -22,6 +22,7 @@ from ftgen.step_line import (
 )
 
 VARYING = b"0123456789.e+- "  # what a number is written with, and what pads it
+MOST_STEPS = 10**9
 FEW = 4  # lines: fewer are not worth the trouble
 
 
@@ -121,7 +122,7 @@ def chunk_of(text: bytes, count: int, shape: Shape) -> Chunk | None:
         first = int(parts[0][: parts[0].index(shape.after)])
     except ValueError:
         return None
-    if first < shape.keys.first or not _follow(parts, first, shape.after):
+    if not shape.keys.first <= first < MOST_STEPS or not _follow(parts, first, shape.after):
         return None
     return Chunk(first - shape.keys.first, first - shape.keys.first + count - 1, text)
 

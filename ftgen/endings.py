@@ -51,11 +51,14 @@ ENDING = re.compile(b"|".join(KINDS.values()))
 PATTERNS = {kind: re.compile(pattern) for kind, pattern in KINDS.items()}
 # The line that ends a traceback, behind srun's and torch's labels.
 EXCEPTION = re.compile(
-    rb"(?m)^(?: *\d+: )?(?:\[rank\d+\]: ?)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit|Expired)(?::[^\n]*)?)$"
+    rb"(?m)^(?: *\d+: )?(?:\[rank\d+\]: ?)?"
+    rb"((?:\w{1,80}\.){0,20}\w{0,80}(?:Error|Exception|Interrupt|Exit|Expired)(?::[^\n]*)?)$"
 )
 RANK = re.compile(rb"\[rank(\d{1,6})\]|^ *(\d{1,6}): ")
 
+LAST_COUNTS = frozenset({"plan", "exit", "job exit", "stopped"})
 MOST_JSON = 1 << 20  # bytes
+LONGEST_TRACEBACK = 1 << 16  # bytes
 LONGEST_NOTE = 200  # bytes kept of a line, on each side of what is told by it
 
 
@@ -73,16 +76,20 @@ class Ending(NamedTuple):
 
 
 def endings(text: bytes) -> Iterator[Ending]:
-    """The lines that tell, in the text's order, and after each traceback's head the line that ends it."""
+    """The first line of each kind, in the text's order, with the line that ends a traceback; of some kinds every line."""
     if not text or not any(rare in text and word in text for rare, word in GUARDED):
         return
+    told: set[str] = set()
     for match in ENDING.finditer(text):
         kind = next(kind for kind, pattern in PATTERNS.items() if pattern.match(text, match.start()))
+        if kind in told and kind not in LAST_COUNTS:
+            continue
         number = next((int(digits) for digits in match.groups() if digits), None)
         line = _line(text, match.start(), LONGEST_NOTE, before=LONGEST_NOTE)
         json = _line(text, match.end() - 1, MOST_JSON) if kind in {"plan", "environment"} else b""
         yield Ending(kind, _decoded(line), line, number, _rank(line), json)
-        if kind == "traceback" and (exception := EXCEPTION.search(text, match.end())):
+        told = set() if kind == "plan" else told | {kind}  # another attempt begins
+        if kind == "traceback" and (exception := EXCEPTION.search(text, match.end(), match.end() + LONGEST_TRACEBACK)):
             line = exception.group()[:LONGEST_NOTE]
             yield Ending("exception", _decoded(exception.group(1)), line, None, _rank(line))
 

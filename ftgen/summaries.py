@@ -3,6 +3,7 @@
 A process takes some logs, or a part of a big one: what it finds there goes back, and is put together here, in order.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -56,13 +57,22 @@ def summarize_all(
         return list(_one_by_one(runs, window, progress))
     tasks = list(_tasks(runs, window))
     catalogue.models(), catalogue.gpus(), catalogue.published()  # read once, not in every process
-    with _context().Pool(min(processes, len(tasks)), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        return list(_together(tasks, pool.imap(_work, tasks), window, progress))
+    with _context().Pool(min(processes, len(tasks)), _begin) as pool:
+        summaries = list(_together(tasks, pool.imap(_work, tasks), window, progress))
+        pool.close()
+        pool.join()
+        return summaries
 
 
 def _context() -> multiprocessing.context.BaseContext:
     """A copy of this process where that is possible: it starts at once."""
     return multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
+
+
+def _begin() -> None:
+    """In each process: ^C is the first one's to see, and there are no cycles to be collected."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.disable()
 
 
 def _one_by_one(runs: Sequence[Run], window: Window | None, progress: Progress) -> Iterator[Summary]:

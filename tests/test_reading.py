@@ -195,3 +195,29 @@ def test_a_bar_and_lines_of_the_same_steps_count_as_lines(tmp_path):
     ]
     log(tmp_path, both)
     assert only(tmp_path).step_time_s == 1.32
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Traceback (most recent call last):\n" * 20_000,
+        ("Traceback (most recent call last):\n" + "a.b" * 30_000 + "\n") * 30,
+        "*** STEP " * 20_000 + "\n",
+        "[" * 2_000_000 + "\n",
+        "\x1b[" * 500_000 + "\n",
+        "x" * 3_000_000 + "\n",
+        "words\n" * 1_000_000,
+    ],
+    ids=["tracebacks", "long names", "cancelled", "brackets", "escapes", "a long line", "a million lines"],
+)
+def test_no_text_keeps_the_reader_busy_or_hides_the_steps(tmp_path, text):
+    log(tmp_path, text + "".join(make.step_lines(25, 32, 1.32)))
+    assert only(tmp_path).step_time_s == 1.32
+
+
+def test_the_benchmark_finds_that_a_plain_parser_agrees(tmp_path):
+    bench = Path(__file__).parents[1] / "bench" / "tabulate.py"
+    command = [sys.executable, bench, "--scale", "0.001", "--rounds", "1", "--output", tmp_path / "result.json"]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert table.count(" MiB |\n") == 3
+    assert make.json.loads((tmp_path / "result.json").read_text())["cores"] >= 1
