@@ -6,7 +6,7 @@ VENV ?= .venv
 bin := $(VENV)/bin
 installed := $(VENV)/.installed
 
-.PHONY: run test check docs pytest install compile clean
+.PHONY: run test check coverage docs pytest install compile clean
 .DEFAULT_GOAL := help
 help:
 	@sed -n 's/^# //p' Makefile
@@ -21,13 +21,18 @@ run: $(installed)
 
 test: check docs pytest
 
+# Each tool speaks only when it has found something.
 check: $(installed)
-	$(bin)/ruff check ftgen runtime tests docs
-	$(bin)/ruff format --check ftgen runtime tests docs
-	$(bin)/mypy
-	$(bin)/lint-imports
-	$(bin)/ftgen compile $(filter-out specs/quickstart.toml,$(wildcard specs/*.toml)) --check
-	$(bin)/shellcheck generated/*.sh
+	@$(bin)/ruff check --quiet ftgen runtime tests docs
+	@$(bin)/ruff format --quiet --check ftgen runtime tests docs
+	@$(bin)/mypy --no-error-summary
+	@found=$$($(bin)/lint-imports 2>&1) || { echo "$$found"; exit 1; }
+	@$(bin)/ftgen compile $(filter-out specs/quickstart.toml,$(wildcard specs/*.toml)) --check
+	@$(bin)/shellcheck generated/*.sh
+	@RUST_LOG=error $(bin)/taplo lint specs/*.toml specs/sites/*.toml
+
+coverage: $(installed)
+	$(bin)/pytest -q --ignore tests/runtime --ignore tests/slurm --cov --cov-report=term-missing:skip-covered
 
 pytest: $(installed)
 	$(bin)/pytest

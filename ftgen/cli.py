@@ -36,7 +36,39 @@ FORMATS = "terminal, markdown, csv, json, html, latex"
 
 spec_argument = click.argument("specs", nargs=-1, required=True, type=ANYWHERE, metavar="SPEC...")
 site_option = click.option("--site", type=FILE, help="The cluster's profile, a TOML file.")
-set_option = click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Change a key of the spec.")
+
+
+def _complete_key(_context: click.Context, _parameter: click.Parameter, typed: str) -> list[str]:
+    """Key paths of a spec for the shell's completion of --set, each with its =; then the values that a key can have."""
+    from ftgen.spec import Spec
+
+    schema = Spec.model_json_schema()
+    values: dict[str, list[str]] = {}
+    for name, key in schema["properties"].items():
+        kinds = [key, *key.get("anyOf", [])]
+        inside = {
+            k: v
+            for kind in kinds
+            for k, v in schema["$defs"].get(str(kind.get("$ref"))[8:], {}).get("properties", {}).items()
+        }
+        for path, each in {f"{name}.{inner}": value for inner, value in inside.items()}.items() or [(name, key)]:
+            kinds = [each, *each.get("anyOf", [])]
+            known = [value for kind in kinds for value in kind.get("enum", [])]
+            known += [True, False] if any(kind.get("type") == "boolean" for kind in kinds) else []
+            values[path] = [str(value).lower() for value in known]
+    path, equals, _ = typed.partition("=")
+    found = [f"{path}={value}" for value in values.get(path, [])] if equals else [f"{key}=" for key in values]
+    return [each for each in found if each.startswith(typed)]
+
+
+set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY.PATH=VALUE",
+    shell_complete=_complete_key,
+    help="Change a key of the spec.",
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -160,12 +192,15 @@ def import_env(spec: Path | None, site: Path | None) -> None:
 
 
 @ftgen.command()
+@click.option("--site", is_flag=True, help="Of a site profile, in place of a spec.")
 @click.option("--results", is_flag=True, help="Of what `ftgen tabulate --format json` prints, in place of a spec's.")
-def schema(results: bool) -> None:
+def schema(site: bool, results: bool) -> None:
     """Print the JSON Schema of a spec."""
     from ftgen import fields, spec
+    from ftgen.site import Site
 
-    click.echo(json.dumps(fields.json_schema() if results else spec.json_schema(), indent=2))
+    document = Site.model_json_schema() if site else fields.json_schema() if results else spec.json_schema()
+    click.echo(json.dumps(document, indent=2))
 
 
 logs_argument = click.argument("logs", nargs=-1, required=True, type=ANYWHERE, metavar="LOGS...")

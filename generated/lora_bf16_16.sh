@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # lora_nemo_llama3_8b_bf16_16: LoRA BF16 fine-tuning of llama3_8b on 2 nodes of 8 h100
-# Written by ftgen 0.1.0 from lora_bf16_16.toml (sha256 8a83c8232527dae5a70b14e31c6ff684590e25619bf8709b821ae7e566d93064).
+# Written by ftgen 0.1.0 from lora_bf16_16.toml (sha256 4c3e61087aa3bd932b000bb1e2fa4c0379f66d722bb4ddf85e628812c0667d60).
 # Change the spec and compile it again rather than this file.
 #
 #   sbatch lora_bf16_16.sh           on a Slurm cluster; several scripts after it run one after the other
@@ -425,7 +425,7 @@ PLAN = json.loads(r"""
   "name": "lora_bf16_16",
   "experiment": "lora_nemo_llama3_8b_bf16_16",
   "spec_file": "lora_bf16_16.toml",
-  "spec_sha256": "8a83c8232527dae5a70b14e31c6ff684590e25619bf8709b821ae7e566d93064",
+  "spec_sha256": "4c3e61087aa3bd932b000bb1e2fa4c0379f66d722bb4ddf85e628812c0667d60",
   "point": {},
   "overrides": {},
   "scheme": "lora",

@@ -28,7 +28,7 @@ PLAN = json.loads(r"""
   "name": "lora_bf16_32",
   "experiment": "lora_nemo_llama3_8b_bf16_32",
   "spec_file": "lora_bf16_32.toml",
-  "spec_sha256": "b35d5c3409586a74934ae595c6f26ff66e1c75bf07bf004890ad8c5a65a159d4",
+  "spec_sha256": "fd5ca5b6e7f428e330bbce5aea9d3f1ae0364cd79e037d1e5e07786b0e92b07f",
   "point": {},
   "overrides": {},
   "scheme": "lora",

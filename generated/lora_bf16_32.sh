@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # lora_nemo_llama3_8b_bf16_32: LoRA BF16 fine-tuning of llama3_8b on 4 nodes of 8 h100
-# Written by ftgen 0.1.0 from lora_bf16_32.toml (sha256 b35d5c3409586a74934ae595c6f26ff66e1c75bf07bf004890ad8c5a65a159d4).
+# Written by ftgen 0.1.0 from lora_bf16_32.toml (sha256 fd5ca5b6e7f428e330bbce5aea9d3f1ae0364cd79e037d1e5e07786b0e92b07f).
 # Change the spec and compile it again rather than this file.
 #
 #   sbatch lora_bf16_32.sh           on a Slurm cluster; several scripts after it run one after the other
@@ -425,7 +425,7 @@ PLAN = json.loads(r"""
   "name": "lora_bf16_32",
   "experiment": "lora_nemo_llama3_8b_bf16_32",
   "spec_file": "lora_bf16_32.toml",
-  "spec_sha256": "b35d5c3409586a74934ae595c6f26ff66e1c75bf07bf004890ad8c5a65a159d4",
+  "spec_sha256": "fd5ca5b6e7f428e330bbce5aea9d3f1ae0364cd79e037d1e5e07786b0e92b07f",
   "point": {},
   "overrides": {},
   "scheme": "lora",

@@ -28,7 +28,7 @@ PLAN = json.loads(r"""
   "name": "lora_bf16_8",
   "experiment": "lora_nemo_llama3_8b_bf16_8",
   "spec_file": "lora_bf16_8.toml",
-  "spec_sha256": "00bf9724d3527255b5ed0ac6cc4f4031c6901aada6b05857c136c54dad39a1a2",
+  "spec_sha256": "bfc1bb69e68dfabfaf12a14eb27ac001503ccb027a0a3493557010de0219728e",
   "point": {},
   "overrides": {},
   "scheme": "lora",

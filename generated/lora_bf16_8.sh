@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # lora_nemo_llama3_8b_bf16_8: LoRA BF16 fine-tuning of llama3_8b on 1 node of 8 h100
-# Written by ftgen 0.1.0 from lora_bf16_8.toml (sha256 00bf9724d3527255b5ed0ac6cc4f4031c6901aada6b05857c136c54dad39a1a2).
+# Written by ftgen 0.1.0 from lora_bf16_8.toml (sha256 bfc1bb69e68dfabfaf12a14eb27ac001503ccb027a0a3493557010de0219728e).
 # Change the spec and compile it again rather than this file.
 #
 #   sbatch lora_bf16_8.sh           on a Slurm cluster; several scripts after it run one after the other
@@ -425,7 +425,7 @@ PLAN = json.loads(r"""
   "name": "lora_bf16_8",
   "experiment": "lora_nemo_llama3_8b_bf16_8",
   "spec_file": "lora_bf16_8.toml",
-  "spec_sha256": "00bf9724d3527255b5ed0ac6cc4f4031c6901aada6b05857c136c54dad39a1a2",
+  "spec_sha256": "bfc1bb69e68dfabfaf12a14eb27ac001503ccb027a0a3493557010de0219728e",
   "point": {},
   "overrides": {},
   "scheme": "lora",

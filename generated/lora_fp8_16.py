@@ -28,7 +28,7 @@ PLAN = json.loads(r"""
   "name": "lora_fp8_16",
   "experiment": "lora_nemo_llama3_8b_fp8_16",
   "spec_file": "lora_fp8_16.toml",
-  "spec_sha256": "e68faee1cb1728867ce606f62a2b761e0bfe151fccaeeb60b0a341b4eddf9b29",
+  "spec_sha256": "2517e7446670c37f71f0bd3609e18594425f670f3edbc07ddb3807bc75442a85",
   "point": {},
   "overrides": {},
   "scheme": "lora",

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # lora_nemo_llama3_8b_fp8_16: LoRA FP8 fine-tuning of llama3_8b on 2 nodes of 8 h100
-# Written by ftgen 0.1.0 from lora_fp8_16.toml (sha256 e68faee1cb1728867ce606f62a2b761e0bfe151fccaeeb60b0a341b4eddf9b29).
+# Written by ftgen 0.1.0 from lora_fp8_16.toml (sha256 2517e7446670c37f71f0bd3609e18594425f670f3edbc07ddb3807bc75442a85).
 # Change the spec and compile it again rather than this file.
 #
 #   sbatch lora_fp8_16.sh           on a Slurm cluster; several scripts after it run one after the other
@@ -425,7 +425,7 @@ PLAN = json.loads(r"""
   "name": "lora_fp8_16",
   "experiment": "lora_nemo_llama3_8b_fp8_16",
   "spec_file": "lora_fp8_16.toml",
-  "spec_sha256": "e68faee1cb1728867ce606f62a2b761e0bfe151fccaeeb60b0a341b4eddf9b29",
+  "spec_sha256": "2517e7446670c37f71f0bd3609e18594425f670f3edbc07ddb3807bc75442a85",
   "point": {},
   "overrides": {},
   "scheme": "lora",

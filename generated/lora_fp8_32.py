@@ -28,7 +28,7 @@ PLAN = json.loads(r"""
   "name": "lora_fp8_32",
   "experiment": "lora_nemo_llama3_8b_fp8_32",
   "spec_file": "lora_fp8_32.toml",
-  "spec_sha256": "752edfdda98899d9e8052e762346be4520742444c161acceefabc89b15ad652f",
+  "spec_sha256": "5e3b3bb957a306127b3ec9cb65ae11d55edb86946f221a3f596c4eaaea8c26e0",
   "point": {},
   "overrides": {},
   "scheme": "lora",

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # lora_nemo_llama3_8b_fp8_32: LoRA FP8 fine-tuning of llama3_8b on 4 nodes of 8 h100
-# Written by ftgen 0.1.0 from lora_fp8_32.toml (sha256 752edfdda98899d9e8052e762346be4520742444c161acceefabc89b15ad652f).
+# Written by ftgen 0.1.0 from lora_fp8_32.toml (sha256 5e3b3bb957a306127b3ec9cb65ae11d55edb86946f221a3f596c4eaaea8c26e0).
 # Change the spec and compile it again rather than this file.
 #
 #   sbatch lora_fp8_32.sh           on a Slurm cluster; several scripts after it run one after the other
@@ -425,7 +425,7 @@ PLAN = json.loads(r"""
   "name": "lora_fp8_32",
   "experiment": "lora_nemo_llama3_8b_fp8_32",
   "spec_file": "lora_fp8_32.toml",
-  "spec_sha256": "752edfdda98899d9e8052e762346be4520742444c161acceefabc89b15ad652f",
+  "spec_sha256": "5e3b3bb957a306127b3ec9cb65ae11d55edb86946f221a3f596c4eaaea8c26e0",
   "point": {},
   "overrides": {},
   "scheme": "lora",

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # lora_nemo_llama3_8b_fp8_8: LoRA FP8 fine-tuning of llama3_8b on 1 node of 8 h100
-# Written by ftgen 0.1.0 from lora_fp8_8.toml (sha256 52d7664a7481a4a6025cb46570cb8d14b5b3eea8c55a4ec4f70c0bdb9daf1f05).
+# Written by ftgen 0.1.0 from lora_fp8_8.toml (sha256 6a2b328e066a51abc0ab2f84c18aa0aa11d01173da13fc6a6a8eaab8eeb2133f).
 # Change the spec and compile it again rather than this file.
 #
 #   sbatch lora_fp8_8.sh           on a Slurm cluster; several scripts after it run one after the other
@@ -425,7 +425,7 @@ PLAN = json.loads(r"""
   "name": "lora_fp8_8",
   "experiment": "lora_nemo_llama3_8b_fp8_8",
   "spec_file": "lora_fp8_8.toml",
-  "spec_sha256": "52d7664a7481a4a6025cb46570cb8d14b5b3eea8c55a4ec4f70c0bdb9daf1f05",
+  "spec_sha256": "6a2b328e066a51abc0ab2f84c18aa0aa11d01173da13fc6a6a8eaab8eeb2133f",
   "point": {},
   "overrides": {},
   "scheme": "lora",

@@ -28,7 +28,7 @@ PLAN = json.loads(r"""
   "name": "sft_bf16_16",
   "experiment": "sft_nemo_llama3_8b_bf16_16",
   "spec_file": "sft_bf16_16.toml",
-  "spec_sha256": "9cfdd01ae838fb7222e908a639de0ff73609bee32d39f7f6a7317295e6134970",
+  "spec_sha256": "1efa139fc401abfd33fca31e6e07850cd4a3225dc4fbe0b34b5c9b6d74bdf75f",
   "point": {},
   "overrides": {},
   "scheme": "sft",

@@ -28,7 +28,7 @@ PLAN = json.loads(r"""
   "name": "sft_bf16_32",
   "experiment": "sft_nemo_llama3_8b_bf16_32",
   "spec_file": "sft_bf16_32.toml",
-  "spec_sha256": "edb1059f12d1464670cc8d23b1e9dc664932fcebd2a0fbac65bf05e8f32e89fd",
+  "spec_sha256": "9ac80e9f3e3348a37819475119bcae41d7e2413c386c368a5885935fd64739c0",
   "point": {},
   "overrides": {},
   "scheme": "sft",

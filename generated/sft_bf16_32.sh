@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # sft_nemo_llama3_8b_bf16_32: SFT BF16 fine-tuning of llama3_8b on 4 nodes of 8 h100
-# Written by ftgen 0.1.0 from sft_bf16_32.toml (sha256 edb1059f12d1464670cc8d23b1e9dc664932fcebd2a0fbac65bf05e8f32e89fd).
+# Written by ftgen 0.1.0 from sft_bf16_32.toml (sha256 9ac80e9f3e3348a37819475119bcae41d7e2413c386c368a5885935fd64739c0).
 # Change the spec and compile it again rather than this file.
 #
 #   sbatch sft_bf16_32.sh           on a Slurm cluster; several scripts after it run one after the other
@@ -2674,7 +2674,7 @@ PLAN = json.loads(r"""
   "name": "sft_bf16_32",
   "experiment": "sft_nemo_llama3_8b_bf16_32",
   "spec_file": "sft_bf16_32.toml",
-  "spec_sha256": "edb1059f12d1464670cc8d23b1e9dc664932fcebd2a0fbac65bf05e8f32e89fd",
+  "spec_sha256": "9ac80e9f3e3348a37819475119bcae41d7e2413c386c368a5885935fd64739c0",
   "point": {},
   "overrides": {},
   "scheme": "sft",

@@ -28,7 +28,7 @@ PLAN = json.loads(r"""
   "name": "sft_bf16_8",
   "experiment": "sft_nemo_llama3_8b_bf16_8",
   "spec_file": "sft_bf16_8.toml",
-  "spec_sha256": "3b7ed80eabd14cda376a5db2ef52e2a65ea4e150cd6904a7170181c67cd274e7",
+  "spec_sha256": "daa69698219ef486111beaaa64f02508cd4a3af3627e02957b4f634b6b14dc89",
   "point": {},
   "overrides": {},
   "scheme": "sft",

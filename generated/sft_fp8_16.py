@@ -28,7 +28,7 @@ PLAN = json.loads(r"""
   "name": "sft_fp8_16",
   "experiment": "sft_nemo_llama3_8b_fp8_16",
   "spec_file": "sft_fp8_16.toml",
-  "spec_sha256": "4f2fb27003656a897a0401d71ca6f3a70c40f930ada0898ae2bb60b30eb84e63",
+  "spec_sha256": "4ccb93985e09066590ea3aa7f70b0241517dc73d14f237bf27d8951699daf238",
   "point": {},
   "overrides": {},
   "scheme": "sft",

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # sft_nemo_llama3_8b_fp8_16: SFT FP8 fine-tuning of llama3_8b on 2 nodes of 8 h100
-# Written by ftgen 0.1.0 from sft_fp8_16.toml (sha256 4f2fb27003656a897a0401d71ca6f3a70c40f930ada0898ae2bb60b30eb84e63).
+# Written by ftgen 0.1.0 from sft_fp8_16.toml (sha256 4ccb93985e09066590ea3aa7f70b0241517dc73d14f237bf27d8951699daf238).
 # Change the spec and compile it again rather than this file.
 #
 #   sbatch sft_fp8_16.sh           on a Slurm cluster; several scripts after it run one after the other
@@ -2674,7 +2674,7 @@ PLAN = json.loads(r"""
   "name": "sft_fp8_16",
   "experiment": "sft_nemo_llama3_8b_fp8_16",
   "spec_file": "sft_fp8_16.toml",
-  "spec_sha256": "4f2fb27003656a897a0401d71ca6f3a70c40f930ada0898ae2bb60b30eb84e63",
+  "spec_sha256": "4ccb93985e09066590ea3aa7f70b0241517dc73d14f237bf27d8951699daf238",
   "point": {},
   "overrides": {},
   "scheme": "sft",

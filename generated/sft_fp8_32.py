@@ -28,7 +28,7 @@ PLAN = json.loads(r"""
   "name": "sft_fp8_32",
   "experiment": "sft_nemo_llama3_8b_fp8_32",
   "spec_file": "sft_fp8_32.toml",
-  "spec_sha256": "5fdeced16181bbaa9e07ffd7a0b3b0438cdab956ffdd3d8f01f8778f84ec632e",
+  "spec_sha256": "badb887f31d3ec4d59bb28ad4e9f437362b572323942c33eab66c43072284860",
   "point": {},
   "overrides": {},
   "scheme": "sft",

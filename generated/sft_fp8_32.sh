@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # sft_nemo_llama3_8b_fp8_32: SFT FP8 fine-tuning of llama3_8b on 4 nodes of 8 h100
-# Written by ftgen 0.1.0 from sft_fp8_32.toml (sha256 5fdeced16181bbaa9e07ffd7a0b3b0438cdab956ffdd3d8f01f8778f84ec632e).
+# Written by ftgen 0.1.0 from sft_fp8_32.toml (sha256 badb887f31d3ec4d59bb28ad4e9f437362b572323942c33eab66c43072284860).
 # Change the spec and compile it again rather than this file.
 #
 #   sbatch sft_fp8_32.sh           on a Slurm cluster; several scripts after it run one after the other
@@ -2674,7 +2674,7 @@ PLAN = json.loads(r"""
   "name": "sft_fp8_32",
   "experiment": "sft_nemo_llama3_8b_fp8_32",
   "spec_file": "sft_fp8_32.toml",
-  "spec_sha256": "5fdeced16181bbaa9e07ffd7a0b3b0438cdab956ffdd3d8f01f8778f84ec632e",
+  "spec_sha256": "badb887f31d3ec4d59bb28ad4e9f437362b572323942c33eab66c43072284860",
   "point": {},
   "overrides": {},
   "scheme": "sft",

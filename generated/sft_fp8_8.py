@@ -28,7 +28,7 @@ PLAN = json.loads(r"""
   "name": "sft_fp8_8",
   "experiment": "sft_nemo_llama3_8b_fp8_8",
   "spec_file": "sft_fp8_8.toml",
-  "spec_sha256": "fd4273e9b604f329e9338410514d6a26507c3bf7c9f417432896a8b927678af3",
+  "spec_sha256": "9f4f6e3b1426468bffe6c42e3b39ec676b0a0ab8f856c2eb1177fd5466683193",
   "point": {},
   "overrides": {},
   "scheme": "sft",

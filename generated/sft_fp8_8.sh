@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # sft_nemo_llama3_8b_fp8_8: SFT FP8 fine-tuning of llama3_8b on 1 node of 8 h100
-# Written by ftgen 0.1.0 from sft_fp8_8.toml (sha256 fd4273e9b604f329e9338410514d6a26507c3bf7c9f417432896a8b927678af3).
+# Written by ftgen 0.1.0 from sft_fp8_8.toml (sha256 9f4f6e3b1426468bffe6c42e3b39ec676b0a0ab8f856c2eb1177fd5466683193).
 # Change the spec and compile it again rather than this file.
 #
 #   sbatch sft_fp8_8.sh           on a Slurm cluster; several scripts after it run one after the other
@@ -2674,7 +2674,7 @@ PLAN = json.loads(r"""
   "name": "sft_fp8_8",
   "experiment": "sft_nemo_llama3_8b_fp8_8",
   "spec_file": "sft_fp8_8.toml",
-  "spec_sha256": "fd4273e9b604f329e9338410514d6a26507c3bf7c9f417432896a8b927678af3",
+  "spec_sha256": "9f4f6e3b1426468bffe6c42e3b39ec676b0a0ab8f856c2eb1177fd5466683193",
   "point": {},
   "overrides": {},
   "scheme": "sft",

@@ -126,7 +126,7 @@ def test_an_override_is_in_the_plan_and_in_the_header(ftgen, tmp_path):
 def test_the_plan_shows_where_each_number_comes_from(ftgen):
     shown = ftgen("plan", "specs/lora_fp8_16.toml", "--set", "max_steps=60").stdout
     rows = {line.split()[0]: line.split(maxsplit=1)[1] for line in shown.splitlines()}
-    assert rows["gpus"].split() == ["16", "specs/lora_fp8_16.toml:4"]
+    assert rows["gpus"].split() == ["16", "specs/lora_fp8_16.toml:5"]
     assert rows["max_steps"].split() == ["60", "--set"]
     assert rows["global_batch_size"].endswith("4 x gpus, as the recipe")
     assert rows["gpu.peak_flops"].startswith("1.979e+15")
