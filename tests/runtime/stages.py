@@ -41,7 +41,7 @@ class Stage:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.home = path / "HF_ckpt"
-        self.place = self.home / "models" / "random" / "tiny_llama"
+        self.place = self.home / "models" / "random" / "tiny_llama-1234"
 
     def start(self, plan: dict[str, Any], command: str, **environment: str) -> subprocess.Popen[str]:
         file = self.path / f"plan-{abs(hash(json.dumps(plan)))}.json"

@@ -34,7 +34,7 @@ class History(NamedTuple):
 
 
 def staging(stage: Stage, pattern: str) -> Callable[[], bool]:
-    return lambda: bool(list(stage.place.parent.glob(f".tiny_llama.staging-*/{pattern}")))
+    return lambda: bool(list(stage.place.parent.glob(f".{stage.place.name}.staging-*/{pattern}")))
 
 
 def kill_when(stage: Stage, moment: str, reached: Callable[[], bool]) -> Killed:
@@ -51,7 +51,7 @@ def kill_when(stage: Stage, moment: str, reached: Callable[[], bool]) -> Killed:
 def history(make_stage: Callable[[], Stage]) -> History:
     stage = make_stage()
     killed = [
-        kill_when(stage, "claimed", (stage.place.parent / ".tiny_llama.claims" / "1").exists),
+        kill_when(stage, "claimed", (stage.place.parent / f".{stage.place.name}.claims" / "1").exists),
         kill_when(stage, "making weights", staging(stage, "from/config.json")),
         kill_when(stage, "converting", staging(stage, "tokenizer")),
         kill_when(stage, "saving weights", staging(stage, "weights/*.distcp")),
@@ -88,7 +88,7 @@ def test_a_killed_conversion_is_never_taken_for_a_finished_one(history: History)
 def test_the_run_after_the_kills_finishes_and_clears_up(history: History) -> None:
     stage = history.stage
     assert manifest.flaw(stage.place, source(plan()), thorough=True) is None
-    assert {path.name for path in stage.place.parent.iterdir()} == {"tiny_llama", ".tiny_llama.claims"}
+    assert {path.name for path in stage.place.parent.iterdir()} == {stage.place.name, f".{stage.place.name}.claims"}
     assert {path.name for path in stage.place.iterdir()} == {"context", "weights", "manifest.json"}
     assert "waiting for" not in history.last_output
 
@@ -151,6 +151,29 @@ def test_training_writes_only_where_it_may(sft: Trained, history: History) -> No
     assert sft.status == 0
     names = {path.name for path in history.stage.path.iterdir() if not path.name.startswith("plan-")}
     assert names == {"HF_ckpt", "data", "run"}
+
+
+def optimized(**changes: Any) -> dict[str, Any]:
+    """A plan with what makes a step faster and does not need a GPU, which no spec may ask of a CPU."""
+    document = plan(**changes)
+    on = {"loss_tokens_only", "scale_small_tensor" if changes.get("scheme") == "lora" else "fused_wgrad_accumulation"}
+    return document | {"optimizations": {name: name in on for name in document["optimizations"]}}
+
+
+def test_the_loss_is_the_same_where_it_is_worked_out_for_the_tokens_that_have_one(history: History, sft: Trained) -> None:
+    status, output = history.stage.run(optimized(), "finetune")
+    assert status == 0, output
+    assert "ftgen: optimizations: loss_tokens_only, fused_wgrad_accumulation" in output
+    assert losses(output) == pytest.approx(sft.losses, rel=1e-3)
+
+
+def test_adapters_learn_the_same_where_the_small_tensor_is_scaled(history: History) -> None:
+    changes = {"scheme": "lora", "max_steps": 4, "optimizer": {"learning_rate": 5e-2, "warmup_steps": 1}}
+    stock = train(history.stage, changes)
+    status, output = history.stage.run(optimized(**changes), "finetune")
+    assert status == 0, output
+    assert losses(output) == pytest.approx(stock.losses, rel=1e-3)
+    assert stock.losses[-1] < stock.losses[0] - 0.05  # the adapters did something
 
 
 def test_adapters_begin_at_the_same_loss_and_train(history: History, sft: Trained) -> None:
