@@ -23,8 +23,8 @@ test: check docs pytest
 
 # Each tool speaks only when it has found something.
 check: $(installed)
-	@$(bin)/ruff check --quiet ftgen runtime tests docs
-	@$(bin)/ruff format --quiet --check ftgen runtime tests docs
+	@$(bin)/ruff check --quiet ftgen runtime tests docs bench
+	@$(bin)/ruff format --quiet --check ftgen runtime tests docs bench
 	@$(bin)/mypy --no-error-summary
 	@found=$$($(bin)/lint-imports 2>&1) || { echo "$$found"; exit 1; }
 	@$(bin)/ftgen compile $(filter-out specs/quickstart.toml,$(wildcard specs/*.toml)) --check
