@@ -982,12 +982,12 @@ def stand_in() -> None:
 
 @contextlib.contextmanager
 def plain_import() -> Iterator[None]:
-    """Within it, NeMo's importer of Hugging Face Llamas makes a plain model and finds its norms."""
-    from nemo.collections.llm.gpt.model import llama
+    """Within it, NeMo's importers of Hugging Face checkpoints make a plain model and find its norms."""
+    from nemo.collections.llm.gpt.model import llama, mistral, qwen2
     from nemo.lightning import io
 
     with contextlib.ExitStack() as stack:
-        for config in (llama.LlamaConfig, llama.Llama31Config):
+        for config in (llama.LlamaConfig, llama.Llama31Config, mistral.MistralConfig7B, qwen2.Qwen2Config):
             stack.enter_context(_replaced(config, "__init__", _with_defaults(config.__init__, plain())))
         stack.enter_context(_replaced(io, "apply_transforms", _with_norms(io.apply_transforms)))
         yield
@@ -1754,12 +1754,13 @@ def _refusal(repository: str, error: Exception) -> Exception:
     return error
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/importer.py <<'END_OF_FTGEN_FILE'
-"""NeMo's own importer of Hugging Face Llamas, kept to one directory. In: a Hugging Face one. Out: a NeMo checkpoint.
+"""NeMo's own importers of Hugging Face checkpoints, kept to one directory. In: a Hugging Face one. Out: a NeMo checkpoint.
 
 This module imports NeMo (15-40 s): only a conversion does.
 """
 
 import ctypes
+import json
 import os
 import queue
 import shutil
@@ -1770,15 +1771,22 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from nemo.collections.llm.gpt.model.llama import HFLlamaImporter
+from nemo.collections.llm.gpt.model.mistral import HFMistralImporter
+from nemo.collections.llm.gpt.model.qwen2 import HFQwen2Importer
 from transformers import AutoTokenizer
 
 from runtime import cpu
+from runtime.errors import JobError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LIBC = ctypes.CDLL(None)
 
 
-class Importer(HFLlamaImporter):  # type: ignore[misc]
+# NeMo's importers by the `model_type` of a config.json.
+IMPORTERS = {"llama": HFLlamaImporter, "mistral": HFMistralImporter, "qwen2": HFQwen2Importer}
+
+
+class OurHabits:
     """Of the stock importer's habits two are left out: a shared folder in /tmp, and a second process for saving."""
 
     tokenizer_directory: Path
@@ -1791,7 +1799,15 @@ class Importer(HFLlamaImporter):  # type: ignore[misc]
 
     def nemo_setup(self, model: Any, trainer: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Save in this process: another one would import everything again, and may outlive us."""
-        return super().nemo_setup(model, trainer, *args, ckpt_async_save=False, **kwargs)
+        return super().nemo_setup(model, trainer, *args, ckpt_async_save=False, **kwargs)  # type: ignore[misc]
+
+
+def importer_of(source: Path) -> Any:
+    """NeMo's importer of this Hugging Face directory, with our habits; JobError: NeMo has none that ftgen knows."""
+    kind = json.loads((source / "config.json").read_text()).get("model_type")
+    if kind not in IMPORTERS:
+        raise JobError(f"a checkpoint of type {kind} cannot be converted", f"one of {', '.join(IMPORTERS)}")
+    return type("Importer", (OurHabits, IMPORTERS[kind]), {})(str(source))
 
 
 def import_directory(source: Path, output: Path, scratch: Path) -> str:
@@ -1800,7 +1816,7 @@ def import_directory(source: Path, output: Path, scratch: Path) -> str:
     `scratch` is a new directory's name beside them; it is removed again.
     """
     _keep_to_this_process()
-    importer = Importer(str(source))
+    importer = importer_of(source)
     importer.tokenizer_directory = scratch / "nemo_tokenizer"  # the name that NeMo looks for in a checkpoint
     try:
         if torch.cuda.is_available():

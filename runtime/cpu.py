@@ -71,12 +71,12 @@ def stand_in() -> None:
 
 @contextlib.contextmanager
 def plain_import() -> Iterator[None]:
-    """Within it, NeMo's importer of Hugging Face Llamas makes a plain model and finds its norms."""
-    from nemo.collections.llm.gpt.model import llama
+    """Within it, NeMo's importers of Hugging Face checkpoints make a plain model and find its norms."""
+    from nemo.collections.llm.gpt.model import llama, mistral, qwen2
     from nemo.lightning import io
 
     with contextlib.ExitStack() as stack:
-        for config in (llama.LlamaConfig, llama.Llama31Config):
+        for config in (llama.LlamaConfig, llama.Llama31Config, mistral.MistralConfig7B, qwen2.Qwen2Config):
             stack.enter_context(_replaced(config, "__init__", _with_defaults(config.__init__, plain())))
         stack.enter_context(_replaced(io, "apply_transforms", _with_norms(io.apply_transforms)))
         yield
