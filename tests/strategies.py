@@ -75,7 +75,17 @@ def documents(model: type[Spec] | type[Site], *, junk: bool) -> st.SearchStrateg
     return table(schema, schema.get("$defs", {}), junk=junk)
 
 
-LEFT_OUT = {"parallelism", "checkpoint", "gpus_per_node", "model", "extends", "matrix"}
+LEFT_OUT = {
+    "parallelism",
+    "checkpoint",
+    "gpus_per_node",
+    "model",
+    "extends",
+    "matrix",
+    "catalogue",
+    "profile",
+    "optimizations",
+}
 
 
 def _workable(document: dict[str, Any]) -> dict[str, Any]:
