@@ -32,7 +32,7 @@ check: $(installed)
 	@RUST_LOG=error $(bin)/taplo lint specs/*.toml specs/sites/*.toml
 
 coverage: $(installed)
-	$(bin)/pytest -q --ignore tests/runtime --ignore tests/slurm --cov --cov-report=term-missing:skip-covered
+	$(bin)/pytest -q -k "not quick and not light_install" --ignore tests/runtime --ignore tests/slurm --cov --cov-report=term-missing:skip-covered
 
 pytest: $(installed)
 	$(bin)/pytest
