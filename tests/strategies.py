@@ -116,6 +116,7 @@ def _workable_site(document: dict[str, Any]) -> dict[str, Any]:
     else:
         python = {"kind": "venv", "path": python["path"]} if python.get("path") else {}
     dropped = {
+        "catalogue",
         "gpu_type",
         "gpus_per_node",
         "max_nodes",
