@@ -170,7 +170,7 @@ def expand_path(path: str) -> str:
     parts = re.split(r"\$STAGE_PATH\b|\$\{STAGE_PATH\}", path)
     if len(parts) == 1:
         return shlex.quote(path)
-    return '"' + "$STAGE_PATH".join(re.sub(r'([\\"$`])', r"\\\1", part) for part in parts) + '"'
+    return '"' + "${STAGE_PATH}".join(re.sub(r'([\\"$`])', r"\\\1", part) for part in parts) + '"'
 
 
 def default_stage_path(stage_path: str | None) -> Verbatim:

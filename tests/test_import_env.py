@@ -21,8 +21,8 @@ def test_the_documented_command_line_becomes_the_documented_experiment(ftgen, tm
         "#SBATCH --account=acct",
         "#SBATCH --partition=batch",
         "#SBATCH --nodes=2",
-        '--container-image="$STAGE_PATH/nvidia+nemo+24.12.sqsh"',
-        '"$STAGE_PATH/Megatron-LM:/opt/megatron-lm"',
+        '--container-image="${STAGE_PATH}/nvidia+nemo+24.12.sqsh"',
+        '"${STAGE_PATH}/Megatron-LM:/opt/megatron-lm"',
         "readonly experiment=lora_nemo_llama3_8b_fp8_16",
     ):
         assert line in script

@@ -322,7 +322,7 @@ find_python() {
         --writable-tmpfs
         --no-home
         --bind "$(IFS=, && printf %s "${mounts[*]}")"
-        "$STAGE_PATH/nemo.sif"
+        "${STAGE_PATH}/nemo.sif"
         "${FTGEN_PYTHON:-python3}"
     )
 }

@@ -341,7 +341,7 @@ find_python() {
     local mounts=(
         "$STAGE_PATH:$STAGE_PATH"
         /datasets:/datasets:ro
-        "$STAGE_PATH/Megatron-LM:/opt/megatron-lm"
+        "${STAGE_PATH}/Megatron-LM:/opt/megatron-lm"
     )
     python=("${FTGEN_PYTHON:-python3}")
     if [[ -z ${SLURM_JOB_ID:-} ]]; then
@@ -351,7 +351,7 @@ find_python() {
         return 0
     fi
     srun_flags+=(
-        --container-image="$STAGE_PATH/nvidia+nemo+24.12.sqsh"
+        --container-image="${STAGE_PATH}/nvidia+nemo+24.12.sqsh"
         --container-mounts="$(IFS=, && printf %s "${mounts[*]}")"
         --no-container-mount-home
     )

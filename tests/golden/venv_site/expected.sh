@@ -331,7 +331,7 @@ END_OF_FTGEN_FILE
 # The interpreter, and what srun needs for it.
 find_python() {
     srun_flags=()
-    python=("$STAGE_PATH/venv/bin/python")
+    python=("${STAGE_PATH}/venv/bin/python")
     if [[ -n ${FTGEN_PYTHON:-} ]]; then python=("$FTGEN_PYTHON"); fi
     if ! command -v "${python[0]}" >/dev/null; then
         die "no Python: ${python[0]}" "activate the environment that holds NeMo, or export FTGEN_PYTHON=<its interpreter>"
