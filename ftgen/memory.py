@@ -2,7 +2,8 @@
 
 The peak is the highest of three moments: the checkpoint being loaded (FP8 alone is large there), the end of a forward pass,
 and the optimizer's step. What a layer keeps for its backward pass is counted tensor by tensor. Against the peaks that
-PyTorch measured on an H200 (tests/logs/h200, `max_memory_allocated`) the sum is within 2%.
+PyTorch measured on an H200 (tests/logs/h200, `max_memory_allocated`) the sum is within 2%; splits were not measured, and
+with pipeline stages, which keep several micro-batches, it is a lower bound.
 """
 
 from dataclasses import asdict, dataclass
@@ -91,10 +92,10 @@ def _adapters(plan: Plan) -> float:
     if plan.lora is None:
         return 0.0
     model = plan.model
-    groups = model.hidden_size * (1 + 2 * model.num_query_groups / model.num_attention_heads)
+    attention = model.head_size * model.num_attention_heads
     features = {
-        "linear_qkv": model.hidden_size + groups,
-        "linear_proj": 2 * model.hidden_size,
+        "linear_qkv": model.hidden_size + attention + 2 * model.head_size * model.num_query_groups,
+        "linear_proj": attention + model.hidden_size,
         "linear_fc1": model.hidden_size + 2 * model.ffn_hidden_size,
         "linear_fc2": model.ffn_hidden_size + model.hidden_size,
     }
@@ -109,15 +110,16 @@ def _activations(plan: Plan) -> float:
     """
     model, split = plan.model, plan.parallelism
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    keys_and_values = 2 * hidden * model.num_query_groups / model.num_attention_heads
+    attention = 2 * model.head_size * (model.num_attention_heads + model.num_query_groups)  # q, k, v and the output
     targets = plan.lora.targets if plan.lora else ["linear_qkv", "linear_fc1", "linear_fc2"]
     inputs = hidden * (("linear_qkv" in targets) + ("linear_fc1" in targets))
     whole = 2 * hidden + inputs  # on every tensor-parallel rank, unless the sequence is split as well
-    shared = 2 * hidden + keys_and_values + 2 * ffn + ffn * ("linear_fc2" in targets)
+    shared = attention + 2 * ffn + ffn * ("linear_fc2" in targets)
     tensor_parallel = split.tensor_model_parallel_size
     token = whole / (tensor_parallel if split.sequence_parallel else 1) + shared / tensor_parallel
     tokens = plan.micro_batch_size * plan.seq_length / split.context_parallel_size
-    return token * BF16 * tokens * model.num_layers  # with PP: a stage's layers, for as many micro-batches as stages
+    layers = model.num_layers / split.pipeline_model_parallel_size  # of one micro-batch alone: with PP a lower bound
+    return token * BF16 * tokens * layers
 
 
 def _logits(plan: Plan, embedding: float) -> float:
