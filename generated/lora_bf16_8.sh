@@ -255,16 +255,21 @@ await() {
     return "$status"
 }
 
-# A trapped signal ends bash's `wait`, and says nothing of the child: then it is asked again.
+# A trapped signal ends bash's `wait`, and says nothing of the child: then it is asked again. Of a child that the same
+# signal ended, bash can miss the end and wait for ever: once the job is to stop, the child's own number is looked for.
 wait_for() {
     local status=0
     interrupted=yes
     while [[ -n $interrupted ]]; do
         interrupted='' status=0
         wait "$1" || status=$?
-        if [[ -n ${stopping:-} && -z ${ender:-} ]]; then
-            end_children >/dev/null 2>&1 3>&1 &
-            ender=$!
+        if [[ -n ${stopping:-} ]]; then
+            if [[ -z ${ender:-} ]]; then
+                end_children >/dev/null 2>&1 3>&1 &
+                ender=$!
+            fi
+            while kill -0 "$1" 2>/dev/null; do sleep 0.1 || true; done
+            return "$stopping"
         fi
     done
     return "$status"
