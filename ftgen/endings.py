@@ -4,7 +4,8 @@ Between them logs hold gigabytes of other things: a text is looked at closely on
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import NamedTuple
 
 # Lines that say how a run ended; each is found by one of WORDS.
@@ -46,6 +47,7 @@ WORDS = (
     b"Traceback (most recent call",
 )
 RARE = b"{`*["  # looking for one byte takes a tenth of the time that looking for a word does
+AT_ONCE = 32 << 10  # bytes: in less, word by word is as fast
 GUARDED = tuple((next((bytes([byte]) for byte in RARE if byte in word), b""), word) for word in WORDS)
 ENDING = re.compile(b"|".join(KINDS.values()))
 PATTERNS = {kind: re.compile(pattern) for kind, pattern in KINDS.items()}
@@ -77,7 +79,7 @@ class Ending(NamedTuple):
 
 def endings(text: bytes) -> Iterator[Ending]:
     """The first line of each kind, in the text's order, with the line that ends a traceback; of some kinds every line."""
-    if not text or not any(rare in text and word in text for rare, word in GUARDED):
+    if not tells(text):
         return
     told: set[str] = set()
     for match in ENDING.finditer(text):
@@ -92,6 +94,31 @@ def endings(text: bytes) -> Iterator[Ending]:
         if kind == "traceback" and (exception := EXCEPTION.search(text, match.end(), match.end() + LONGEST_TRACEBACK)):
             line = exception.group()[:LONGEST_NOTE]
             yield Ending("exception", _decoded(exception.group(1)), line, None, _rank(line))
+
+
+def tells(text: bytes) -> bool:
+    """Whether one of WORDS is in the text, so that something may be told there."""
+    if len(text) >= AT_ONCE and (search := _search_at_once()):
+        return search(text)
+    return any(rare in text and word in text for rare, word in GUARDED)
+
+
+@cache
+def _search_at_once() -> Callable[[bytes], bool] | None:
+    """What looks for all the words in one go, ten times as fast as one after the other; None without the package."""
+    try:
+        import hyperscan
+    except ImportError:  # there is no wheel for this machine
+        return None
+    words = hyperscan.Database()
+    words.compile(expressions=[re.escape(word) for word in WORDS], flags=[hyperscan.HS_FLAG_SINGLEMATCH] * len(WORDS))
+
+    def search(text: bytes) -> bool:
+        found: list[int] = []
+        words.scan(text, match_event_handler=lambda word, *_: found.append(word))
+        return bool(found)
+
+    return search
 
 
 def _rank(line: bytes) -> int | None:

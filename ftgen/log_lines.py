@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import Any
 
 from ftgen.chunk import FEW, Chunk, bare, chunk_of, shape_of
-from ftgen.endings import ENDING, Ending, endings
+from ftgen.endings import ENDING, Ending, endings, tells
 from ftgen.identity import Identity
 from ftgen.log_file import Block
 from ftgen.step_line import BRIDGE, MEGATRON, NEMO, Step, StepLine, StepTime, parse, parse_step_time
@@ -135,7 +135,7 @@ def _scan_lines(text: bytes) -> Iterator[Item]:
         return
     start = text.rfind(b"\n", 0, min(map(text.find, words))) + 1
     stop = text.find(b"\n", max(map(text.rfind, words))) + 1 or len(text)
-    if text.find(HEAD, start, stop) >= 0:
+    if b"{" in text and text.find(HEAD, start, stop) >= 0:
         at = text.rfind(b"\n", 0, text.find(HEAD, start)) + 1
         if start < at < stop:  # another attempt, between its steps and those before it
             yield from _scan_lines(text[:at])
@@ -152,8 +152,12 @@ def _scan_lines(text: bytes) -> Iterator[Item]:
 
 def _whole_chunk(text: bytes) -> Chunk | None:
     """The text as one chunk, if there are step lines of one shape in it and nothing else."""
-    shape = shape_of(text[: text.find(b"\n") + 1])
+    end = text.find(b"\n") + 1
+    shape = shape_of(text[:end])
     if shape is None:
+        return None
+    second = text[end : text.find(b"\n", end) + 1]
+    if second and bare(second) != shape.bare:
         return None
     bared = bare(text)
     count, rest = divmod(len(bared), len(shape.bare))
@@ -164,6 +168,10 @@ def _whole_chunk(text: bytes) -> Chunk | None:
 
 def _scan_mixed(text: bytes, words: list[bytes]) -> Iterator[Item]:
     """Step lines, neighbours of one shape together, and what tells of an ending between them."""
+    chunk = _whole_chunk(_only(text, words[0])) if len(words) == 1 and words[0] != BRIDGE and not tells(text) else None
+    if chunk:
+        yield chunk
+        return
     lines, others = _separate(text, words)
     if HEAD in text:
         for line in text.splitlines(keepends=True):
@@ -179,6 +187,17 @@ def _scan_mixed(text: bytes, words: list[bytes]) -> Iterator[Item]:
             for line in alike:
                 yield from _scan_one(line)
     yield from endings(others)
+
+
+def _only(text: bytes, word: bytes) -> bytes:
+    """The lines with the word in them; nothing where it is twice in a line, or in one without end."""
+    parts = text.split(word)
+    first, last = parts[0], parts.pop()
+    parts[0] = first[first.rfind(b"\n") + 1 :]
+    parts[1:] = [part[: part.find(b"\n") + 1] + part[part.rfind(b"\n") + 1 :] for part in parts[1:]]
+    parts.append(last[: last.find(b"\n") + 1])
+    lines = word.join(parts)
+    return lines if lines.count(b"\n") == len(parts) - 1 else b""
 
 
 def _separate(text: bytes, words: list[bytes]) -> tuple[list[bytes], bytes]:
