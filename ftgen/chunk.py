@@ -4,10 +4,12 @@ Reading a line takes microseconds, and a log may have millions of lines, of whic
 that are equal once their digits are taken out need no more than a look at their steps' numbers.
 """
 
+import re
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 from ftgen.step_line import (
-    ITERATION,
     MEGATRON,
     MEGATRON_KEYS,
     MOST,
@@ -22,7 +24,6 @@ from ftgen.step_line import (
 )
 
 VARYING = b"0123456789.e+- "  # what a number is written with, and what pads it
-MOST_STEPS = 10**9
 FEW = 4  # lines: fewer are not worth the trouble
 
 
@@ -31,12 +32,12 @@ class Shape(NamedTuple):
 
     bare: bytes  # the line without VARYING
     time: bytes  # what stands before the step's time
-    before: bytes  # what stands before its number
-    after: bytes  # and after it
+    number: re.Pattern[bytes]  # its number, between what stands there
     keys: Keys
     counts: bool  # whether the first cell ends with iteration 7/99
     constant: tuple[bytes, ...]  # cells that must be in every line as they are in the first
-    cells: tuple[tuple[str, int, bytes], ...]  # what is said in which cell, and what stands before it there
+    row: re.Pattern[bytes]  # a line, with the steps in all (or nothing) and then what is said in its cells
+    said: tuple[str, ...]  # the names of that
 
 
 class Chunk(NamedTuple):
@@ -58,40 +59,28 @@ class Chunk(NamedTuple):
 
 
 def _read_alike(lines: list[bytes]) -> list[Step] | None:
-    """Lines of one shape, read cell by cell; None where one of them says something that is no plain number."""
+    """Lines of one shape, read together; None where one of them says something that is no plain number."""
     shape = shape_of(lines[0]) if lines else None
     if not shape:
         return None
-    rows = [line.split(b"|") for line in lines]
-    said = {}
+    columns = list(zip(*shape.row.findall(b"".join(lines)), strict=True))
+    if not columns or len(columns[0]) != len(lines):
+        return None
     try:
-        for name, place, before in shape.cells:
-            column = _numbers([row[place] for row in rows], before)
-            if column is None or not -MOST < max(column) < MOST:
-                return None
-            said[name] = column
-        counts = [_count(row[0]) for row in rows] if shape.counts else []
+        said = {name: _numbers(column) for name, column in zip(shape.said, columns[1:], strict=True)}
     except ValueError:
         return None
-    return steps_of(said, shape.keys, [count + 1 - shape.keys.first for count in counts], len(rows))
-
-
-def _count(cell: bytes) -> int:
-    """The 99 in iteration 7/99; ValueError."""
-    match = ITERATION.search(cell.rstrip())
-    if not match:
-        raise ValueError
-    return int(match[2])
-
-
-def _numbers(cells: list[bytes], before: bytes) -> list[float] | None:
-    """The number in each cell, behind `before`; ValueError where there is none, None where something else is before it."""
-    if len(set(cells)) == 1:
-        return [float(cells[0][len(before) :])] * len(cells) if cells[0].startswith(before) else None
-    skip = len(before)
-    if {cell[:skip] for cell in cells} != {before}:
+    if not all(-MOST < max(column) < MOST for column in said.values()):
         return None
-    return [float(cell[skip:]) for cell in cells]
+    counts = _numbers(columns[0]) if shape.counts else []
+    return steps_of(said, shape.keys, [int(count) + 1 - shape.keys.first for count in counts], len(lines))
+
+
+def _numbers(column: Sequence[bytes]) -> list[float]:
+    """The number in each cell; ValueError where there is none."""
+    if column[0] == column[-1] and len(set(column)) == 1:
+        return [float(column[0])] * len(column)
+    return list(map(float, column))
 
 
 _shapes: dict[bytes, Shape | None] = {}  # by bare line
@@ -114,31 +103,13 @@ def shape_of(line: bytes) -> Shape | None:
 
 def chunk_of(text: bytes, count: int, shape: Shape) -> Chunk | None:
     """The `count` lines of that shape as a chunk; None if their steps do not follow one another."""
-    parts = text.split(shape.before)
-    if len(parts) != count + 1 or any(text.count(cell) != count for cell in (shape.time, *shape.constant)):
+    numbers = shape.number.findall(text)
+    if len(numbers) != count or any(text.count(cell) != count for cell in (shape.time, *shape.constant)):
         return None
-    del parts[0]
-    try:
-        first = int(parts[0][: parts[0].index(shape.after)])
-    except ValueError:
-        return None
-    if not shape.keys.first <= first < MOST_STEPS or not _follow(parts, first, shape.after):
+    first = int(numbers[0])
+    if first < shape.keys.first or b" ".join(numbers) != b" ".join([b"%d"] * count) % tuple(range(first, first + count)):
         return None
     return Chunk(first - shape.keys.first, first - shape.keys.first + count - 1, text)
-
-
-def _follow(parts: list[bytes], first: int, after: bytes) -> bool:
-    """Whether the parts begin with numbers that follow one another from `first` on, each before `after`."""
-    while parts:
-        digits = len(b"%d" % first)
-        some = parts[: 10**digits - first]  # as many as have so many digits
-        expected = (b"%d" + after) * len(some) % tuple(range(first, first + len(some)))
-        width = digits + len(after)
-        if b"".join([part[:width] for part in some]) != expected:
-            return False
-        first += len(some)
-        parts = parts[len(some) :]
-    return True
 
 
 def _shape(line: bytes, key: bytes) -> Shape | None:
@@ -154,4 +125,17 @@ def _shape(line: bytes, key: bytes) -> Shape | None:
     constant = tuple(cell for cell in line.split(b"|") if any(name + b":" in cell for name in keys.spoiled))
     counts = read.step.planned is not None
     time = b"| %s: " % keys.names["time"][0]
-    return Shape(key, time, before, after, keys, counts, constant, cells_of(line, keys)) if time in line else None
+    cells = sorted(cells_of(line, keys), key=itemgetter(1))
+    row = _row(line.count(b"|"), {place: before for _, place, before in cells}, counts=counts)
+    if time not in line or len({place for _, place, _ in cells}) != len(cells):
+        return None
+    number = re.compile(re.escape(before) + rb"(\d{1,9})" + re.escape(after))
+    return Shape(key, time, number, keys, counts, constant, row, tuple(name for name, _, _ in cells))
+
+
+def _row(bars: int, before: Mapping[int, bytes], *, counts: bool) -> re.Pattern[bytes]:
+    """What a line is like that has numbers in those cells, behind what stands before them."""
+    # a word to begin with is found fastest; what must not stand before it is asked behind it
+    first = rb"iteration(?<!\witeration) +\d{1,9}/ *(\d{1,9})[^|\n\w]*" if counts else rb"(?m)^()[^|\n]*"
+    cells = [re.escape(before[place]) + rb"([-+.\de ]*)" if place in before else rb"[^|\n]*" for place in range(1, bars + 1)]
+    return re.compile(rb"\|".join((first, *cells)) + rb"\n")

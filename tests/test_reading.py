@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from logs import make
 
-from ftgen import log_file, summaries
+from ftgen import endings, log_file, summaries
 from ftgen.errors import LogError
 from ftgen.log_file import LogFileError, blocks
 from ftgen.logs import read_log
@@ -52,6 +52,35 @@ def test_parts_of_a_file_are_all_of_it_once(tmp_path_factory, lines, tail, block
             found = [one for start in starts for one in blocks(path, start, start + part if start != starts[-1] else None)]
             assert b"".join(one.raw for one in found) == data
             assert [one.offset for one in found] == [sum(len(one.raw) for one in found[:n]) for n in range(len(found))]
+
+
+words = st.sampled_from([*endings.WORDS, b"ftgen plan", b"Traceback", b"\n", b"\0\xff", b"[NeMo W ", b"`{*["])
+
+
+@given(st.lists(st.one_of(words, words.map(lambda word: word[1:]), st.binary(max_size=9)), max_size=9), st.integers(0, 99))
+def test_words_are_found_at_once_as_they_are_one_by_one(pieces, before):
+    text = b"x" * before + b"".join(pieces)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(endings, "AT_ONCE", len(text) + 1)
+        one_by_one = endings.tells(text)
+        patch.setattr(endings, "AT_ONCE", 0)
+        assert endings.tells(text) == one_by_one
+        endings._search_at_once.cache_clear()
+        patch.setitem(sys.modules, "hyperscan", None)  # not installed
+        assert endings.tells(text) == one_by_one
+    endings._search_at_once.cache_clear()
+
+
+def test_a_talkative_log_reads_the_same_without_hyperscan(tmp_path, monkeypatch):
+    steps = make.step_lines(400, 32, 1.32)
+    talk = "[NeMo W nemo_logging:405] words {of} any *kind*\n" * 9
+    log(tmp_path, [line + talk for line in steps] + ["[rank3]: torch.OutOfMemoryError: CUDA out of memory\n"])
+    fast = only(tmp_path)
+    endings._search_at_once.cache_clear()
+    monkeypatch.setitem(sys.modules, "hyperscan", None)
+    assert only(tmp_path) == fast
+    assert (fast.steps, fast.status) == (400, "ended-badly")
+    endings._search_at_once.cache_clear()
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
