@@ -37,7 +37,7 @@ for name, plan in json.load(sys.stdin).items():
     found[name] = [before, read(recipe)]
 print("FOUND", json.dumps(found))
 """
-SPEC = 'scheme = "{scheme}"\nprecision = "bf16"\ngpus = {gpus}\ngpu = "h200"\nmodel = "{model}"\n'
+SPEC = 'scheme = "{scheme}"\nprecision = "bf16"\ngpus = {gpus}\nmodel = "{model}"\n'
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def configurations(tmp_path_factory) -> dict[str, tuple[dict, dict, dict]]:
     for model in catalogue.models().values():
         for scheme in ("lora", "sft"):
             split = model.split(scheme, 80) or catalogue.Split(scheme, 80)
-            gpus = 8 * split.tensor_model_parallel_size * split.pipeline_model_parallel_size  # and the optimizer in eight
+            gpus = 64 * split.tensor_model_parallel_size * split.pipeline_model_parallel_size  # and the optimizer in 64
             spec = folder / f"{model.name}_{scheme}.toml"
             spec.write_text(SPEC.format(scheme=scheme, gpus=gpus, model=model.name))
             if model.checkpoint == "hub":
