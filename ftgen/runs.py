@@ -52,24 +52,47 @@ class Folder(NamedTuple):
     """A directory with logs in it. Paths are strings here: the others cost more than all the rest."""
 
     path: str
-    logs: list[str]  # names
+    logs: dict[str, re.Match[str] | None]  # by name; what it tells, if it is named like a log
     others: list[str]
 
 
 def _folders(tops: list[str], tell: Tell) -> Iterator[Folder]:
-    asked: dict[str, list[str]] = {}
+    asked: dict[str, dict[str, re.Match[str] | None]] = {}
     for top in tops:
         if os.path.isdir(top):  # noqa: PTH112
-            for path, inside, names in os.walk(top, onerror=lambda error: tell(_unreadable(error))):
-                inside.sort()
-                logs = [name for name in names if name.startswith("log-") and LOG_NAME.fullmatch(name)]
-                if logs:
-                    yield Folder(path, logs, [name for name in names if name == PLAN or name.startswith("sbatch_")])
+            yield from _below(top, tell)
         else:
             path, name = os.path.split(top)
-            asked.setdefault(path, []).append(name)
+            asked.setdefault(path, {})[name] = LOG_NAME.fullmatch(name)
     for path, logs in asked.items():  # these count whatever they are called
         yield Folder(path, logs, [PLAN] if Path(path, PLAN).is_file() else [])
+
+
+def _below(top: str, tell: Tell) -> Iterator[Folder]:
+    """The directories with logs in and below one. Half the time that os.walk takes: it asks less of other files."""
+    ahead = [top]
+    while ahead:
+        path = ahead.pop()
+        inside, others = [], []
+        logs: dict[str, re.Match[str] | None] = {}
+        try:
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        inside.append(name)
+                    elif entry.is_symlink() and os.path.isdir(entry.path):  # noqa: PTH112
+                        continue
+                    elif name.startswith("log-") and (match := LOG_NAME.fullmatch(name)):
+                        logs[name] = match
+                    elif name == PLAN or name.startswith("sbatch_"):
+                        others.append(name)
+        except OSError as error:
+            tell(_unreadable(error))
+            continue
+        if logs:
+            yield Folder(path, logs, others)
+        ahead += [os.path.join(path, name) for name in sorted(inside, reverse=True)]  # noqa: PTH118
 
 
 def _unreadable(error: OSError) -> str:
@@ -79,10 +102,9 @@ def _unreadable(error: OSError) -> str:
 def _runs(folder: Folder, seen: set[tuple[int, int]], tell: Tell) -> Iterator[Run]:
     """The runs of one directory; the highest restart of each is its log."""
     restarts: dict[tuple[str, str], list[tuple[int, str, int]]] = {}
-    for name in folder.logs:
+    for name, match in folder.logs.items():
         size = _size(os.path.join(folder.path, name), seen, tell)  # noqa: PTH118
         if size is not None:
-            match = LOG_NAME.fullmatch(name)
             stem, run_id, restart = match.group("stem", "id", "restart") if match else (Path(name).stem, "", "0")
             restarts.setdefault((stem, run_id), []).append((int(restart), name, size))
     place = Path(folder.path)

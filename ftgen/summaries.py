@@ -57,8 +57,8 @@ def summarize_all(
         return list(_one_by_one(runs, window, progress))
     tasks = list(_tasks(runs, window))
     catalogue.models(), catalogue.gpus(), catalogue.published()  # read once, not in every process
-    with _context().Pool(min(processes, len(tasks)), _begin) as pool:
-        summaries = list(_together(tasks, pool.imap(_work, tasks), window, progress))
+    with _context().Pool(min(processes, len(tasks)), _begin, (tasks,)) as pool:
+        summaries = list(_together(tasks, pool.imap(_work, range(len(tasks))), window, progress))
         pool.close()
         pool.join()
         return summaries
@@ -69,8 +69,12 @@ def _context() -> multiprocessing.context.BaseContext:
     return multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
 
 
-def _begin() -> None:
+_shared: list[Task] = []  # in each process all the tasks, so that a number is enough to say which
+
+
+def _begin(tasks: list[Task]) -> None:
     """In each process: ^C is the first one's to see, and there are no cycles to be collected."""
+    _shared[:] = tasks
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.disable()
 
@@ -108,8 +112,9 @@ def _packed(run: Run) -> bool:
         return True
 
 
-def _work(task: Task) -> list[Summary] | Part:
+def _work(place: int) -> list[Summary] | Part:
     """One task, in a process of its own."""
+    task = _shared[place]
     if task.part is None:
         return [summarize(run, window=task.window) for run in task.runs]
     start, end = task.part
