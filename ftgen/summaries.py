@@ -52,7 +52,7 @@ def summarize_all(
     """A summary of each run; `processes` is by default what this machine has, fewer for little work."""
     if window is not None:
         checked(window)
-    processes = processes or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = processes or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if processes == 1 or sum(run.size + RUN_BYTES for run in runs) < ALONE:
         return list(_one_by_one(runs, window, progress))
     tasks = list(_tasks(runs, window))
