@@ -39,26 +39,9 @@ site_option = click.option("--site", type=FILE, help="The cluster's profile, a T
 
 
 def _complete_key(_context: click.Context, _parameter: click.Parameter, typed: str) -> list[str]:
-    """Key paths of a spec for the shell's completion of --set, each with its =; then the values that a key can have."""
-    from ftgen.spec import Spec
+    from ftgen import completion
 
-    schema = Spec.model_json_schema()
-    values: dict[str, list[str]] = {}
-    for name, key in schema["properties"].items():
-        kinds = [key, *key.get("anyOf", [])]
-        inside = {
-            k: v
-            for kind in kinds
-            for k, v in schema["$defs"].get(str(kind.get("$ref"))[8:], {}).get("properties", {}).items()
-        }
-        for path, each in {f"{name}.{inner}": value for inner, value in inside.items()}.items() or [(name, key)]:
-            kinds = [each, *each.get("anyOf", [])]
-            known = [value for kind in kinds for value in kind.get("enum", [])]
-            known += [True, False] if any(kind.get("type") == "boolean" for kind in kinds) else []
-            values[path] = [str(value).lower() for value in known]
-    path, equals, _ = typed.partition("=")
-    found = [f"{path}={value}" for value in values.get(path, [])] if equals else [f"{key}=" for key in values]
-    return [each for each in found if each.startswith(typed)]
+    return completion.keys(typed)
 
 
 set_option = click.option(
@@ -221,9 +204,7 @@ tolerance_option = click.option("--tolerance", default="5%", show_default=True, 
 @click.option("--group", is_flag=True, help="Repeats of an experiment as one: mean, spread, how many.")
 @baseline_option
 @tolerance_option
-@click.option(
-    "--fail-on", default="", metavar="WORD,...", help="Exit 1 on: regression, incomplete, failed, invalid, doubtful."
-)
+@click.option("--fail-on", default="", metavar="WORD,...", help=f"Exit 1 on: {FAIL_ON}.")
 @click.option("--output", type=FILE, help="Write there instead of to stdout.")
 def tabulate(
     logs: tuple[Path, ...],

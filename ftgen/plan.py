@@ -12,7 +12,7 @@ from typing import Any
 from ftgen import __version__, catalogue
 from ftgen.catalogue import Gpu, Model
 from ftgen.errors import SpecError
-from ftgen.rules import broken_rules, forbids
+from ftgen.rules import broken_rules, forbids, global_batch_size
 from ftgen.site import Site
 from ftgen.spec import Spec
 from ftgen.units import parse_walltime
@@ -30,7 +30,6 @@ RECIPE_ENVIRONMENT = {
     "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
 }
 RECIPE_LEARNING_RATE = {"lora": 1e-4, "sft": 5e-6}  # nemo.collections.llm.recipes.llama3_8b.finetune_recipe
-RECIPE_SEQUENCES_PER_GPU = 4  # of a step: GBS = 4 x GPUs
 
 
 @dataclass(frozen=True)
@@ -255,7 +254,7 @@ def resolve(
         nodes=max(1, spec.gpus // gpus_per_node),
         gpus_per_node=min(spec.gpus, gpus_per_node),
         max_steps=spec.max_steps,
-        global_batch_size=spec.global_batch_size or RECIPE_SEQUENCES_PER_GPU * spec.gpus,
+        global_batch_size=global_batch_size(spec),
         micro_batch_size=spec.micro_batch_size,
         seq_length=spec.seq_length,
         seed=spec.seed,

@@ -25,6 +25,7 @@ SAID_ELSEWHERE = {
 }
 SET_BY_SRUN = {"--nodes", "--ntasks", "--ntasks-per-node", "--kill-on-bad-exit", "--mpi", "--export", "--output", "--error"}
 SET_BY_SRUN |= {"--container-image", "--container-mounts", "--label"}
+RECIPE_SEQUENCES_PER_GPU = 4  # of a step: GBS = 4 x GPUs
 TP: KeyPath = ("parallelism", "tensor_model_parallel_size")
 PP: KeyPath = ("parallelism", "pipeline_model_parallel_size")
 CP: KeyPath = ("parallelism", "context_parallel_size")
@@ -88,9 +89,14 @@ def _split(spec: Spec) -> Iterator[Problem]:
         yield Problem(("seq_length",), f"must be a multiple of 2 x CP: {spec.seq_length} is none of {2 * cp}", also=(CP,))
 
 
+def global_batch_size(spec: Spec) -> int:
+    """Sequences of a step: the spec's, or as many for each GPU as the recipe has."""
+    return spec.global_batch_size or RECIPE_SEQUENCES_PER_GPU * spec.gpus
+
+
 def _batch(spec: Spec, data_parallel_size: int) -> Iterator[Problem]:
     step = spec.micro_batch_size * data_parallel_size
-    batch = spec.global_batch_size or 4 * spec.gpus
+    batch = global_batch_size(spec)
     if batch % step:
         below = batch // step * step
         yield Problem(
