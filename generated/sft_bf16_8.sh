@@ -223,7 +223,6 @@ finish() {
 
 # A signal: what runs is asked to end, and the job ends with status $1.
 stop() {
-    interrupted=yes
     if [[ -n ${stopping:-} ]]; then return 0; fi
     stopping=$1
     printf 'ftgen: error: %s\n' "$2" >&2
@@ -255,24 +254,18 @@ await() {
     return "$status"
 }
 
-# A trapped signal ends bash's `wait`, and says nothing of the child: then it is asked again. Of a child that the same
-# signal ended, bash can miss the end and wait for ever: once the job is to stop, the child's own number is looked for.
+# A trapped signal ends bash's `wait`, and says nothing of the child. Of a child that the same signal ended, bash can miss
+# the end and wait for ever: once the job is to stop, the child's own number is looked for.
 wait_for() {
     local status=0
-    interrupted=yes
-    while [[ -n $interrupted ]]; do
-        interrupted='' status=0
-        wait "$1" || status=$?
-        if [[ -n ${stopping:-} ]]; then
-            if [[ -z ${ender:-} ]]; then
-                end_children >/dev/null 2>&1 3>&1 &
-                ender=$!
-            fi
-            while kill -0 "$1" 2>/dev/null; do sleep 0.1 || true; done
-            return "$stopping"
-        fi
-    done
-    return "$status"
+    wait "$1" || status=$?
+    if [[ -z ${stopping:-} ]]; then return "$status"; fi
+    if [[ -z ${ender:-} ]]; then
+        end_children >/dev/null 2>&1 3>&1 &
+        ender=$!
+    fi
+    while kill -0 "$1" 2>/dev/null; do sleep 0.1 || true; done
+    return "$stopping"
 }
 
 load_environment() {
