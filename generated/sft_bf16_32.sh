@@ -2229,11 +2229,14 @@ END_OF_FTGEN_FILE
 """A Llama of the plan's shape with random weights, in Hugging Face format. In: a plan. Out: a directory to import.
 
 It is for speed: it trains as fast as the real one, and no hub is needed. The tokenizer is a byte-level BPE of exactly
-`vocab_size` entries. Weights are made and written one layer at a time: 8 billion of them need 1 GiB of memory, not 16.
+`vocab_size` entries. Weights are made and written shard by shard, several at a time: 8 billion of them need 5 GiB of
+memory with eight threads (measured; 2.6 with two), not 16.
 """
 
 import json
+import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -2244,6 +2247,9 @@ if TYPE_CHECKING:
 
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>"]
 LARGE = 10**9  # parameters from which weights are kept in bfloat16, as published models keep them
+# Of Llama-3 8B, embedding and head are one shard of 1.05 billion weights and each layer one of 0.22: with as many threads
+# the first ends as the others do, and more would only need more memory.
+THREADS = 8
 STD = 0.02  # of the random weights, Llama's `initializer_range`
 
 
@@ -2254,7 +2260,7 @@ def write(plan: dict[str, Any], directory: Path) -> None:
     dtype = "bfloat16" if model["parameters"] >= LARGE else "float32"
     (directory / "config.json").write_text(json.dumps(_config(model, dtype), indent=1))
     _write_tokenizer(model["vocab_size"], model["max_position_embeddings"], directory)
-    _write_weights(model, dtype, plan["seed"], directory)
+    _write_weights(model, dtype, plan["seed"], directory, min(len(os.sched_getaffinity(0)), THREADS))
 
 
 def _config(model: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -2312,22 +2318,27 @@ def _corpus(vocab_size: int) -> list[str]:
     return [f"{example['input']} {example['output']}" for example in examples] + [f" {name}" for name in names]
 
 
-def _write_weights(model: dict[str, Any], dtype: str, seed: int, directory: Path) -> None:
+def _write_weights(model: dict[str, Any], dtype: str, seed: int, directory: Path, threads: int) -> None:
+    """The files, the same whatever the number of threads, and their index."""
+    shards = _shards(model)
+    files = [directory / f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
+    seeds = [seed * 1000 + number for number in range(len(shards))]  # a shard can be made again by itself
+    with ThreadPoolExecutor(threads) as pool:  # the first is the largest, and is begun first
+        size = sum(pool.map(_write_shard, shards, files, seeds, [dtype] * len(shards)))
+    index = {key: file.name for shapes, file in zip(shards, files, strict=True) for key in shapes}
+    document = {"metadata": {"total_size": size}, "weight_map": index}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(document, indent=1))
+
+
+def _write_shard(shapes: dict[str, tuple[int, ...]], file: Path, seed: int, dtype: str) -> int:
+    """One file; the bytes of its weights. The time goes into torch and safetensors, which let other threads run."""
     import torch
     from safetensors.torch import save_file
 
-    shards = _shards(model)
-    index: dict[str, str] = {}
-    size = 0
-    for number, shapes in enumerate(shards):
-        generator = torch.Generator().manual_seed(seed * 1000 + number)  # a shard can be made again by itself
-        tensors = {key: _weight(shape, getattr(torch, dtype), generator) for key, shape in shapes.items()}
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(tensors, file)
-        size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    document = {"metadata": {"total_size": size}, "weight_map": index}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(document, indent=1))
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {key: _weight(shape, getattr(torch, dtype), generator) for key, shape in shapes.items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _shards(model: dict[str, Any]) -> list[dict[str, tuple[int, ...]]]:

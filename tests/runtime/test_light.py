@@ -139,6 +139,33 @@ def test_random_weights_are_the_seeds(tmp_path: Path) -> None:
     assert a == b != c
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_random_weights_are_the_same_bytes_whatever_the_number_of_threads(dtype: str, tmp_path: Path) -> None:
+    model = plan()["model"] | {"num_layers": 12}
+    made = []
+    for threads in (1, 2, random_llama.THREADS):
+        folder = tmp_path / str(threads)
+        folder.mkdir()
+        random_llama._write_weights(model, dtype, 1234, folder, threads)
+        made.append({file.name: file.read_bytes() for file in folder.iterdir()})
+    assert len(made[0]) == 12 + 2
+    assert made[0] == made[1] == made[2]
+
+
+def test_one_shard_of_random_weights_can_be_made_again_by_itself(tmp_path: Path) -> None:
+    random_llama.write(plan(), tmp_path / "all")
+    shapes = random_llama._shards(plan()["model"])[2]
+    random_llama._write_shard(shapes, tmp_path / "one", plan()["seed"] * 1000 + 2, "float32")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "all" / "model-00003-of-00003.safetensors").read_bytes()
+
+
+def test_a_shard_that_cannot_be_written_is_an_error_and_not_a_missing_file(tmp_path: Path) -> None:
+    (tmp_path / "model-00002-of-00003.safetensors").mkdir()
+    with pytest.raises(Exception, match="directory"):
+        random_llama.write(plan(), tmp_path)
+    assert not (tmp_path / "model.safetensors.index.json").exists()
+
+
 # --- a user's file
 
 
