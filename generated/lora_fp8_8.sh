@@ -818,7 +818,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from runtime import guard, hub, manifest, random_llama
+from runtime import guard, hub, imports, manifest, random_llama
 from runtime.errors import JobError
 from runtime.progress import say, timed
 
@@ -883,6 +883,7 @@ def _build(plan: Plan, staging: Path) -> dict[str, Any]:
     weights, origin = _fetch(plan, staging / "from")
     _refuse_unfit(plan, weights)
     with timed("importing NeMo"):
+        imports.defer()
         from runtime.importer import import_directory
     with timed(f"converting {weights}"):
         origin["layers"] = import_directory(weights, staging, staging / "tokenizer")
@@ -1585,7 +1586,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from runtime import checkpoint, data, environment, optimizations, profile
+from runtime import checkpoint, data, environment, imports, optimizations, profile
 from runtime.errors import JobError
 from runtime.progress import say, timed
 
@@ -1602,6 +1603,7 @@ def finetune(plan: Plan) -> int:
     with timed("importing NeMo"):
         _set_switches(plan)
         optimizations.before_imports(plan)
+        imports.defer()
         import fiddle
         import torch
 
@@ -2090,6 +2092,200 @@ def _keep_to_this_process() -> None:
 
 def _die_with_the_parent() -> None:
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/imports.py <<'END_OF_FTGEN_FILE'
+"""Packages that a fine-tune does not use, imported only once something does use them. Out: NeMo is imported sooner.
+
+NeMo, Megatron-Core and what they stand on import much at their top that a training never calls: other clouds' clients,
+other loggers, quantization. Of what `DEFERRED` names, `import` gives a stand-in, whose names are classes: to import, to
+annotate with, to derive from. The real package is imported when one of them is called, asked about or iterated over, so
+what is used after all is only imported later. A package that is not installed cannot be imported, as ever.
+
+Environment: FTGEN_IMPORT_ALL=1 turns this off.
+"""
+
+import contextlib
+import importlib
+import os
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+OFF = "FTGEN_IMPORT_ALL"
+# Who imports each for what. Only what nothing compares with can stand here: a stand-in equals itself alone.
+DEFERRED = {
+    "accelerate": "transformers: models over several devices, where Megatron does that here",
+    "datasets": "NeMo: downloads of data sets, where runtime/data.py makes the files; with aiohttp",
+    "leptonai": "nemo_run: a cloud's client; with fastapi, httpx, trio",
+    "modelopt": "NeMo: quantization, pruning and distillation; with transformers' trainer",
+    "nemo.collections.llm.modelopt": "NeMo: the same",
+    "pandas": "NeMo: a tokenizer of tables",
+    "paramiko": "nemo_run: tunnels to other machines; with cryptography",
+    "pytorch_lightning": "NeMo: a reranker; it is `lightning` once more",
+    "scipy": "torchmetrics, transformers: metrics of audio, the loss of object detection",
+    "sklearn": "transformers: a metric of assisted decoding",
+    "torch.utils.tensorboard": "Megatron-Core: a logger; with tensorboard",
+    "wandb": "Megatron-Core: a logger",
+}
+# What every training asks NeMo's modelopt for, and what it then does: no checkpoint of ftgen's holds a state of modelopt,
+# and none of its models is distilled.
+NOTHING_TO_DO = {
+    "nemo.collections.llm.modelopt.set_modelopt_spec_if_exists_in_ckpt",
+    "nemo.collections.llm.modelopt.model_utils.restore_modelopt_state",
+    "nemo.collections.llm.modelopt.model_utils.save_modelopt_state",
+    "nemo.collections.llm.modelopt.distill.utils.get_tensor_shapes_adjust_fn_for_distillation",
+}
+
+
+def defer() -> None:
+    """From now on what `DEFERRED` names is imported when it is used; what has been imported stays."""
+    if os.environ.get(OFF, "0") in {"", "0"} and not any(isinstance(finder, Deferring) for finder in sys.meta_path):
+        sys.meta_path.insert(0, Deferring(DEFERRED))
+
+
+class Deferring(MetaPathFinder, Loader):
+    """Finds stand-ins for the modules of packages that are there and not wanted yet."""
+
+    def __init__(self, packages: Iterable[str]) -> None:
+        self.waiting = {package for package in packages if package not in sys.modules}
+        self.written: list[tuple[str, str, Any]] = []  # to names of modules, while they were stand-ins
+        self.lock = threading.Lock()
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The real one's, but for its loader."""
+        package = next((package for package in self.waiting if _is_in(package, name)), None)
+        if package is None:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        real = next((spec for finder in others if (spec := finder.find_spec(name, path, target))), None)
+        if real is None:
+            return None
+        spec = ModuleSpec(name, self, origin=real.origin, loader_state=package)
+        spec.submodule_search_locations = real.submodule_search_locations
+        spec.has_location = real.has_location
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """A stand-in."""
+        return StandIn(spec.name, self, str(spec.loader_state))
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing: that is what takes time."""
+
+    def real(self, package: str, module: str, key: str) -> Any:
+        """What `key` ("a" or "a.b") of the module stands for: from now on the package is the real one."""
+        with self.lock:
+            if was_waiting := package in self.waiting:
+                self.waiting.remove(package)
+                for name in [name for name in sys.modules if _is_in(package, name)]:
+                    del sys.modules[name]
+        if was_waiting:
+            self._write(package)
+        found: Any = importlib.import_module(module)
+        for part in key.split("."):
+            found = _attribute(found, part)
+        return found
+
+    def _write(self, package: str) -> None:
+        for module, key, value in self.written:
+            if _is_in(package, module):
+                owner, _, name = key.rpartition(".")
+                setattr(self.real(package, module, owner), name, value)
+
+
+def _attribute(owner: Any, key: str) -> Any:
+    """As getattr; what was imported below a stand-in is not imported below the real one yet."""
+    if isinstance(owner, ModuleType) and not hasattr(owner, key):
+        with contextlib.suppress(ModuleNotFoundError):
+            return importlib.import_module(f"{owner.__name__}.{key}")
+    return getattr(owner, key)
+
+
+def _is_in(package: str, name: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+class StandIn(ModuleType):
+    """Stands for a module; every name can be had from it."""
+
+    def __init__(self, name: str, finder: Deferring, package: str) -> None:
+        super().__init__(name)
+        self.__dict__["_deferred"] = (finder, package)
+
+    def __getattr__(self, key: str) -> Any:
+        finder, package = self.__dict__["_deferred"]
+        if package in finder.waiting:
+            if f"{self.__name__}.{key}" in NOTHING_TO_DO:
+                return _nothing
+            if not _is_special(key):
+                return _name(finder, package, self.__name__, key)
+            if key not in {"__version__", "__all__"}:  # asked by inspect and warnings of every module
+                raise AttributeError(f"module {self.__name__!r} has no attribute {key!r}")
+        return finder.real(package, self.__name__, key)
+
+
+def _nothing(*_args: Any, **_kwargs: Any) -> None:
+    """Do what the real one does here."""
+
+
+def _is_special(key: str) -> bool:
+    return key.startswith("__") and key.endswith("__")
+
+
+def _name(finder: Deferring, package: str, module: str, key: str) -> type:
+    return Name(key.rpartition(".")[2], (), {"__module__": module, "_stands_for": (finder, package, module, key)})
+
+
+class Name(type):
+    """The type of the classes that stand for a deferred package's names, and of those that are derived from them."""
+
+    def _real(cls) -> Any:
+        if "_stands_for" not in cls.__dict__:
+            base = next(base for base in cls.__mro__ if "_stands_for" in base.__dict__)
+            raise RuntimeError(
+                f"{cls.__module__}.{cls.__name__} cannot be used: it is derived from {base.__module__}.{base.__name__}, "
+                f"which is not imported for a fine-tune. export {OFF}=1 imports it"
+            )
+        finder, package, module, key = cls.__dict__["_stands_for"]
+        return finder.real(package, module, key)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Call what it stands for; RuntimeError: a class derived from a stand-in."""
+        return cls._real()(*args, **kwargs)
+
+    def __getattr__(cls, key: str) -> Any:
+        if "_stands_for" not in cls.__dict__ or _is_special(key):
+            raise AttributeError(f"type object {cls.__name__!r} has no attribute {key!r}")
+        finder, package, module, own = cls.__dict__["_stands_for"]
+        if package in finder.waiting:
+            return _name(finder, package, module, f"{own}.{key}")
+        return finder.real(package, module, f"{own}.{key}")
+
+    def __setattr__(cls, key: str, value: Any) -> None:
+        if "_stands_for" not in cls.__dict__ or _is_special(key):
+            super().__setattr__(key, value)
+            return
+        finder, package, module, own = cls.__dict__["_stands_for"]
+        if package in finder.waiting:
+            finder.written.append((module, f"{own}.{key}", value))
+        else:
+            setattr(finder.real(package, module, own), key, value)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, cls._real()) if "_stands_for" in cls.__dict__ else super().__instancecheck__(instance)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, cls._real()) if "_stands_for" in cls.__dict__ else super().__subclasscheck__(subclass)
+
+    def __iter__(cls) -> Iterator[Any]:
+        return iter(cls._real())
+
+    def __getitem__(cls, key: Any) -> Any:
+        return cls._real()[key]
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/loss_tokens.py <<'END_OF_FTGEN_FILE'
 """LM head and loss on the tokens that have a loss. In: a model's config. Out: the config, with steps that do so.

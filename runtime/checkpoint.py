@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from runtime import guard, hub, manifest, random_llama
+from runtime import guard, hub, imports, manifest, random_llama
 from runtime.errors import JobError
 from runtime.progress import say, timed
 
@@ -80,6 +80,7 @@ def _build(plan: Plan, staging: Path) -> dict[str, Any]:
     weights, origin = _fetch(plan, staging / "from")
     _refuse_unfit(plan, weights)
     with timed("importing NeMo"):
+        imports.defer()
         from runtime.importer import import_directory
     with timed(f"converting {weights}"):
         origin["layers"] = import_directory(weights, staging, staging / "tokenizer")

@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from runtime import checkpoint, data, environment, optimizations, profile
+from runtime import checkpoint, data, environment, imports, optimizations, profile
 from runtime.errors import JobError
 from runtime.progress import say, timed
 
@@ -26,6 +26,7 @@ def finetune(plan: Plan) -> int:
     with timed("importing NeMo"):
         _set_switches(plan)
         optimizations.before_imports(plan)
+        imports.defer()
         import fiddle
         import torch
 

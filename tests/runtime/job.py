@@ -16,9 +16,13 @@ def main() -> int:
 
             return check.check(plan)
         if sys.argv[2] == "finetune":
-            from runtime import finetune
+            from runtime import finetune, imports
 
-            return finetune.finetune(plan)
+            status = finetune.finetune(plan)
+            there = {name: sys.modules.get(name) for name in imports.DEFERRED}
+            used = [name for name, module in there.items() if module and not isinstance(module, imports.StandIn)]
+            print(f"deferred packages that were used: {used}")
+            return status
         from runtime import checkpoint
 
         if sys.argv[2] == "converted":

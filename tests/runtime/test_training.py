@@ -81,6 +81,10 @@ def sft(history: History) -> Trained:
     return train(history.stage, {})
 
 
+def test_a_training_uses_none_of_the_packages_whose_import_is_deferred(sft: Trained) -> None:
+    assert "deferred packages that were used: []" in sft.output.splitlines()
+
+
 def test_a_killed_conversion_is_never_taken_for_a_finished_one(history: History) -> None:
     assert history.killed == [Killed(one.moment, True, False, 1) for one in history.killed]
 
