@@ -1335,7 +1335,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from runtime import checkpoint, data, environment, imports, optimizations, profile
+from runtime import checkpoint, data, environment, imports, optimizations, profile, read_ahead
 from runtime.errors import JobError
 from runtime.progress import say, timed
 
@@ -1349,6 +1349,7 @@ def finetune(plan: Plan) -> int:
     weights = checkpoint.directory(plan)
     if not checkpoint.converted(plan):
         raise JobError(f"there is no converted checkpoint in {weights}", "run the command convert first")
+    read_ahead.begin(weights / "weights")
     with timed("importing NeMo"):
         _set_switches(plan)
         optimizations.before_imports(plan)
@@ -2566,6 +2567,54 @@ def _weight(shape: tuple[int, ...], dtype: "torch.dtype", generator: "torch.Gene
 
     mean = 1 if len(shape) == 1 else 0  # the norms
     return torch.empty(shape, dtype=dtype).normal_(mean, STD, generator=generator)
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/read_ahead.py <<'END_OF_FTGEN_FILE'
+"""The checkpoint's weights, read while NeMo is imported. In: a folder. Out: its files in the node's page cache, perhaps.
+
+Loading then finds in memory what would come from a disk. Nothing depends on it: it stops at the first error, and leaves
+alone what would fill more than half of the memory that is free.
+"""
+
+import contextlib
+import os
+import threading
+from pathlib import Path
+
+PIECE = 16 << 20  # bytes
+
+
+def begin(folder: Path) -> threading.Thread | None:
+    """Read the folder's files in a thread; None where another rank of this node does, or they are too large."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return None
+    try:
+        files = sorted(path for path in folder.glob("*") if path.is_file())
+        if sum(path.stat().st_size for path in files) > _free() // 2:
+            return None
+    except OSError:
+        return None
+    thread = threading.Thread(target=_read, args=(files,), name="read ahead", daemon=True)
+    thread.start()
+    return thread
+
+
+def _read(files: list[Path]) -> None:
+    """Plain reads, which let the interpreter go on: a shared file system may ignore advice."""
+    buffer = bytearray(PIECE)
+    with contextlib.suppress(OSError):
+        for path in files:
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+
+
+def _free() -> int:
+    """Bytes of memory that are available; 0 where Linux does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/recipe.py <<'END_OF_FTGEN_FILE'
 """NeMo's own fine-tuning recipe with the plan's numbers. In: plan, checkpoint, data. Out: what trains when called.

@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from runtime import checkpoint, data, environment, imports, optimizations, profile
+from runtime import checkpoint, data, environment, imports, optimizations, profile, read_ahead
 from runtime.errors import JobError
 from runtime.progress import say, timed
 
@@ -23,6 +23,7 @@ def finetune(plan: Plan) -> int:
     weights = checkpoint.directory(plan)
     if not checkpoint.converted(plan):
         raise JobError(f"there is no converted checkpoint in {weights}", "run the command convert first")
+    read_ahead.begin(weights / "weights")
     with timed("importing NeMo"):
         _set_switches(plan)
         optimizations.before_imports(plan)

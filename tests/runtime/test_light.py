@@ -1,7 +1,10 @@
 """What the runtime does without NeMo: checks, refusals, made-up text, tokenizers and a user's data."""
 
 import json
+import os
 import random
+import shutil
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,7 @@ from typing import Any
 import pytest
 from stages import Stage, plan
 
-from runtime import data, random_llama, text
+from runtime import data, random_llama, read_ahead, text
 from runtime.errors import JobError
 
 
@@ -164,6 +167,45 @@ def test_a_shard_that_cannot_be_written_is_an_error_and_not_a_missing_file(tmp_p
     with pytest.raises(Exception, match="directory"):
         random_llama.write(plan(), tmp_path)
     assert not (tmp_path / "model.safetensors.index.json").exists()
+
+
+# --- reading ahead
+
+
+def in_memory(path: Path) -> int:
+    """Bytes of the file that are in the page cache, by util-linux."""
+    asked = ["fincore", "--bytes", "--noheadings", "--output", "RES", str(path)]
+    return int(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(not shutil.which("fincore"), reason="util-linux without fincore")
+def test_the_first_rank_of_a_node_reads_the_weights_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "__0_0.distcp"
+    with file.open("wb") as opened:
+        opened.write(os.urandom(40 << 20))
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if in_memory(file):
+        pytest.skip("this file system keeps its files in memory")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert read_ahead.begin(tmp_path) is None
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    thread = read_ahead.begin(tmp_path)
+    assert thread is not None
+    thread.join(60)
+    assert in_memory(file) == 40 << 20
+
+
+def test_what_cannot_be_read_ahead_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for folder in (tmp_path, tmp_path / "not there"):
+        thread = read_ahead.begin(folder)
+        assert thread is not None
+        thread.join(10)
+    (tmp_path / "huge").touch()
+    os.truncate(tmp_path / "huge", 1 << 42)  # a hole: larger than any memory
+    assert read_ahead.begin(tmp_path) is None
+    read_ahead._read([tmp_path / "gone", tmp_path])
 
 
 # --- a user's file
