@@ -193,7 +193,7 @@ def test_the_first_rank_of_a_node_reads_the_weights_ahead(tmp_path: Path, monkey
     thread = read_ahead.begin(tmp_path)
     assert thread is not None
     thread.join(60)
-    assert in_memory(file) == 40 << 20
+    assert in_memory(file) > 30 << 20  # the system may take some of it back at any time
 
 
 def test_what_cannot_be_read_ahead_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
