@@ -5,11 +5,11 @@ that are equal once their digits are taken out need no more than a look at their
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from operator import itemgetter
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ftgen.step_line import (
+    BRIDGE,
     MEGATRON,
     MEGATRON_KEYS,
     MOST,
@@ -17,7 +17,6 @@ from ftgen.step_line import (
     NEMO_KEYS,
     Keys,
     Step,
-    StepLine,
     cells_of,
     parse,
     steps_of,
@@ -25,6 +24,17 @@ from ftgen.step_line import (
 
 VARYING = b"0123456789.e+- "  # what a number is written with, and what pads it
 FEW = 4  # lines: fewer are not worth the trouble
+PLANNED = re.compile(rb"iteration(?<!\witeration) +\d{1,9}/ *(\d{1,9}) *\|")  # a word to begin with is found fastest
+INFINITE = re.compile(rb"[eE]\+?\d{3}")  # a number that may be beyond what a number can be
+NUMBERS, PADDED = (tuple(form % number for number in range(1000)) for form in (b"%d ", b"%03d "))
+
+
+class Cell(NamedTuple):
+    """A cell, between two |, that says something."""
+
+    name: str
+    place: int  # in the line, from 0
+    before: bytes  # what stands before its number
 
 
 class Shape(NamedTuple):
@@ -36,8 +46,8 @@ class Shape(NamedTuple):
     keys: Keys
     counts: bool  # whether the first cell ends with iteration 7/99
     constant: tuple[bytes, ...]  # cells that must be in every line as they are in the first
-    row: re.Pattern[bytes]  # a line, with the steps in all (or nothing) and then what is said in its cells
-    said: tuple[str, ...]  # the names of that
+    cells: int  # of a line
+    said: tuple[Cell, ...]
 
 
 class Chunk(NamedTuple):
@@ -47,40 +57,47 @@ class Chunk(NamedTuple):
     last: int
     text: bytes  # the lines; empty where they are to be read again from the file
 
-    def step_lines(self, start: int, stop: int) -> list[StepLine]:
+    def steps(self, start: int, stop: int) -> dict[int, Step]:
         """The steps from `start` to before `stop`, read."""
         after = self.last + 1 - start
         tail = self.text.rsplit(b"\n", after + 1)[-after - 1 :]  # behind the last newline there is nothing
-        lines = [line + b"\n" for line in tail[: stop - start]]
-        steps = _read_alike(lines)
+        lines = tail[: min(stop - start, len(tail) - 1)]
+        steps = _read_alike(b"\n".join((*lines, b"")), len(lines))
         if steps is None:
-            return [line for line in map(parse, lines) if line]
-        return [StepLine(number, step) for number, step in enumerate(steps, start)]
+            read = (parse(line + b"\n") for line in lines)
+            return {line.number: line.step for line in read if line and line.number is not None}
+        return dict(zip(range(start, stop), steps, strict=False))
 
 
-def _read_alike(lines: list[bytes]) -> list[Step] | None:
+def _read_alike(text: bytes, count: int) -> Iterator[Step] | None:
     """Lines of one shape, read together; None where one of them says something that is no plain number."""
-    shape = shape_of(lines[0]) if lines else None
-    if not shape:
+    shape = shape_of(text[: text.find(b"\n") + 1])
+    if not shape or bare(text) != shape.bare * count:
         return None
-    columns = list(zip(*shape.row.findall(b"".join(lines)), strict=True))
-    if not columns or len(columns[0]) != len(lines):
-        return None
+    cells = text.replace(b"\n", b"|").split(b"|")
     try:
-        said = {name: _numbers(column) for name, column in zip(shape.said, columns[1:], strict=True)}
+        said = {cell.name: _numbers(cells[cell.place :: shape.cells], cell.before) for cell in shape.said}
     except ValueError:
         return None
-    if not all(-MOST < max(column) < MOST for column in said.values()):
-        return None
-    counts = _numbers(columns[0]) if shape.counts else []
-    return steps_of(said, shape.keys, [int(count) + 1 - shape.keys.first for count in counts], len(lines))
+    planned: list[int] = []
+    if shape.counts:
+        counts = PLANNED.findall(b"|".join((*cells[0 :: shape.cells], b"")))
+        if len(counts) != count:
+            return None
+        planned = list(map((1 - shape.keys.first).__add__, map(int, counts)))
+    return steps_of(said, shape.keys, planned, count)
 
 
-def _numbers(column: Sequence[bytes]) -> list[float]:
-    """The number in each cell; ValueError where there is none."""
-    if column[0] == column[-1] and len(set(column)) == 1:
-        return [float(column[0])] * len(column)
-    return list(map(float, column))
+def _numbers(cells: Sequence[bytes], before: bytes) -> Sequence[float]:
+    """The number in each cell, behind the same words; ValueError where there is none."""
+    same = cells[0] == cells[-1] and cells.count(cells[0]) == len(cells)
+    first, *texts = b"|".join((b"", *(cells[:1] if same else cells))).split(b"|" + before)
+    if first or len(texts) != (1 if same else len(cells)):
+        raise ValueError
+    numbers = list(map(float, texts))
+    if not -MOST < min(numbers) <= max(numbers) < MOST:
+        raise ValueError
+    return numbers * len(cells) if same else numbers
 
 
 _shapes: dict[bytes, Shape | None] = {}  # by bare line
@@ -101,41 +118,63 @@ def shape_of(line: bytes) -> Shape | None:
     return _shapes[key]
 
 
+def whole_chunk(text: bytes) -> Chunk | None:
+    """The text as one chunk, if there are step lines of one shape in it and nothing else."""
+    end = text.find(b"\n") + 1
+    shape = shape_of(text[:end])
+    if shape is None:
+        return None
+    second = text[end : text.find(b"\n", end) + 1]
+    if second and bare(second) != shape.bare:
+        return None
+    bared = bare(text)
+    count, rest = divmod(len(bared), len(shape.bare))
+    if rest or bared != shape.bare * count:
+        return None
+    return chunk_of(text, count, shape)
+
+
 def chunk_of(text: bytes, count: int, shape: Shape) -> Chunk | None:
     """The `count` lines of that shape as a chunk; None if their steps do not follow one another."""
     numbers = shape.number.findall(text)
     if len(numbers) != count or any(text.count(cell) != count for cell in (shape.time, *shape.constant)):
         return None
+    if shape.keys is MEGATRON_KEYS and INFINITE.search(text):
+        return None
     first = int(numbers[0])
-    if first < shape.keys.first or b" ".join(numbers) != b" ".join([b"%d"] * count) % tuple(range(first, first + count)):
+    if first < shape.keys.first or b" ".join((*numbers, b"")) != counted(first, first + count):
         return None
     return Chunk(first - shape.keys.first, first - shape.keys.first + count - 1, text)
+
+
+def counted(first: int, stop: int) -> bytes:
+    """`7 8 9 `: the numbers from `first` to before `stop`, a space behind each."""
+    parts = []
+    for thousand in range(first // 1000, (stop + 999) // 1000):
+        within = slice(max(first - 1000 * thousand, 0), stop - 1000 * thousand)
+        parts.append((b"%d" % thousand).join((b"", *PADDED[within])) if thousand else b"".join(NUMBERS[within]))
+    return b"".join(parts)
 
 
 def _shape(line: bytes, key: bytes) -> Shape | None:
     read = parse(line)
     if read is None or read.number is None or read.invalid or read.bar or line.count(NEMO) + line.count(MEGATRON) != 1:
         return None
+    if b"{" in line or BRIDGE in line:  # which say something else as well
+        return None
     keys = NEMO_KEYS if NEMO in line else MEGATRON_KEYS
-    before, after = b" iteration ", b"/"
+    before, after = b" iteration ", rb" *(\d{1,9})/ *\d{1,9} *\|"
     if keys.number and b"| %s: " % keys.number in line:
-        before, after = b"| %s: " % keys.number, b" |"
-    if line.count(before) != 1 or after not in line.partition(before)[2]:
+        before, after = b"| %s: " % keys.number, rb"(\d{1,9}) \|"
+    if line.count(before) != 1:
         return None
-    constant = tuple(cell for cell in line.split(b"|") if any(name + b":" in cell for name in keys.spoiled))
-    counts = read.step.planned is not None
+    said = tuple(Cell(*cell) for cell in cells_of(line, keys))
+    cells = line.split(b"|")
+    constant = [cell for cell in cells if any(name + b":" in cell for name in keys.spoiled)]
+    if keys is MEGATRON_KEYS:  # which leaves a loss out that is no number
+        constant += [b"|" + cell.before for cell in said if cell.name == "loss"]
     time = b"| %s: " % keys.names["time"][0]
-    cells = sorted(cells_of(line, keys), key=itemgetter(1))
-    row = _row(line.count(b"|"), {place: before for _, place, before in cells}, counts=counts)
-    if time not in line or len({place for _, place, _ in cells}) != len(cells):
+    if time not in line or len({cell.place for cell in said}) != len(said):
         return None
-    number = re.compile(re.escape(before) + rb"(\d{1,9})" + re.escape(after))
-    return Shape(key, time, number, keys, counts, constant, row, tuple(name for name, _, _ in cells))
-
-
-def _row(bars: int, before: Mapping[int, bytes], *, counts: bool) -> re.Pattern[bytes]:
-    """What a line is like that has numbers in those cells, behind what stands before them."""
-    # a word to begin with is found fastest; what must not stand before it is asked behind it
-    first = rb"iteration(?<!\witeration) +\d{1,9}/ *(\d{1,9})[^|\n\w]*" if counts else rb"(?m)^()[^|\n]*"
-    cells = [re.escape(before[place]) + rb"([-+.\de ]*)" if place in before else rb"[^|\n]*" for place in range(1, bars + 1)]
-    return re.compile(rb"\|".join((first, *cells)) + rb"\n")
+    number = re.compile(re.escape(before) + after)
+    return Shape(key, time, number, keys, read.step.planned is not None, tuple(constant), len(cells), said)

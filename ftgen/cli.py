@@ -296,14 +296,14 @@ def _baseline(name: str | None, tolerance: str) -> Baseline | None:
 
 def _summaries(logs: tuple[Path, ...], window: str | None) -> list[Summary]:
     from ftgen.progress import reading
-    from ftgen.runs import find_runs
+    from ftgen.runs import find_folders
     from ftgen.summaries import summarize_all
     from ftgen.units import clean
 
     steps = _window(window)
-    runs = find_runs(logs, lambda text: click.echo(clean(text), err=True))
-    with reading(sum(run.size for run in runs)) as progress:
-        return summarize_all(runs, window=steps, progress=progress)
+    folders = find_folders(logs, lambda text: click.echo(clean(text), err=True))
+    with reading() as (found, read):
+        return summarize_all(map(found, folders), window=steps, progress=read)
 
 
 def _window(text: str | None) -> Window | None:

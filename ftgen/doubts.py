@@ -5,8 +5,9 @@ Where the two do not fit, one of them is wrong, and the reader should know. The 
 wider than what healthy runs show.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
+from typing import Any
 
 from ftgen.identity import Identity
 from ftgen.log_lines import Log
@@ -23,49 +24,57 @@ MEMORY = 0.01  # a peak that one step alone tells of, from all the others'
 SECOND_DIGIT_S = 0.0051  # Megatron-Bridge's second line has two decimals
 
 
+Said = Mapping[str, Sequence[Any]]  # a thing's name, and what each of the steps says of it
+
+
 def doubts(what: Identity, log: Log, window: Timed, tflops_per_gpu: float | None) -> Iterator[str]:
     """Every doubt; `tflops_per_gpu` is recomputed from the window's mean, in TFLOP/s."""
     yield from log.problems
     if log.damaged:
         yield f"{count(log.damaged, 'step line')} damaged beyond reading"
-    yield from _other_plan(what, log, window.steps)
-    yield from _samples(what, window.steps)
-    yield from _memory(window.steps)
+    said = window.said
+    yield from _other_plan(what, log, said)
+    yield from _samples(what, window.steps, said)
+    yield from _memory(window.steps, said)
     if not window.times_s:
         return
     yield from _outliers(window)
     yield from _trend(window)
-    yield from _ranks(window.steps)
-    yield from _tflops(log, window, tflops_per_gpu)
+    if any(said["fastest_s"]):
+        yield from _ranks(window.steps)
+    if log.step_times or any(said["tflops_per_gpu"]):
+        yield from _tflops(log, window, tflops_per_gpu)
 
 
-def _other_plan(what: Identity, log: Log, steps: dict[int, Step]) -> Iterator[str]:
+def _other_plan(what: Identity, log: Log, said: Said) -> Iterator[str]:
     """Sizes that are not the plan's, or not the same in all of the window."""
     batch = what.global_batch_size
-    others = {step.global_batch_size for step in steps.values()} - {batch, None}
+    others = {*said["global_batch_size"]} - {batch, None}
     if batch and others:
         yield f"the log has steps of global_batch_size {min(filter(None, others))}, the figures are for {batch}"
-    planned = what.max_steps or (log.steps[log.steps.last].planned if steps else None)
-    counted = {step.planned for step in steps.values()} - {planned, None}
+    planned = what.max_steps or (log.steps[log.steps.last].planned if said["planned"] else None)
+    counted = {*said["planned"]} - {planned, None}
     if counted:
         yield f"step lines count to {count(min(filter(None, counted)), 'step')}, the run was to have {planned}"
 
 
-def _samples(what: Identity, steps: dict[int, Step]) -> Iterator[str]:
+def _samples(what: Identity, steps: Mapping[int, Step], said: Said) -> Iterator[str]:
     """Samples that are not those of so many steps."""
-    for number, step in steps.items():
-        samples, batch = step.consumed_samples, what.global_batch_size or step.global_batch_size
+    for number, samples, size in zip(steps, said["consumed_samples"], said["global_batch_size"], strict=True):
+        batch = what.global_batch_size or size
         if samples is not None and batch and samples != (number + 1) * batch:
             yield (
                 f"step {number} says consumed_samples {samples:.0f}, "
                 f"{count(number + 1, 'step')} of {batch} make {(number + 1) * batch}"
             )
             return
-    if not what.global_batch_size and any(step.consumed_samples for step in steps.values()):
+    if not what.global_batch_size and any(said["consumed_samples"]):
         yield "consumed_samples do not tell the global batch size"
 
 
-def _memory(steps: dict[int, Step]) -> Iterator[str]:
+def _memory(steps: Mapping[int, Step], said: Said) -> Iterator[str]:
+    if len({*said["peak_memory"]}) < 2:
+        return
     peaks = sorted((step.peak_memory, number) for number, step in steps.items() if step.peak_memory)
     if len(peaks) > 1 and peaks[-2][0] < peaks[-1][0] * (1 - MEMORY):
         (others, _), (most, number) = peaks[-2:]
@@ -74,12 +83,9 @@ def _memory(steps: dict[int, Step]) -> Iterator[str]:
 
 def _outliers(window: Timed) -> Iterator[str]:
     middle = median(window.times_s)
-    far = [
-        (abs(time_s - middle), number)
-        for number, time_s in zip(window.steps, window.times_s, strict=True)
-        if abs(time_s - middle) > OUTLIER * middle
-    ]
-    if far:
+    if max(max(window.times_s) - middle, middle - min(window.times_s)) > OUTLIER * middle:
+        distances = zip((abs(time_s - middle) for time_s in window.times_s), window.steps, strict=True)
+        far = [(distance, number) for distance, number in distances if distance > OUTLIER * middle]
         _, worst = max(far)
         yield (
             f"{len(far)} of {count(len(window.times_s), 'step')} more than {OUTLIER:.0%} from the window's median of "
@@ -99,7 +105,7 @@ def _trend(window: Timed) -> Iterator[str]:
         yield f"the window's second half is {abs(second / first - 1):.1%} {way} than its first"
 
 
-def _ranks(steps: dict[int, Step]) -> Iterator[str]:
+def _ranks(steps: Mapping[int, Step]) -> Iterator[str]:
     for number, step in steps.items():
         if step.fastest_s and step.time_s and step.time_s > step.fastest_s * (1 + RANKS):
             yield f"step {number} is told of more than once: {step.fastest_s:.4g} to {step.time_s:.4g} s; the slowest counts"

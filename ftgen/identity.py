@@ -6,6 +6,7 @@ A plan is read for the keys the tables need and no others: a plan of a later ftg
 import json
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from ftgen import catalogue
@@ -77,11 +78,12 @@ def from_plan(text: str | bytes, file: str) -> tuple[Identity, dict[str, Any]]:
     return Identity(**values), plan
 
 
-def from_name(experiment: str) -> Identity:
+@lru_cache
+def from_name(experiment: str, global_batch_size: int | None = None) -> Identity:
     """The identity in the recipe's {lora|sft}_nemo_{model}_{precision}_{gpus}; what that leaves out is the recipe's."""
     match = RECIPE_NAME.fullmatch(experiment)
     if not match:
-        return Identity(experiment)
+        return Identity(experiment, global_batch_size=global_batch_size)
     model = catalogue.models().get(match["model"])
     return Identity(
         experiment,
@@ -90,6 +92,7 @@ def from_name(experiment: str) -> Identity:
         precision=match["precision"],
         gpu=RECIPE_GPU,
         gpus=int(match["gpus"]),
+        global_batch_size=global_batch_size,
         seq_length=RECIPE_SEQ_LENGTH,
         flops_per_sample=model.flops(RECIPE_SEQ_LENGTH) if model else None,
         peak_flops=catalogue.gpus()[RECIPE_GPU].peak_flops(match["precision"]),

@@ -51,6 +51,9 @@ def blocks(path: Path, start: int = 0, end: int | None = None) -> Iterator[Block
     A block ends where a line does, unless that line is longer than a block.
     """
     try:
+        if start == 0 and end is None and (raw := _whole(path)) is not None:
+            yield Block(0, raw)
+            return
         offset = _first_line(path, start)
         with closing(_stream(path)) as file:
             _skip(file, offset)
@@ -117,16 +120,32 @@ def _line_end(raw: bytes, start: int = 0) -> int:
     return min(ends) + 1 if ends else 0
 
 
+def _whole(path: Path) -> bytes | None:
+    """All of a file in one go; None if that is empty, compressed or larger than a block."""
+    descriptor, size = _descriptor(path)
+    try:
+        raw = os.read(descriptor, size) if 0 < size <= BLOCK else b""
+    finally:
+        os.close(descriptor)
+    return raw if raw and not raw.startswith(PACKED) else None
+
+
 def _open(path: Path) -> IO[bytes]:
+    return open(_descriptor(path)[0], "rb", buffering=0)  # noqa: PTH123
+
+
+def _descriptor(path: Path) -> tuple[int, int]:
+    """The file, open, and its size; LogFileError."""
     try:
         # a pipe would wait for somebody to write into it
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise LogFileError(f"the log cannot be read: {error.strerror}") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
         raise LogFileError("the log cannot be read: it is no file")
-    return open(descriptor, "rb", buffering=0)  # noqa: PTH123
+    return descriptor, status.st_size
 
 
 def _stream(path: Path) -> "IO[bytes] | _Unpacked":

@@ -12,7 +12,7 @@ from datetime import datetime
 from itertools import groupby
 from typing import Any
 
-from ftgen.chunk import FEW, Chunk, bare, chunk_of, shape_of
+from ftgen.chunk import FEW, Chunk, bare, chunk_of, shape_of, whole_chunk
 from ftgen.endings import ENDING, Ending, endings, tells
 from ftgen.identity import Identity
 from ftgen.log_file import Block
@@ -122,6 +122,8 @@ def scan(block: Block) -> list[Item]:
 def scan_text(text: bytes) -> list[Item]:
     """What is in some lines."""
     end = text.rfind(b"\n") + 1
+    if end == len(text) and (chunk := whole_chunk(text)):
+        return [chunk]
     found = list(_scan_lines(text[:end] if end < len(text) else text)) if end else []
     if end < len(text):
         found += _scan_lines(text[end:])  # a line that was not finished
@@ -142,7 +144,7 @@ def _scan_lines(text: bytes) -> Iterator[Item]:
             yield from _scan_lines(text[at:])
             return
     yield from endings(text[:start])
-    chunk = None if BRIDGE in words else _whole_chunk(text[start:stop])
+    chunk = None if BRIDGE in words else whole_chunk(text[start:stop])
     if chunk:
         yield chunk
     else:
@@ -150,25 +152,9 @@ def _scan_lines(text: bytes) -> Iterator[Item]:
     yield from endings(text[stop:])
 
 
-def _whole_chunk(text: bytes) -> Chunk | None:
-    """The text as one chunk, if there are step lines of one shape in it and nothing else."""
-    end = text.find(b"\n") + 1
-    shape = shape_of(text[:end])
-    if shape is None:
-        return None
-    second = text[end : text.find(b"\n", end) + 1]
-    if second and bare(second) != shape.bare:
-        return None
-    bared = bare(text)
-    count, rest = divmod(len(bared), len(shape.bare))
-    if rest or bared != shape.bare * count:
-        return None
-    return chunk_of(text, count, shape)
-
-
 def _scan_mixed(text: bytes, words: list[bytes]) -> Iterator[Item]:
     """Step lines, neighbours of one shape together, and what tells of an ending between them."""
-    chunk = _whole_chunk(_only(text, words[0])) if len(words) == 1 and words[0] != BRIDGE and not tells(text) else None
+    chunk = whole_chunk(_only(text, words[0])) if len(words) == 1 and words[0] != BRIDGE and not tells(text) else None
     if chunk:
         yield chunk
         return

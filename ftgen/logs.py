@@ -6,9 +6,7 @@ the other, or in parallel.
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -107,7 +105,7 @@ def _identify(run: Run, log: Log) -> None:
                 return
         except LogError as error:
             log.problems.append(identity.problem_lines(error))
-    log.identity = replace(log.identity, global_batch_size=_batch(log))
+    log.identity = identity.from_name(run.experiment, _batch(log))
 
 
 def _same(plan: bytes, head: bytes) -> bool:
@@ -122,8 +120,8 @@ def _same(plan: bytes, head: bytes) -> bool:
 def _batch(log: Log) -> int | None:
     """Samples a step: as most of the last step lines say, else by how many were consumed; None if that is no number."""
     last = log.steps.between(log.steps.last - LAST_LINES, log.steps.last + 1)
-    said = Counter(step.global_batch_size for step in last.values() if step.global_batch_size)
+    said = [step.global_batch_size for step in last.values() if step.global_batch_size]
     if not said:
         sizes = ((step.consumed_samples or 0.0) / (number + 1) for number, step in last.items())
-        said = Counter(int(size) for size in sizes if 1 <= size < 1e9 and size.is_integer())
-    return max(said, key=lambda size: said[size]) if said else None
+        said = [int(size) for size in sizes if 1 <= size < 1e9 and size.is_integer()]
+    return max(dict.fromkeys(said), key=said.count, default=None)

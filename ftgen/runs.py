@@ -1,4 +1,6 @@
-"""Where runs are. In: directories. Out: a `Run` for each run below them, as the names of its files tell it."""
+"""Where runs are. In: directories. Out: the `Folder`s with logs below them, and a `Run` for each run in those.
+
+Runs are told by the names of their files alone: no file is opened."""
 
 import os
 import re
@@ -30,51 +32,89 @@ class Run(NamedTuple):
     size: int = 0  # bytes of the log
 
 
+class Folder(NamedTuple):
+    """A directory with logs in it. Paths are strings here: the others cost more than all the rest."""
+
+    path: str
+    logs: dict[str, int]  # bytes, by name
+    others: list[str]  # names of what may belong to them
+
+    @property
+    def size(self) -> int:
+        """Bytes of all the logs."""
+        return sum(self.logs.values())
+
+
 def find_runs(paths: Iterable[str | Path], tell: Tell = lambda _: None) -> list[Run]:
     """Every run below the directories (or of the log files) in `paths`, by experiment and id.
 
     Links to directories are followed in `paths` only. LogError: a path that is not there, or no run at all.
     """
+    return sorted((run for folder in find_folders(paths, tell) for run in runs_in(folder)), key=order)
+
+
+def order(run: Run) -> tuple[str, int, str, str]:
+    """By experiment and id, ids as numbers."""
+    return run.experiment, len(run.run_id), run.run_id, os.fspath(run.log)
+
+
+def find_folders(paths: Iterable[str | Path], tell: Tell = lambda _: None) -> Iterator[Folder]:
+    """The directories that the runs are in, as they are found; each log once. LogError as `find_runs`."""
     tops = [os.fspath(path) for path in paths]
     missing = [Problem((), f"there is no {top}") for top in tops if not os.path.lexists(top)]
     if missing:
         raise LogError(*missing)
     seen: set[tuple[int, int]] = set()
-    runs = [run for folder in _folders(tops, tell) for run in _runs(folder, seen, tell)]
-    if not runs:
+    none = True
+    for path, names, others in _folders(tops, tell):
+        sizes = ((name, _size(os.path.join(path, name), seen, tell)) for name in names)  # noqa: PTH118
+        logs = {name: size for name, size in sizes if size is not None}
+        if logs:
+            none = False
+            yield Folder(path, logs, others)
+    if none:
         where = ", ".join(tops) or "no directory"
         what = f"no run found below {where}: no file is named log-<account>.<experiment>_<id>_<restart>.out"
         raise LogError(Problem((), what, "runs keep their logs in $STAGE_PATH/logs"))
-    return sorted(runs, key=lambda run: (run.experiment, len(run.run_id), run.run_id, os.fspath(run.log)))
 
 
-class Folder(NamedTuple):
-    """A directory with logs in it. Paths are strings here: the others cost more than all the rest."""
+def runs_in(folder: Folder) -> Iterator[Run]:
+    """The runs of one directory; the highest restart of each is its log."""
+    restarts: dict[tuple[str, str], list[tuple[int, str, int]]] = {}
+    for name, size in folder.logs.items():
+        match = LOG_NAME.fullmatch(name)
+        stem, run_id, restart = match.group("stem", "id", "restart") if match else (Path(name).stem, "", "0")
+        restarts.setdefault((stem, run_id), []).append((int(restart), name, size))
+    place = os.path.join(folder.path, "")  # noqa: PTH118
+    # where logs of several runs were put together, a plan beside them is that of one at most
+    plan = Path(place + PLAN) if PLAN in folder.others and len(restarts) == 1 else None
+    for (stem, run_id), found in restarts.items():
+        restart, name, size = max(found)
+        beside = [name for name in folder.others if run_id and name.endswith(f"_{run_id}.out")]
+        batch = Path(place + min(beside)) if beside else None
+        yield Run(_experiment(folder.path, stem), run_id, Path(place + name), restart, len(found) - 1, plan, batch, size)
 
-    path: str
-    logs: dict[str, re.Match[str] | None]  # by name; what it tells, if it is named like a log
-    others: list[str]
 
-
-def _folders(tops: list[str], tell: Tell) -> Iterator[Folder]:
-    asked: dict[str, dict[str, re.Match[str] | None]] = {}
+def _folders(tops: list[str], tell: Tell) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Directories, with the names of the logs there, and of what may belong to them."""
+    asked: dict[str, list[str]] = {}
     for top in tops:
         if os.path.isdir(top):  # noqa: PTH112
             yield from _below(top, tell)
         else:
             path, name = os.path.split(top)
-            asked.setdefault(path, {})[name] = LOG_NAME.fullmatch(name)
+            names = asked.setdefault(path, [])
+            names += [name] if name not in names else []
     for path, logs in asked.items():  # these count whatever they are called
-        yield Folder(path, logs, [PLAN] if Path(path, PLAN).is_file() else [])
+        yield path, logs, [PLAN] if Path(path, PLAN).is_file() else []
 
 
-def _below(top: str, tell: Tell) -> Iterator[Folder]:
+def _below(top: str, tell: Tell) -> Iterator[tuple[str, list[str], list[str]]]:
     """The directories with logs in and below one. Half the time that os.walk takes: it asks less of other files."""
     ahead = [top]
     while ahead:
         path = ahead.pop()
-        inside, others = [], []
-        logs: dict[str, re.Match[str] | None] = {}
+        inside, logs, others = [], [], []
         try:
             with os.scandir(path) as entries:
                 for entry in entries:
@@ -83,38 +123,22 @@ def _below(top: str, tell: Tell) -> Iterator[Folder]:
                         inside.append(name)
                     elif entry.is_symlink() and os.path.isdir(entry.path):  # noqa: PTH112
                         continue
-                    elif name.startswith("log-") and (match := LOG_NAME.fullmatch(name)):
-                        logs[name] = match
+                    elif name.startswith("log-") and LOG_NAME.fullmatch(name):
+                        logs.append(name)
                     elif name == PLAN or name.startswith("sbatch_"):
                         others.append(name)
         except OSError as error:
             tell(_unreadable(error))
             continue
         if logs:
-            yield Folder(path, logs, others)
-        ahead += [os.path.join(path, name) for name in sorted(inside, reverse=True)]  # noqa: PTH118
+            yield path, logs, others
+        if inside:
+            within = os.path.join(path, "")  # noqa: PTH118
+            ahead += [within + name for name in sorted(inside, reverse=True)]
 
 
 def _unreadable(error: OSError) -> str:
     return f"{error.filename}: cannot be read: {error.strerror}: runs in it are not counted"
-
-
-def _runs(folder: Folder, seen: set[tuple[int, int]], tell: Tell) -> Iterator[Run]:
-    """The runs of one directory; the highest restart of each is its log."""
-    restarts: dict[tuple[str, str], list[tuple[int, str, int]]] = {}
-    for name, match in folder.logs.items():
-        size = _size(os.path.join(folder.path, name), seen, tell)  # noqa: PTH118
-        if size is not None:
-            stem, run_id, restart = match.group("stem", "id", "restart") if match else (Path(name).stem, "", "0")
-            restarts.setdefault((stem, run_id), []).append((int(restart), name, size))
-    place = Path(folder.path)
-    # where logs of several runs were put together, a plan beside them is that of one at most
-    plan = place / PLAN if PLAN in folder.others and len(restarts) == 1 else None
-    for (stem, run_id), found in restarts.items():
-        restart, name, size = max(found)
-        beside = [name for name in folder.others if run_id and name.endswith(f"_{run_id}.out")]
-        batch = place / min(beside) if beside else None
-        yield Run(_experiment(folder.path, stem), run_id, place / name, restart, len(found) - 1, plan, batch, size)
 
 
 def _size(path: str, seen: set[tuple[int, int]], tell: Tell) -> int | None:

@@ -10,6 +10,7 @@ Numbers are what the line says and nothing else: steps are counted from 0 and se
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 # The word by which a step line is known.
@@ -39,6 +40,9 @@ class Step(NamedTuple):
     consumed_samples: float | None = None  # until the step's end
     planned: int | None = None  # steps in all
     fastest_s: float | None = None  # of the fastest rank, where several said so
+
+
+_step = partial(tuple.__new__, Step)  # Step._make without its check
 
 
 class StepLine(NamedTuple):
@@ -113,22 +117,29 @@ def parse(line: bytes) -> StepLine | None:
     return StepLine(_step_number(fields, keys), step, _invalid(fields, keys), bar)
 
 
-def steps_of(said: Mapping[str, Sequence[float]], keys: Keys, planned: Sequence[int], count: int) -> list[Step]:
+def steps_of(said: Mapping[str, Sequence[float]], keys: Keys, planned: Sequence[int], count: int) -> Iterator[Step]:
     """So many steps of what is said of each, in the framework's units; `planned` may be empty."""
-    times = (time_s / keys.second for time_s in said["time"])
+    times = said["time"] if keys.second == 1 else [time_s / keys.second for time_s in said["time"]]
     nothing = (None,) * count
     columns = (
-        [time_s if SHORTEST_STEP_S < time_s < LONGEST_STEP_S else None for time_s in times],  # NaN is not, either
+        _within(times, SHORTEST_STEP_S, LONGEST_STEP_S),
         said.get("loss", nothing),
         said.get("grad_norm", nothing),
-        [memory if 0 < memory < MOST else None for memory in said.get("memory", ())] or nothing,  # 0 is said without a GPU
+        _within(said.get("memory", ()), 0, MOST) or nothing,  # 0 is said without a GPU
         said.get("tflops", nothing),
         [int(batch) if 1 <= batch < 1e9 else None for batch in said.get("batch", ())] or nothing,
         said.get("consumed", nothing),
         planned or nothing,
         nothing,
     )
-    return list(map(Step._make, zip(*columns, strict=True)))
+    return map(_step, zip(*columns, strict=True))
+
+
+def _within(numbers: Sequence[float], least: float, most: float) -> Sequence[float | None]:
+    """None in place of what is not between the two; NaN is not, where it is alone."""
+    if not numbers or least < min(numbers) <= max(numbers) < most:
+        return numbers
+    return [number if least < number < most else None for number in numbers]
 
 
 def cells_of(line: bytes, keys: Keys) -> tuple[tuple[str, int, bytes], ...]:

@@ -20,17 +20,18 @@ class Steps(Mapping[int, Step]):
         self._single = dict(steps or {})
         self._of_bars: set[int] = set()
         self._chunks: list[Chunk] = []  # ascending
+        self._in_chunks = 0  # steps
         self._again: dict[int, Callable[[Chunk], Chunk]] = {}  # by a chunk's first step: how to read its text again
         self._kept = 0  # the chunks before it have no text
         self._text = 0  # bytes of the others
-        self._recent: tuple[range, dict[int, Step]] = (range(0), {})  # what was asked for last
+        self._recent: tuple[range, Mapping[int, Step]] = (range(0), {})  # what was asked for last
         self.last = max(self._single, default=-1)  # the highest number; -1 where there is no step
 
     def __repr__(self) -> str:
         return f"Steps({dict(self)})"
 
     def __len__(self) -> int:
-        return len(self._single) + sum(chunk.last - chunk.first + 1 for chunk in self._chunks)
+        return len(self._single) + self._in_chunks
 
     def __iter__(self) -> Iterator[int]:
         spans = [(number, number) for number in self._single] + [chunk[:2] for chunk in self._chunks]
@@ -51,30 +52,33 @@ class Steps(Mapping[int, Step]):
             found = self.between(chunk.first, chunk.last + 1)
         return found.get(step, NOTHING)  # the file is not any more what it was
 
-    def between(self, start: int, stop: int) -> dict[int, Step]:
+    def between(self, start: int, stop: int) -> Mapping[int, Step]:
         """The steps from `start` to before `stop` that are there, in ascending order; no others are read."""
         asked, found = self._recent
+        if asked.start == start and asked.stop == stop:
+            return found
         if start in asked and stop - 1 in asked:
             return {number: step for number, step in found.items() if start <= number < stop}
-        found = {}
+        read: dict[int, Step] = {}
         for chunk in self._chunks:
             if chunk.first < stop and start <= chunk.last:
-                found |= _read(self._whole(chunk), max(start, chunk.first), min(stop, chunk.last + 1))
+                read |= self._whole(chunk).steps(max(start, chunk.first), min(stop, chunk.last + 1))
         if self._single:
-            found |= {number: step for number, step in self._single.items() if start <= number < stop}
-            found = dict(sorted(found.items()))
-        self._recent = range(start, stop), found
-        return found
+            read |= {number: step for number, step in self._single.items() if start <= number < stop}
+            read = dict(sorted(read.items()))
+        self._recent = range(start, stop), read
+        return read
 
     def add_chunk(self, chunk: Chunk, again: Callable[[Chunk], Chunk]) -> None:
         """Take a chunk; `again` is how to read it once more."""
         self._recent = range(0), {}
         if chunk.first <= self.last:
             self._again[chunk.first] = again
-            for line in self._whole(chunk).step_lines(chunk.first, chunk.last + 1):
-                self.add(line, line.number or 0)
+            for number, step in self._whole(chunk).steps(chunk.first, chunk.last + 1).items():
+                self.add(StepLine(number, step), number)
             return
         self._chunks.append(chunk)
+        self._in_chunks += chunk.last - chunk.first + 1
         self._again[chunk.first] = again
         self._text += len(chunk.text)
         self.last = chunk.last
@@ -111,15 +115,12 @@ class Steps(Mapping[int, Step]):
 
     def _dissolve(self, chunk: Chunk) -> None:
         place = self._chunks.index(chunk)
-        self._single |= _read(self._whole(chunk), chunk.first, chunk.last + 1)
+        self._single |= self._whole(chunk).steps(chunk.first, chunk.last + 1)
         del self._chunks[place]
+        self._in_chunks -= chunk.last - chunk.first + 1
         if place < self._kept:
             self._kept -= 1
         self._text -= len(chunk.text)
-
-
-def _read(chunk: Chunk, start: int, stop: int) -> dict[int, Step]:
-    return {line.number: line.step for line in chunk.step_lines(start, stop) if line.number is not None}
 
 
 def _slower(one: Step, other: Step) -> Step:

@@ -1,40 +1,49 @@
-"""Many runs at once. In: `Run`s. Out: a `Summary` of each, in the same order, by as many processes as are worth it.
+"""Many runs at once. In: the `Folder`s that they are in. Out: a `Summary` of each, or what else is made of their logs.
 
-A process takes some logs, or a part of a big one: what it finds there goes back, and is put together here, in order.
+Several processes read while this one still looks for more. Each takes some folders, or a part of a big log: what it finds
+there goes back, and is put together here, in order.
 """
 
 import gc
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from multiprocessing.pool import AsyncResult, Pool
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 from ftgen import catalogue, identity
 from ftgen.chunk import Chunk
 from ftgen.log_file import LogFileError, blocks, edges, is_packed
 from ftgen.log_lines import Item, Log, scan
-from ftgen.logs import CLOCK_BYTES, settle, take
-from ftgen.runs import Run
-from ftgen.summarize import Summary, judge, summarize
+from ftgen.logs import CLOCK_BYTES, read_log, settle, take
+from ftgen.runs import Folder, Run, order, runs_in
+from ftgen.summarize import Summary, judge
 from ftgen.window import Window, checked
 
 ALONE = 16 << 20  # bytes: less is read before another process has started
 BIG = 64 << 20  # bytes of a log that several processes read
 PART = 16 << 20  # bytes of it that one of them reads at a time
-BATCH = 2 << 20  # bytes of logs that one of them reads at a time
+BATCH = 4 << 20  # bytes of logs that one of them reads at a time
 RUN_BYTES = 16 << 10  # what a run takes to be found and judged, in bytes that could be read meanwhile
+KEPT = 8 << 20  # bytes that are not given back to the system as soon as they are free
 
+Made = TypeVar("Made")
+Make = Callable[[Run, Log], Made]  # what is to be made of a run and its log
 Progress = Callable[[int], object]  # called with the bytes that have been read since the last call
 
 
 class Task(NamedTuple):
-    """What one process does at a time: some runs, or a part of one."""
+    """What one process does at a time; or the run whose log several read in parts."""
 
-    runs: tuple[Run, ...]
-    window: Window | None
-    part: tuple[int, int] | None = None  # of the one run's log
+    works: list[Folder | Run]
+    size: int  # bytes
+    big: Run | None = None
 
 
 class Part(NamedTuple):
@@ -47,21 +56,84 @@ class Part(NamedTuple):
 
 
 def summarize_all(
-    runs: Sequence[Run], *, window: Window | None = None, progress: Progress = lambda _: None, processes: int | None = None
+    folders: Iterable[Folder],
+    *,
+    window: Window | None = None,
+    progress: Progress = lambda _: None,
+    processes: int | None = None,
 ) -> list[Summary]:
-    """A summary of each run; `processes` is by default what this machine has, fewer for little work."""
+    """A summary of each run, in the order of `find_runs`."""
     if window is not None:
         checked(window)
+    return read_all(folders, partial(judge, window=window), progress=progress, processes=processes)
+
+
+def read_all(
+    folders: Iterable[Folder], make: Make[Made], *, progress: Progress = lambda _: None, processes: int | None = None
+) -> list[Made]:
+    """What `make` makes of each run, in the order of `find_runs`; it goes from one process to another.
+
+    `processes` is by default what this machine has, fewer for little work.
+    """
     processes = processes or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    if processes == 1 or sum(run.size + RUN_BYTES for run in runs) < ALONE:
-        return list(_one_by_one(runs, window, progress))
-    tasks = list(_tasks(runs, window))
+    coming = iter(folders)
+    first = list(_until(coming, ALONE)) if processes > 1 else []
+    with _without_cycles():
+        if sum(map(_weight, first)) < ALONE:
+            made = list(_one_by_one(chain(first, coming), make, progress))
+        else:
+            made = _at_once(chain(first, coming), make, progress, processes)
+    return [one for _, one in sorted(made, key=lambda pair: pair[0])]
+
+
+def _weight(folder: Folder) -> int:
+    return folder.size + RUN_BYTES * len(folder.logs)
+
+
+def _until(folders: Iterator[Folder], enough: int) -> Iterator[Folder]:
+    """As many folders as make up so much work."""
+    weight = 0
+    while weight < enough and (folder := next(folders, None)):
+        weight += _weight(folder)
+        yield folder
+
+
+@contextmanager
+def _without_cycles() -> Iterator[None]:
+    """What is made here has no cycles: to look for them in ever more of it takes a tenth of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _one_by_one(folders: Iterable[Folder], make: Make[Made], progress: Progress) -> Iterator[tuple[Any, Made]]:
+    for folder in folders:
+        for run in runs_in(folder):
+            yield order(run), make(run, read_log(run))
+        progress(folder.size)
+
+
+def _at_once(folders: Iterable[Folder], make: Make[Made], progress: Progress, processes: int) -> list[tuple[Any, Made]]:
+    """With what sorts it; tasks are given out while there are more folders to come."""
+    made: list[tuple[Any, Made]] = []
     catalogue.models(), catalogue.gpus(), catalogue.published()  # read once, not in every process
-    with _context().Pool(min(processes, len(tasks)), _begin, (tasks,)) as pool:
-        summaries = list(_together(tasks, pool.imap(_work, range(len(tasks))), window, progress))
+    with _context().Pool(processes, _begin, (make,)) as pool:
+        given: deque[tuple[Task, list[AsyncResult[Any]]]] = deque()
+        for task in _tasks(folders):
+            given.append((task, _give(pool, task)))
+            while all(result.ready() for result in given[0][1]):
+                made += _got(*given.popleft(), make, progress)
+                if not given:
+                    break
+        while given:
+            made += _got(*given.popleft(), make, progress)
         pool.close()
         pool.join()
-        return summaries
+    return made
 
 
 def _context() -> multiprocessing.context.BaseContext:
@@ -69,40 +141,32 @@ def _context() -> multiprocessing.context.BaseContext:
     return multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
 
 
-_shared: list[Task] = []  # in each process all the tasks, so that a number is enough to say which
+_make: list[Make[Any]] = []  # in each process
 
 
-def _begin(tasks: list[Task]) -> None:
+def _begin(make: Make[Any]) -> None:
     """In each process: ^C is the first one's to see, and there are no cycles to be collected."""
-    _shared[:] = tasks
+    _make[:] = [make]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.disable()
+    bytes(KEPT)  # glibc keeps as much as was once freed at a time; without, each block's memory is new, page by page
 
 
-def _one_by_one(runs: Sequence[Run], window: Window | None, progress: Progress) -> Iterator[Summary]:
-    for run in runs:
-        yield summarize(run, window=window)
-        progress(run.size)
-
-
-def _tasks(runs: Sequence[Run], window: Window | None) -> Iterator[Task]:
-    some: list[Run] = []
-    for run in runs:
-        if run.size > BIG and not _packed(run):
-            yield from _batch(some, window)
-            some = []
-            yield from (Task((run,), window, (start, start + PART)) for start in range(0, run.size, PART))
-        else:
-            some.append(run)
-            if sum(one.size + RUN_BYTES for one in some) > BATCH:
-                yield from _batch(some, window)
-                some = []
-    yield from _batch(some, window)
-
-
-def _batch(runs: list[Run], window: Window | None) -> Iterator[Task]:
-    if runs:
-        yield Task(tuple(runs), window)
+def _tasks(folders: Iterable[Folder]) -> Iterator[Task]:
+    """Big logs by themselves, all others in batches."""
+    works: list[Folder | Run] = []
+    size = weight = 0
+    for folder in folders:
+        runs = list(runs_in(folder)) if max(folder.logs.values()) > BIG else []
+        big = [run for run in runs if run.size > BIG and not _packed(run)]
+        yield from (Task([], run.size, run) for run in big)
+        works += [run for run in runs if run not in big] if big else [folder]
+        size += folder.size - sum(run.size for run in big)
+        weight += _weight(folder)
+        if weight > BATCH:
+            yield Task(works, size)
+            works, size, weight = [], 0, 0
+    yield Task(works, size)
 
 
 def _packed(run: Run) -> bool:
@@ -112,20 +176,45 @@ def _packed(run: Run) -> bool:
         return True
 
 
-def _work(place: int) -> list[Summary] | Part:
-    """One task, in a process of its own."""
-    task = _shared[place]
-    if task.part is None:
-        return [summarize(run, window=task.window) for run in task.runs]
-    start, end = task.part
+def _give(pool: Pool, task: Task) -> list[AsyncResult[Any]]:
+    if not task.big:
+        return [pool.apply_async(_read_some, (task.works,))]
+    path, size = task.big.log, task.big.size
+    ends = [*range(PART, size, PART), None]  # the last part goes as far as the log by then
+    return [pool.apply_async(_read_part, (path, start, end)) for start, end in zip(range(0, size, PART), ends, strict=True)]
+
+
+def _got(task: Task, results: list[AsyncResult[Any]], make: Make[Made], progress: Progress) -> list[tuple[Any, Made]]:
+    """What became of a task."""
+    if not task.big:
+        made: list[tuple[Any, Made]] = results[0].get()
+        progress(task.size)
+        return made
+    parts = []
+    for result in results:
+        parts.append(result.get())
+        progress(min(PART, task.size - PART * (len(parts) - 1)))
+    return [(order(task.big), make(task.big, _joined(task.big, parts)))]
+
+
+def _read_some(works: list[Folder | Run]) -> list[tuple[Any, Any]]:
+    """In a process of its own: what is made of each run."""
+    runs = chain.from_iterable(runs_in(work) if isinstance(work, Folder) else (work,) for work in works)
+    return [(order(run), _make[0](run, read_log(run))) for run in runs]
+
+
+def _read_part(path: Path, start: int, end: int | None) -> Part:
+    """In a process of its own: what is in a part of a log."""
     items: list[Item] = []
+    stop = start
     try:
-        for block in blocks(task.runs[0].log, start, end if end < task.runs[0].size else None):
+        for block in blocks(path, start, end):
             for item in scan(block):
                 _add(items, item)
+            stop = block.offset + len(block.raw)
     except LogFileError as error:
-        return Part(start, end, items, str(error))
-    return Part(start, end, items)
+        return Part(start, end or stop, items, str(error))
+    return Part(start, end or stop, items)
 
 
 def _add(items: list[Item], item: Item) -> None:
@@ -137,23 +226,6 @@ def _add(items: list[Item], item: Item) -> None:
             items[-1] = last._replace(last=item.last)
             return
     items.append(item)
-
-
-def _together(
-    tasks: Sequence[Task], results: Iterator[list[Summary] | Part], window: Window | None, progress: Progress
-) -> Iterator[Summary]:
-    """The summaries, in the tasks' order."""
-    for (runs, _), group in groupby(zip(tasks, results, strict=True), lambda pair: (pair[0].runs, pair[0].part is None)):
-        parts = []
-        for _, result in group:
-            if isinstance(result, Part):
-                parts.append(result)
-                progress(min(result.end, runs[0].size) - result.start)
-            else:
-                yield from result
-                progress(sum(run.size for run in runs))
-        if parts:
-            yield judge(runs[0], _joined(runs[0], parts), window=window)
 
 
 def _joined(run: Run, parts: Sequence[Part]) -> Log:

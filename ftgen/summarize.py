@@ -5,6 +5,7 @@ The formulas are those of the recipe; a figure that is not known, or not to be t
 
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 
 from ftgen import catalogue
 from ftgen.catalogue import Published
@@ -138,6 +139,7 @@ def _notes(run: Run, log: Log) -> list[str]:
     return notes
 
 
+@lru_cache
 def _published(what: Identity) -> Published | None:
     """The recipe's figures, where they are for the same tokens a step; on whatever GPU."""
     if not (what.model and what.scheme and what.precision and what.gpus):

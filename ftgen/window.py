@@ -4,9 +4,11 @@ Steps are numbered from 0, as NeMo prints them, whatever the framework that wrot
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import fsum, sqrt
+from operator import attrgetter
+from typing import Any
 
 from ftgen.errors import LogError, Problem
 from ftgen.step_line import Step
@@ -15,6 +17,7 @@ from ftgen.steps import Steps
 Window = int | range  # so many last steps, or from the first to before the end
 RECIPE_WINDOW = 20  # steps
 
+TIME = attrgetter("time_s")
 WINDOW = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
 
 
@@ -24,23 +27,17 @@ class Timed:
 
     first: int | None
     last: int | None
-    steps: dict[int, Step] = field(default_factory=dict)  # those of the window that are there, in ascending order
+    steps: Mapping[int, Step] = field(default_factory=dict)  # those of the window that are there, in ascending order
     times_s: tuple[float, ...] = ()
     why_not: str | None = None
+    mean_s: float | None = None  # the mean step time in seconds: of all the window's steps or of none
+    spread: float | None = None  # the standard deviation (of a sample) as a fraction of it; None of fewer than two steps
 
-    @cached_property
-    def mean_s(self) -> float | None:
-        """The mean step time in seconds: of all the window's steps or of none."""
-        return fsum(self.times_s) / len(self.times_s) if self.times_s else None
-
-    @cached_property
-    def spread(self) -> float | None:
-        """The standard deviation (of a sample) as a fraction of the mean; None of fewer than two steps."""
-        mean_s = self.mean_s
-        if len(self.times_s) < 2 or not mean_s:
-            return None
-        squares = fsum((time_s - mean_s) ** 2 for time_s in self.times_s)
-        return sqrt(squares / (len(self.times_s) - 1)) / mean_s
+    @property
+    def said(self) -> dict[str, tuple[Any, ...]]:
+        """What the steps say of each thing, in their order."""
+        columns = zip(*self.steps.values(), strict=True) if self.steps else ((),) * len(Step._fields)
+        return dict(zip(Step._fields, columns, strict=True))
 
 
 def read_window(text: str) -> Window:
@@ -71,14 +68,21 @@ def timed(steps: Steps, window: Window) -> Timed:
         window = range(steps.last - window + 1, steps.last + 1)
     first, last = window[0], window[-1]
     found = steps.between(first, last + 1)
-    times = [step.time_s for step in found.values() if step.time_s is not None]
+    times = [time_s for time_s in map(TIME, found.values()) if time_s is not None]
     if len(times) == len(window):
-        return Timed(first, last, found, tuple(times))
+        mean_s = fsum(times) / len(times)
+        return Timed(first, last, found, tuple(times), None, mean_s, _spread(times, mean_s))
     number = next(number for number in window if number not in found or found[number].time_s is None)
     what = "has no time" if number in found else "is missing"
     return Timed(
         first, last, found, (), f"step {number} {what}, the window needs {first} to {last}: no step time is reported"
     )
+
+
+def _spread(times_s: Sequence[float], mean_s: float) -> float | None:
+    if len(times_s) < 2:
+        return None
+    return sqrt(fsum([(time_s - mean_s) ** 2 for time_s in times_s]) / (len(times_s) - 1)) / mean_s
 
 
 def count(number: int, noun: str) -> str:
