@@ -48,9 +48,9 @@ for log in sorted(Path(sys.argv[1]).rglob("log-*.out")):
 # ftgen's process: what `ftgen tabulate` does, but for printing the table
 FTGEN = """
 import sys
-from ftgen.runs import find_runs
+from ftgen.runs import find_folders
 from ftgen.summaries import summarize_all
-for summary in summarize_all(find_runs(sys.argv[1:])):
+for summary in summarize_all(find_folders(sys.argv[1:])):
     print(summary.step_time_s)
 """
 

@@ -5,8 +5,8 @@ that are equal once their digits are taken out need no more than a look at their
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ftgen.step_line import (
     BRIDGE,
@@ -18,11 +18,14 @@ from ftgen.step_line import (
     Keys,
     Step,
     cells_of,
+    columns_of,
+    number,
     parse,
     steps_of,
 )
 
 VARYING = b"0123456789.e+- "  # what a number is written with, and what pads it
+LATER = ("loss", "grad_norm")  # which no figure needs
 FEW = 4  # lines: fewer are not worth the trouble
 PLANNED = re.compile(rb"iteration(?<!\witeration) +\d{1,9}/ *(\d{1,9}) *\|")  # a word to begin with is found fastest
 INFINITE = re.compile(rb"[eE]\+?\d{3}")  # a number that may be beyond what a number can be
@@ -57,35 +60,85 @@ class Chunk(NamedTuple):
     last: int
     text: bytes  # the lines; empty where they are to be read again from the file
 
-    def steps(self, start: int, stop: int) -> dict[int, Step]:
+    def steps(self, start: int, stop: int) -> Mapping[int, Step]:
         """The steps from `start` to before `stop`, read."""
         after = self.last + 1 - start
         tail = self.text.rsplit(b"\n", after + 1)[-after - 1 :]  # behind the last newline there is nothing
         lines = tail[: min(stop - start, len(tail) - 1)]
-        steps = _read_alike(b"\n".join((*lines, b"")), len(lines))
-        if steps is None:
+        span = _read_alike(b"\n".join((*lines, b"")), range(start, start + len(lines)))
+        if span is None:
             read = (parse(line + b"\n") for line in lines)
             return {line.number: line.step for line in read if line and line.number is not None}
-        return dict(zip(range(start, stop), steps, strict=False))
+        return span
 
 
-def _read_alike(text: bytes, count: int) -> Iterator[Step] | None:
+class Span(Mapping[int, Step]):
+    """Steps that follow one another, by what they say of each thing: a `Step` is put together when it is asked for."""
+
+    def __init__(
+        self, numbers: range, columns: dict[str, Sequence[Any]], later: dict[str, tuple[Sequence[bytes], bytes]]
+    ) -> None:
+        self._numbers = numbers
+        self._columns = columns
+        self._later = later  # cells that are not read yet, and what stands before their numbers
+        self._steps: dict[int, Step] = {}
+
+    def said(self, name: str) -> Sequence[Any]:
+        """What the steps say of one thing, by its name in `Step`."""
+        if name in self._later:
+            self._columns[name] = _what_numbers(*self._later.pop(name))
+        return self._columns.get(name) or (None,) * len(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._numbers)
+
+    def __contains__(self, number: object) -> bool:
+        return number in self._numbers
+
+    def __getitem__(self, number: int) -> Step:
+        if not self._steps:
+            columns = {name: self.said(name) for name in Step._fields}
+            self._steps = dict(zip(self._numbers, steps_of(columns, len(self)), strict=True))
+        return self._steps[number]
+
+
+def _read_alike(text: bytes, numbers: range) -> Span | None:
     """Lines of one shape, read together; None where one of them says something that is no plain number."""
     shape = shape_of(text[: text.find(b"\n") + 1])
+    count = len(numbers)
     if not shape or bare(text) != shape.bare * count:
         return None
     cells = text.replace(b"\n", b"|").split(b"|")
+    said: dict[str, Sequence[float]] = {}
+    later: dict[str, tuple[Sequence[bytes], bytes]] = {}
     try:
-        said = {cell.name: _numbers(cells[cell.place :: shape.cells], cell.before) for cell in shape.said}
+        for name, place, before in shape.said:
+            column = cells[place :: shape.cells]
+            if name in LATER:
+                later[name] = column, before
+            else:
+                said[name] = _numbers(column, before)
     except ValueError:
         return None
-    planned: list[int] = []
+    columns = columns_of(said, shape.keys)
     if shape.counts:
         counts = PLANNED.findall(b"|".join((*cells[0 :: shape.cells], b"")))
         if len(counts) != count:
             return None
-        planned = list(map((1 - shape.keys.first).__add__, map(int, counts)))
-    return steps_of(said, shape.keys, planned, count)
+        columns["planned"] = list(map((1 - shape.keys.first).__add__, map(int, counts)))
+    return Span(numbers, columns, later)
+
+
+def _what_numbers(cells: Sequence[bytes], before: bytes) -> Sequence[float | None]:
+    """The number in each cell; None where there is none."""
+    try:
+        return _numbers(cells, before)
+    except ValueError:
+        parts = (cell.strip().partition(b":") for cell in cells)
+        return [number(value) if key + b":" == before.strip() else None for key, _, value in parts]
 
 
 def _numbers(cells: Sequence[bytes], before: bytes) -> Sequence[float]:
@@ -176,5 +229,5 @@ def _shape(line: bytes, key: bytes) -> Shape | None:
     time = b"| %s: " % keys.names["time"][0]
     if time not in line or len({cell.place for cell in said}) != len(said):
         return None
-    number = re.compile(re.escape(before) + after)
-    return Shape(key, time, number, keys, read.step.planned is not None, tuple(constant), len(cells), said)
+    numbers = re.compile(re.escape(before) + after)
+    return Shape(key, time, numbers, keys, read.step.planned is not None, tuple(constant), len(cells), said)

@@ -5,7 +5,7 @@ Where the two do not fit, one of them is wrong, and the reader should know. The 
 wider than what healthy runs show.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -24,7 +24,7 @@ MEMORY = 0.01  # a peak that one step alone tells of, from all the others'
 SECOND_DIGIT_S = 0.0051  # Megatron-Bridge's second line has two decimals
 
 
-Said = Mapping[str, Sequence[Any]]  # a thing's name, and what each of the steps says of it
+Said = Callable[[str], Sequence[Any]]  # of a thing's name: what each of the steps says of it
 
 
 def doubts(what: Identity, log: Log, window: Timed, tflops_per_gpu: float | None) -> Iterator[str]:
@@ -40,27 +40,27 @@ def doubts(what: Identity, log: Log, window: Timed, tflops_per_gpu: float | None
         return
     yield from _outliers(window)
     yield from _trend(window)
-    if any(said["fastest_s"]):
+    if any(said("fastest_s")):
         yield from _ranks(window.steps)
-    if log.step_times or any(said["tflops_per_gpu"]):
+    if log.step_times or any(said("tflops_per_gpu")):
         yield from _tflops(log, window, tflops_per_gpu)
 
 
 def _other_plan(what: Identity, log: Log, said: Said) -> Iterator[str]:
     """Sizes that are not the plan's, or not the same in all of the window."""
     batch = what.global_batch_size
-    others = {*said["global_batch_size"]} - {batch, None}
+    others = {*said("global_batch_size")} - {batch, None}
     if batch and others:
         yield f"the log has steps of global_batch_size {min(filter(None, others))}, the figures are for {batch}"
-    planned = what.max_steps or (log.steps[log.steps.last].planned if said["planned"] else None)
-    counted = {*said["planned"]} - {planned, None}
+    planned = what.max_steps or (log.steps[log.steps.last].planned if said("planned") else None)
+    counted = {*said("planned")} - {planned, None}
     if counted:
         yield f"step lines count to {count(min(filter(None, counted)), 'step')}, the run was to have {planned}"
 
 
 def _samples(what: Identity, steps: Mapping[int, Step], said: Said) -> Iterator[str]:
     """Samples that are not those of so many steps."""
-    for number, samples, size in zip(steps, said["consumed_samples"], said["global_batch_size"], strict=True):
+    for number, samples, size in zip(steps, said("consumed_samples"), said("global_batch_size"), strict=True):
         batch = what.global_batch_size or size
         if samples is not None and batch and samples != (number + 1) * batch:
             yield (
@@ -68,12 +68,12 @@ def _samples(what: Identity, steps: Mapping[int, Step], said: Said) -> Iterator[
                 f"{count(number + 1, 'step')} of {batch} make {(number + 1) * batch}"
             )
             return
-    if not what.global_batch_size and any(said["consumed_samples"]):
+    if not what.global_batch_size and any(said("consumed_samples")):
         yield "consumed_samples do not tell the global batch size"
 
 
 def _memory(steps: Mapping[int, Step], said: Said) -> Iterator[str]:
-    if len({*said["peak_memory"]}) < 2:
+    if len({*said("peak_memory")}) < 2:
         return
     peaks = sorted((step.peak_memory, number) for number, step in steps.items() if step.peak_memory)
     if len(peaks) > 1 and peaks[-2][0] < peaks[-1][0] * (1 - MEMORY):

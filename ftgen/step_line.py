@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # The word by which a step line is known.
 NEMO = b"train_step_timing in s"
@@ -42,6 +42,13 @@ class Step(NamedTuple):
     fastest_s: float | None = None  # of the fastest rank, where several said so
 
 
+NAMES = {
+    "time": "time_s",
+    "memory": "peak_memory",
+    "tflops": "tflops_per_gpu",
+    "batch": "global_batch_size",
+    "consumed": "consumed_samples",
+}
 _step = partial(tuple.__new__, Step)  # Step._make without its check
 
 
@@ -113,31 +120,32 @@ def parse(line: bytes) -> StepLine | None:
     numbers = ((name, number(fields.get(key))) for name, key in _named(keys, fields))
     said = {name: (value,) for name, value in numbers if value is not None}
     planned = int(last) + 1 - keys.first if last else int(fields.get(b"of") or 0)
-    (step,) = steps_of({"time": (0.0,), **said}, keys, (planned,) if planned else (), 1)
+    columns = columns_of({"time": (0.0,), **said}, keys) | ({"planned": (planned,)} if planned else {})
+    (step,) = steps_of(columns, 1)
     return StepLine(_step_number(fields, keys), step, _invalid(fields, keys), bar)
 
 
-def steps_of(said: Mapping[str, Sequence[float]], keys: Keys, planned: Sequence[int], count: int) -> Iterator[Step]:
-    """So many steps of what is said of each, in the framework's units; `planned` may be empty."""
+def columns_of(said: Mapping[str, Sequence[float]], keys: Keys) -> dict[str, Sequence[Any]]:
+    """What several steps say of each thing, in the framework's units, by the names in `Step`."""
+    columns: dict[str, Sequence[Any]] = {NAMES.get(name, name): numbers for name, numbers in said.items()}
     times = said["time"] if keys.second == 1 else [time_s / keys.second for time_s in said["time"]]
+    columns["time_s"] = _within(times, SHORTEST_STEP_S, LONGEST_STEP_S)
+    if "memory" in said:
+        columns["peak_memory"] = _within(said["memory"], 0, MOST)  # 0 is said without a GPU
+    if "batch" in said:
+        columns["global_batch_size"] = [int(batch) if 1 <= batch < 1e9 else None for batch in said["batch"]]
+    return columns
+
+
+def steps_of(columns: Mapping[str, Sequence[Any]], count: int) -> Iterator[Step]:
+    """So many steps of what they say of each thing."""
     nothing = (None,) * count
-    columns = (
-        _within(times, SHORTEST_STEP_S, LONGEST_STEP_S),
-        said.get("loss", nothing),
-        said.get("grad_norm", nothing),
-        _within(said.get("memory", ()), 0, MOST) or nothing,  # 0 is said without a GPU
-        said.get("tflops", nothing),
-        [int(batch) if 1 <= batch < 1e9 else None for batch in said.get("batch", ())] or nothing,
-        said.get("consumed", nothing),
-        planned or nothing,
-        nothing,
-    )
-    return map(_step, zip(*columns, strict=True))
+    return map(_step, zip(*(columns.get(name, nothing) for name in Step._fields), strict=True))
 
 
 def _within(numbers: Sequence[float], least: float, most: float) -> Sequence[float | None]:
     """None in place of what is not between the two; NaN is not, where it is alone."""
-    if not numbers or least < min(numbers) <= max(numbers) < most:
+    if least < min(numbers) <= max(numbers) < most:
         return numbers
     return [number if least < number < most else None for number in numbers]
 

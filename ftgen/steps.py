@@ -4,9 +4,12 @@ A chunk is read only when one of its steps is asked for, and the text of old one
 so the memory that a log's steps need does not grow with the log.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from operator import attrgetter
+from typing import Any
 
-from ftgen.chunk import Chunk
+from ftgen.chunk import Chunk, Span
 from ftgen.step_line import Step, StepLine
 
 NOTHING = Step(None, None)
@@ -59,15 +62,15 @@ class Steps(Mapping[int, Step]):
             return found
         if start in asked and stop - 1 in asked:
             return {number: step for number, step in found.items() if start <= number < stop}
-        read: dict[int, Step] = {}
-        for chunk in self._chunks:
-            if chunk.first < stop and start <= chunk.last:
-                read |= self._whole(chunk).steps(max(start, chunk.first), min(stop, chunk.last + 1))
-        if self._single:
-            read |= {number: step for number, step in self._single.items() if start <= number < stop}
-            read = dict(sorted(read.items()))
-        self._recent = range(start, stop), read
-        return read
+        chunks = [chunk for chunk in self._chunks if chunk.first < stop and start <= chunk.last]
+        spans = [self._whole(chunk).steps(max(start, chunk.first), min(stop, chunk.last + 1)) for chunk in chunks]
+        if len(spans) == 1 and not self._single:
+            found = spans[0]
+        else:
+            single = {number: step for number, step in self._single.items() if start <= number < stop}
+            found = dict(sorted(chain(single.items(), *(span.items() for span in spans))))
+        self._recent = range(start, stop), found
+        return found
 
     def add_chunk(self, chunk: Chunk, again: Callable[[Chunk], Chunk]) -> None:
         """Take a chunk; `again` is how to read it once more."""
@@ -121,6 +124,11 @@ class Steps(Mapping[int, Step]):
         if place < self._kept:
             self._kept -= 1
         self._text -= len(chunk.text)
+
+
+def said(steps: Mapping[int, Step], name: str) -> Sequence[Any]:
+    """What the steps say of one thing, by its name in `Step`."""
+    return steps.said(name) if isinstance(steps, Span) else list(map(attrgetter(name), steps.values()))
 
 
 def _slower(one: Step, other: Step) -> Step:

@@ -79,7 +79,7 @@ def judge(run: Run, log: Log, *, window: Window | None = None) -> Summary:
     tokens = tokens_per_s(what, time_s)
     utilization = model_flops_utilization(what, time_s)
     tflops = utilization * what.peak_flops / TERA if utilization and what.peak_flops else None
-    peaks = [step.peak_memory for step in part.steps.values() if step.peak_memory]
+    peaks = list(filter(None, part.said("peak_memory")))
     return Summary(
         experiment=what.experiment,
         run_id=run.run_id,

@@ -7,17 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import fsum, sqrt
-from operator import attrgetter
 from typing import Any
 
 from ftgen.errors import LogError, Problem
 from ftgen.step_line import Step
-from ftgen.steps import Steps
+from ftgen.steps import Steps, said
 
 Window = int | range  # so many last steps, or from the first to before the end
 RECIPE_WINDOW = 20  # steps
 
-TIME = attrgetter("time_s")
 WINDOW = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
 
 
@@ -33,11 +31,9 @@ class Timed:
     mean_s: float | None = None  # the mean step time in seconds: of all the window's steps or of none
     spread: float | None = None  # the standard deviation (of a sample) as a fraction of it; None of fewer than two steps
 
-    @property
-    def said(self) -> dict[str, tuple[Any, ...]]:
-        """What the steps say of each thing, in their order."""
-        columns = zip(*self.steps.values(), strict=True) if self.steps else ((),) * len(Step._fields)
-        return dict(zip(Step._fields, columns, strict=True))
+    def said(self, name: str) -> Sequence[Any]:
+        """What the steps say of one thing, by its name in `Step`."""
+        return said(self.steps, name)
 
 
 def read_window(text: str) -> Window:
@@ -68,8 +64,8 @@ def timed(steps: Steps, window: Window) -> Timed:
         window = range(steps.last - window + 1, steps.last + 1)
     first, last = window[0], window[-1]
     found = steps.between(first, last + 1)
-    times = [time_s for time_s in map(TIME, found.values()) if time_s is not None]
-    if len(times) == len(window):
+    times = said(found, "time_s")
+    if len(times) == len(window) and None not in times:
         mean_s = fsum(times) / len(times)
         return Timed(first, last, found, tuple(times), None, mean_s, _spread(times, mean_s))
     number = next(number for number in window if number not in found or found[number].time_s is None)

@@ -16,7 +16,7 @@ from ftgen import endings, log_file, summaries
 from ftgen.errors import LogError
 from ftgen.log_file import LogFileError, blocks
 from ftgen.logs import read_log
-from ftgen.runs import find_runs
+from ftgen.runs import find_folders, find_runs
 from ftgen.summaries import summarize_all
 from ftgen.summarize import summarize
 from ftgen.window import read_window
@@ -111,10 +111,11 @@ def test_several_processes_find_what_one_does(tmp_path, monkeypatch):
     for size in ("ALONE", "BIG", "BATCH"):
         monkeypatch.setattr(summaries, size, 2000)
     monkeypatch.setattr(summaries, "PART", 3000)
-    runs = find_runs([CASES])
+    folders = list(find_folders([CASES]))
     seen = []
-    assert repr(summarize_all(runs, processes=2, progress=seen.append)) == repr(summarize_all(runs, processes=1))
-    assert sum(seen) == sum(run.size for run in runs)
+    found = summarize_all(folders, processes=2, progress=seen.append)
+    assert repr(found) == repr(summarize_all(folders, processes=1)) == repr([*map(summarize, find_runs([CASES]))])
+    assert sum(seen) == sum(folder.size for folder in folders)
 
 
 def test_the_steps_of_a_long_log_are_there_in_full(tmp_path, monkeypatch):
@@ -130,8 +131,8 @@ def test_the_steps_of_a_long_log_are_there_in_full(tmp_path, monkeypatch):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the peak memory")
 def test_memory_does_not_grow_with_the_log(tmp_path):
     code = (
-        "import re, sys; from ftgen.runs import find_runs; from ftgen.summaries import summarize_all;"
-        "print(summarize_all(find_runs(sys.argv[1:]), processes=1)[0].steps);"
+        "import re, sys; from ftgen.runs import find_folders; from ftgen.summaries import summarize_all;"
+        "print(summarize_all(find_folders(sys.argv[1:]), processes=1)[0].steps);"
         "print(re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1])"
     )
     peaks = []
