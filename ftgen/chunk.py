@@ -59,13 +59,14 @@ class Chunk(NamedTuple):
     first: int
     last: int
     text: bytes  # the lines; empty where they are to be read again from the file
+    alike: bool = True  # the lines, all of them
 
     def steps(self, start: int, stop: int) -> Mapping[int, Step]:
         """The steps from `start` to before `stop`, read."""
         after = self.last + 1 - start
         tail = self.text.rsplit(b"\n", after + 1)[-after - 1 :]  # behind the last newline there is nothing
         lines = tail[: min(stop - start, len(tail) - 1)]
-        span = _read_alike(b"\n".join((*lines, b"")), range(start, start + len(lines)))
+        span = _read_alike(b"\n".join((*lines, b"")), range(start, start + len(lines)), checked=self.alike)
         if span is None:
             read = (parse(line + b"\n") for line in lines)
             return {line.number: line.step for line in read if line and line.number is not None}
@@ -105,11 +106,11 @@ class Span(Mapping[int, Step]):
         return self._steps[number]
 
 
-def _read_alike(text: bytes, numbers: range) -> Span | None:
+def _read_alike(text: bytes, numbers: range, *, checked: bool) -> Span | None:
     """Lines of one shape, read together; None where one of them says something that is no plain number."""
     shape = shape_of(text[: text.find(b"\n") + 1])
     count = len(numbers)
-    if not shape or bare(text) != shape.bare * count:
+    if not shape or not (checked or bare(text) == shape.bare * count):
         return None
     cells = text.replace(b"\n", b"|").split(b"|")
     said: dict[str, Sequence[float]] = {}
@@ -190,7 +191,9 @@ def whole_chunk(text: bytes) -> Chunk | None:
 def chunk_of(text: bytes, count: int, shape: Shape) -> Chunk | None:
     """The `count` lines of that shape as a chunk; None if their steps do not follow one another."""
     numbers = shape.number.findall(text)
-    if len(numbers) != count or any(text.count(cell) != count for cell in (shape.time, *shape.constant)):
+    if len(numbers) != count or text.count(shape.time) != count:
+        return None
+    if shape.constant and any(text.count(cell) != count for cell in shape.constant):
         return None
     if shape.keys is MEGATRON_KEYS and INFINITE.search(text):
         return None

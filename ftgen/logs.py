@@ -22,7 +22,7 @@ from ftgen.steps import said
 
 __all__ = ["Run", "find_runs", "read_log"]
 
-CLOCK = re.compile(rb"20\d\d-\d\d-\d\d[ T]\d\d:\d\d:\d\d")
+CLOCK = re.compile(rb"-(?<=20\d\d-)\d\d-\d\d[ T]\d\d:\d\d:\d\d")  # after the year: one byte is found faster than two
 CLOCK_BYTES = 4096  # looked at for it, at the beginning and the end
 LAST_LINES = 19  # before the last one, that are asked for a batch size
 
@@ -57,9 +57,8 @@ def _read_again(path: Path, start: int, end: int, chunk: Chunk) -> Chunk:
         found = [item for block in blocks(path, start, end) for item in scan(block) if isinstance(item, Chunk)]
     except LogFileError:
         return chunk
-    return chunk._replace(
-        text=b"".join(part.text for part in found if chunk.first <= part.first and part.last <= chunk.last)
-    )
+    texts = [part.text for part in found if chunk.first <= part.first and part.last <= chunk.last]
+    return chunk._replace(text=b"".join(texts), alike=len(texts) == 1)
 
 
 def read_batch_log(run: Run) -> dict[str, Ending]:
@@ -78,14 +77,14 @@ def read_batch_log(run: Run) -> dict[str, Ending]:
 def settle(run: Run, log: Log, head: bytes, tail: bytes) -> None:
     """What follows from the whole log: what it is the log of, and when it begins and ends, where these bytes say so."""
     began, ended = CLOCK.search(head), list(CLOCK.finditer(tail))
-    log.started = _datetime(began) if began else None
-    log.ended = _datetime(ended[-1]) if ended else None
+    log.started = _datetime(head[began.start() - 4 : began.end()]) if began else None
+    log.ended = _datetime(tail[ended[-1].start() - 4 : ended[-1].end()]) if ended else None
     _identify(run, log)
 
 
-def _datetime(match: re.Match[bytes]) -> datetime | None:
+def _datetime(text: bytes) -> datetime | None:
     try:
-        return datetime.fromisoformat(match.group().decode())
+        return datetime.fromisoformat(text.decode())
     except ValueError:  # the 31st of June
         return None
 

@@ -67,8 +67,8 @@ def find_folders(paths: Iterable[str | Path], tell: Tell = lambda _: None) -> It
     seen: set[tuple[int, int]] = set()
     none = True
     for path, names, others in _folders(tops, tell):
-        sizes = ((name, _size(os.path.join(path, name), seen, tell)) for name in names)  # noqa: PTH118
-        logs = {name: size for name, size in sizes if size is not None}
+        within = os.path.join(path, "")  # noqa: PTH118
+        logs = {name: size for name in names if (size := _size(within + name, seen, tell)) is not None}
         if logs:
             none = False
             yield Folder(path, logs, others)
@@ -116,17 +116,16 @@ def _below(top: str, tell: Tell) -> Iterator[tuple[str, list[str], list[str]]]:
         path = ahead.pop()
         inside, logs, others = [], [], []
         try:
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    name = entry.name
-                    if entry.is_dir(follow_symlinks=False):
-                        inside.append(name)
-                    elif entry.is_symlink() and os.path.isdir(entry.path):  # noqa: PTH112
-                        continue
-                    elif name.startswith("log-") and LOG_NAME.fullmatch(name):
-                        logs.append(name)
-                    elif name == PLAN or name.startswith("sbatch_"):
-                        others.append(name)
+            for entry in os.scandir(path):
+                name = entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    inside.append(name)
+                elif entry.is_symlink() and os.path.isdir(entry.path):  # noqa: PTH112
+                    continue
+                elif name.startswith("log-") and LOG_NAME.fullmatch(name):
+                    logs.append(name)
+                elif name == PLAN or name.startswith("sbatch_"):
+                    others.append(name)
         except OSError as error:
             tell(_unreadable(error))
             continue
@@ -134,7 +133,8 @@ def _below(top: str, tell: Tell) -> Iterator[tuple[str, list[str], list[str]]]:
             yield path, logs, others
         if inside:
             within = os.path.join(path, "")  # noqa: PTH118
-            ahead += [within + name for name in sorted(inside, reverse=True)]
+            inside.sort(reverse=True)
+            ahead += [within + name for name in inside]
 
 
 def _unreadable(error: OSError) -> str:
@@ -151,9 +151,10 @@ def _size(path: str, seen: set[tuple[int, int]], tell: Tell) -> int | None:
     if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
         tell(f"{path}: passed over: it is no file")
         return None
-    if (status.st_dev, status.st_ino) in seen:
+    place = (status.st_dev, status.st_ino)
+    if place in seen:
         return None
-    seen.add((status.st_dev, status.st_ino))
+    seen.add(place)
     return status.st_size
 
 
