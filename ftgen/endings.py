@@ -98,25 +98,42 @@ def endings(text: bytes) -> Iterator[Ending]:
 
 def tells(text: bytes) -> bool:
     """Whether one of WORDS is in the text, so that something may be told there."""
-    if len(text) >= AT_ONCE and (search := _search_at_once()):
+    return survey(text)[0]
+
+
+def survey(text: bytes, word: bytes = b"") -> tuple[bool, list[int]]:
+    """Whether something may be told in the text, and where another word ends, each time that it is there."""
+    if len(text) >= AT_ONCE and (search := _search_at_once(word)):
         return search(text)
-    return any(rare in text and word in text for rare, word in GUARDED)
+    told = any(rare in text and each in text for rare, each in GUARDED)
+    return told, [match.end() for match in re.finditer(re.escape(word), text)] if word else []
 
 
 @cache
-def _search_at_once() -> Callable[[bytes], bool] | None:
+def _search_at_once(word: bytes) -> Callable[[bytes], tuple[bool, list[int]]] | None:
     """What looks for all the words in one go, ten times as fast as one after the other; None without the package."""
     try:
         import hyperscan
     except ImportError:  # there is no wheel for this machine
         return None
     words = hyperscan.Database()
-    words.compile(expressions=[re.escape(word) for word in WORDS], flags=[hyperscan.HS_FLAG_SINGLEMATCH] * len(WORDS))
+    wanted = [*WORDS, word] if word else WORDS
+    flags = [hyperscan.HS_FLAG_SINGLEMATCH] * len(WORDS) + [0] * (len(wanted) - len(WORDS))
+    words.compile(expressions=list(map(re.escape, wanted)), ids=list(range(len(wanted))), flags=flags)
 
-    def search(text: bytes) -> bool:
-        found: list[int] = []
-        words.scan(text, match_event_handler=lambda word, *_: found.append(word))
-        return bool(found)
+    def search(text: bytes) -> tuple[bool, list[int]]:
+        told: list[int] = []
+        places: list[int] = []
+        others, add = len(WORDS), places.append
+
+        def found(number: int, _start: int, end: int, _flags: int, _context: object) -> None:
+            if number == others:
+                add(end)
+            else:
+                told.append(number)
+
+        words.scan(text, match_event_handler=found)
+        return bool(told), places
 
     return search
 

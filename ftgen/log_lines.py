@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import Any
 
 from ftgen.chunk import FEW, Chunk, bare, chunk_of, shape_of, whole_chunk
-from ftgen.endings import ENDING, Ending, endings, tells
+from ftgen.endings import ENDING, Ending, endings, survey
 from ftgen.identity import Identity
 from ftgen.log_file import Block
 from ftgen.step_line import BRIDGE, MEGATRON, NEMO, Step, StepLine, StepTime, parse, parse_step_time
@@ -154,10 +154,11 @@ def _scan_lines(text: bytes) -> Iterator[Item]:
 
 def _scan_mixed(text: bytes, words: list[bytes]) -> Iterator[Item]:
     """Step lines, neighbours of one shape together, and what tells of an ending between them."""
-    chunk = whole_chunk(_only(text, words[0])) if len(words) == 1 and words[0] != BRIDGE and not tells(text) else None
-    if chunk:
-        yield chunk
-        return
+    if len(words) == 1 and words[0] != BRIDGE:
+        told, places = survey(text, words[0])
+        if not told and (chunk := whole_chunk(_only(text, places))):
+            yield chunk
+            return
     lines, others = _separate(text, words)
     if HEAD in text:
         for line in text.splitlines(keepends=True):
@@ -175,15 +176,18 @@ def _scan_mixed(text: bytes, words: list[bytes]) -> Iterator[Item]:
     yield from endings(others)
 
 
-def _only(text: bytes, word: bytes) -> bytes:
-    """The lines with the word in them; nothing where it is twice in a line, or in one without end."""
-    parts = text.split(word)
-    first, last = parts[0], parts.pop()
-    parts[0] = first[first.rfind(b"\n") + 1 :]
-    parts[1:] = [part[: part.find(b"\n") + 1] + part[part.rfind(b"\n") + 1 :] for part in parts[1:]]
-    parts.append(last[: last.find(b"\n") + 1])
-    lines = word.join(parts)
-    return lines if lines.count(b"\n") == len(parts) - 1 else b""
+def _only(text: bytes, places: Iterable[int]) -> bytes:
+    """The lines in which the places are; nothing where two are in a line, or one in a line without end."""
+    lines, position = [], 0
+    for at in places:
+        if at < position:
+            return b""
+        start = text.rfind(b"\n", position, at) + 1 or position
+        position = text.find(b"\n", at) + 1
+        if not position:
+            return b""
+        lines.append(text[start:position])
+    return b"".join(lines)
 
 
 def _separate(text: bytes, words: list[bytes]) -> tuple[list[bytes], bytes]:
