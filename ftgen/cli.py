@@ -254,11 +254,16 @@ def report(
     """Write one HTML file, to be opened offline, with the tables, curves and verdicts of every run below LOGS."""
     from ftgen import files
     from ftgen.fields import View
+    from ftgen.progress import reading
     from ftgen.report import read, report
+    from ftgen.runs import find_folders
     from ftgen.units import clean
 
     view = View((), _baseline(baseline, tolerance))
-    runs = read(logs, _window(window), lambda text: click.echo(clean(text), err=True))
+    steps = _window(window)
+    folders = find_folders(logs, lambda text: click.echo(clean(text), err=True))
+    with reading() as (found, progress):
+        runs = read(map(found, folders), steps, progress)
     (path,) = files.write(output.parent, {output.name: report(runs, view, title=title)})
     click.echo(path)
 

@@ -7,10 +7,10 @@ security policy lets a browser run.
 import base64
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from itertools import groupby
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
@@ -20,15 +20,16 @@ from ftgen.charts import Chart
 from ftgen.drawing import svg
 from ftgen.fields import RUN, View, row
 from ftgen.log_lines import Log
-from ftgen.logs import find_runs, read_log
 from ftgen.outcome import STATUSES
 from ftgen.pages import page, source
 from ftgen.repeats import group, kind, order
+from ftgen.runs import Folder, Run
 from ftgen.step_line import Step
+from ftgen.summaries import Progress, read_all
 from ftgen.summarize import Summary, judge
 from ftgen.table import experiment_title, tabulate
 from ftgen.units import number, significant
-from ftgen.window import Window
+from ftgen.window import Window, checked
 
 SCRIPT = "report.js"
 MOST_STEPS = 1000  # rows of a run's table of steps
@@ -75,11 +76,19 @@ class Section(NamedTuple):
 
 
 def read(
-    paths: Iterable[str | Path], window: Window | None = None, tell: Callable[[str], object] = lambda _: None
+    folders: Iterable[Folder],
+    window: Window | None = None,
+    progress: Progress = lambda _: None,
+    processes: int | None = None,
 ) -> list[Reading]:
-    """Every run below the paths, with what its log says; `tell` is called with what was passed over, and why."""
-    found = [(run, read_log(run)) for run in find_runs(paths, tell)]
-    return [Reading(judge(run, log, window=window), log) for run, log in found]
+    """Every run in the folders, with what its log says; several are read at once, as `read_all` has it."""
+    if window is not None:
+        checked(window)
+    return read_all(folders, partial(_reading, window=window), progress=progress, processes=processes)
+
+
+def _reading(run: Run, log: Log, *, window: Window | None) -> Reading:
+    return Reading(judge(run, log, window=window), log)
 
 
 def report(readings: Sequence[Reading], view: View, *, title: str) -> str:

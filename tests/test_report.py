@@ -18,11 +18,12 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from test_export import Page
 
-from ftgen import charts
+from ftgen import charts, summaries
 from ftgen.baseline import read_baseline
 from ftgen.endings import Ending
 from ftgen.fields import View
 from ftgen.report import Reading, flattened, read, report
+from ftgen.runs import find_folders
 
 ROOT = Path(__file__).parent.parent
 LOGS = [ROOT / "tests" / "logs" / case / "logs" for case in ("sizes", "verdicts", "documented")]
@@ -34,7 +35,7 @@ def page_of(runs, title="Results"):
 
 @pytest.fixture(scope="module")
 def text():
-    return page_of(read(LOGS))
+    return page_of(read(find_folders(LOGS)))
 
 
 def reading(name, times):
@@ -44,10 +45,19 @@ def reading(name, times):
 
 def test_every_run_is_told_of_with_what_its_verdict_stands_on(text):
     words = " ".join(Page(text).text)
-    for summary, log in read(LOGS):
+    for summary, log in read(find_folders(LOGS)):
         assert summary.log in words
         assert (summary.reason or "") in words
         assert all(ending.note in words for ending in log.endings.values() if not ending.json)
+
+
+def test_several_processes_read_what_one_does(monkeypatch):
+    monkeypatch.setattr(summaries, "ALONE", 2000)
+    monkeypatch.setattr(summaries, "BATCH", 2000)
+    read_by = [read(find_folders(LOGS), processes=processes) for processes in (1, 2)]
+    assert repr([(run, log.steps, log.endings, log.plan) for run, log in read_by[0]]) == repr(
+        [(run, log.steps, log.endings, log.plan) for run, log in read_by[1]]
+    )
 
 
 def test_the_page_needs_nothing_but_itself(text):
