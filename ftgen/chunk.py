@@ -219,10 +219,11 @@ def _shape(line: bytes, key: bytes) -> Shape | None:
     if b"{" in line or BRIDGE in line:  # which say something else as well
         return None
     keys = NEMO_KEYS if NEMO in line else MEGATRON_KEYS
-    before, after = b" iteration ", rb" *(\d{1,9})/ *\d{1,9} *\|"
     if keys.number and b"| %s: " % keys.number in line:
-        before, after = b"| %s: " % keys.number, rb"(\d{1,9}) \|"
-    if line.count(before) != 1:
+        numbers = re.compile(rb"\| %s: (\d{1,9}) \|" % re.escape(keys.number))
+    else:
+        numbers = re.compile(rb" iteration +(\d{1,9})/ *\d{1,9} *\|")
+    if len(numbers.findall(line)) != 1:
         return None
     said = tuple(Cell(*cell) for cell in cells_of(line, keys))
     cells = line.split(b"|")
@@ -232,5 +233,4 @@ def _shape(line: bytes, key: bytes) -> Shape | None:
     time = b"| %s: " % keys.names["time"][0]
     if time not in line or len({cell.place for cell in said}) != len(said):
         return None
-    numbers = re.compile(re.escape(before) + after)
     return Shape(key, time, numbers, keys, read.step.planned is not None, tuple(constant), len(cells), said)

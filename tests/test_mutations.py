@@ -50,12 +50,13 @@ def healthy(kind):
         "ours": [head, "ftgen: training\n", *nemo(), *ended],
         "with TFLOPS": [head, *nemo(tflops=True), *ended],
         "the launcher's": ["0: words\n", *make.labelled(nemo()), "0: [after training is done] datetime: 2025\n"],
+        "Megatron-LM's": [*list(megatron())[1::2], "[after training is done] datetime: 2025-12-22\n"],
         "Megatron's": [*megatron(), "[after training is done] datetime: 2025-12-22\n"],
     }[kind]
     return "".join(lines).encode(), plan.to_json() if head in lines else None
 
 
-KINDS = ["ours", "with TFLOPS", "the launcher's", "Megatron's"]
+KINDS = ["ours", "with TFLOPS", "the launcher's", "Megatron-LM's", "Megatron's"]
 
 
 def summary(text, plan):
