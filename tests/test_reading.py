@@ -246,7 +246,7 @@ def test_no_text_keeps_the_reader_busy_or_hides_the_steps(tmp_path, text):
 
 
 def test_the_benchmark_finds_that_a_plain_parser_agrees(tmp_path):
-    bench = Path(__file__).parents[1] / "bench" / "tabulate.py"
+    bench = Path(__file__).parents[1] / "bench" / "reading.py"
     command = [sys.executable, bench, "--scale", "0.001", "--rounds", "1", "--output", tmp_path / "result.json"]
     table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert table.count(" MiB |\n") == 3

@@ -1,8 +1,8 @@
 """How fast logs are read: `grep -c train_step_timing`, a plain Python parser and ftgen, in turns, over the same bytes.
 
-    python bench/tabulate.py [--scale 0.01] [--rounds 5]
+    python bench/reading.py [--scale 0.01] [--rounds 5]
 
-Writes the logs into a temporary directory (4.5 GB at full scale) and removes them, writes bench/results/<date>-tabulate.json
+Writes the logs into a temporary directory (4.5 GB at full scale) and removes them, writes bench/results/<date>-reading.json
 and prints the table of docs/reading-logs.md.
 """
 
@@ -131,7 +131,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--scale", type=float, default=1.0, help="of the logs' sizes")
     options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--output", type=Path, default=HERE / "results" / f"{date.today()}-tabulate.json")
+    options.add_argument("--output", type=Path, default=HERE / "results" / f"{date.today()}-reading.json")
     given = options.parse_args()
     results = {}
     for title, make in CORPORA.items():
@@ -141,7 +141,7 @@ def main() -> None:
             size = sum(path.stat().st_size for path in folder.rglob("*.out"))
             results[title] = {"bytes": size, **measure(folder, given.rounds)}
     record = {
-        "command": f"python bench/tabulate.py --scale {given.scale} --rounds {given.rounds}",
+        "command": f"python bench/reading.py --scale {given.scale} --rounds {given.rounds}",
         "python": platform.python_version(),
         "cores": len(os.sched_getaffinity(0)),
         "machine": platform.machine(),
