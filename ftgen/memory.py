@@ -2,8 +2,8 @@
 
 The peak is the highest of three moments: the checkpoint being loaded (FP8 alone is large there), the end of a forward pass,
 and the optimizer's step. What a layer keeps for its backward pass is counted tensor by tensor. Against the peaks that
-PyTorch measured on an H200 (tests/logs/h200, `max_memory_allocated`) the sum is within 2%; splits were not measured, and
-with pipeline stages, which keep several micro-batches, it is a lower bound.
+PyTorch measured on H200s (tests/logs/h200 and h200_pair, `max_memory_allocated`) the sum is within 3.5%; splits were not
+measured, and with pipeline stages, which keep several micro-batches, it is a lower bound.
 """
 
 from dataclasses import asdict, dataclass
@@ -117,7 +117,7 @@ def _activations(plan: Plan) -> float:
     shared = attention + 2 * ffn + ffn * ("linear_fc2" in targets)
     tensor_parallel = split.tensor_model_parallel_size
     token = whole / (tensor_parallel if split.sequence_parallel else 1) + shared / tensor_parallel
-    tokens = plan.micro_batch_size * plan.seq_length / split.context_parallel_size
+    tokens = _tokens(plan)
     layers = model.num_layers / split.pipeline_model_parallel_size  # of one micro-batch alone: with PP a lower bound
     return token * BF16 * tokens * layers
 
@@ -125,7 +125,15 @@ def _activations(plan: Plan) -> float:
 def _logits(plan: Plan, embedding: float) -> float:
     """Bytes of the LM head's forward and backward pass; `embedding` is its weights on this rank."""
     split = plan.parallelism
-    tokens = plan.micro_batch_size * plan.seq_length / split.context_parallel_size
     share = LOSS_SHARE if plan.optimizations["loss_tokens_only"] else 1.0
-    logits = tokens * share * plan.model.vocab_size / split.tensor_model_parallel_size * LOGIT_BYTES
+    logits = _tokens(plan) * share * plan.model.vocab_size / split.tensor_model_parallel_size * LOGIT_BYTES
     return logits + (2 * embedding * BF16 if plan.scheme == "sft" else 0.0)  # the head's and the embedding's new gradients
+
+
+def _tokens(plan: Plan) -> float:
+    """Tokens of one pass through the model on this rank."""
+    split = plan.parallelism
+    sequences = plan.micro_batch_size
+    if plan.optimizations["merge_micro_batches"]:
+        sequences = plan.global_batch_size // split.data_parallel_size
+    return sequences * plan.seq_length / split.context_parallel_size

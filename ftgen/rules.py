@@ -143,6 +143,7 @@ def forbids(name: str, spec: Spec) -> str:
     """What an optimization needs and this run does not have; empty if it can be had."""
     split = spec.parallelism
     tp, pp, cp = split.tensor_model_parallel_size, split.pipeline_model_parallel_size, split.context_parallel_size
+    frozen = {'scheme = "lora" (weights that are trained became NaN)': spec.scheme == "lora"}
     needs = {
         "cuda_graphs": {"packed sequences": spec.data.packed is not False, "PP = CP = 1": pp * cp == 1},
         "fused_cross_entropy": {"micro_batch_size = 1 (else its gradients are wrong)": spec.micro_batch_size == 1},
@@ -152,6 +153,15 @@ def forbids(name: str, spec: Spec) -> str:
             "TP = 1 and no dropout in the adapters": tp == 1 and not spec.lora.dropout,
         },
         "fused_wgrad_accumulation": {'scheme = "sft"': spec.scheme == "sft"},
+        "skip_shard_transposes": {'scheme = "sft" and precision = "fp8"': (spec.scheme, spec.precision) == ("sft", "fp8")},
+        "short_padding": {"packed sequences": spec.data.packed is not False, "CP = 1": cp == 1},
+        "fused_swiglu": {
+            **frozen,
+            "no adapters on linear_fc1 and linear_fc2": not {"linear_fc1", "linear_fc2"} & set(spec.lora.targets),
+            "TP = 1": tp == 1,
+        },
+        "op_fuser": frozen,
+        "merge_micro_batches": {"packed sequences": spec.data.packed is not False, "PP = CP = 1": pp * cp == 1},
     }
     missing = [what for what, there in {"a GPU": spec.gpu != "cpu", **needs.get(name, {})}.items() if not there]
     return f"needs {missing[0]}" if missing else ""

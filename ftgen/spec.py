@@ -136,6 +136,10 @@ class Optimizations(Table):
     scale_small_tensor: bool | None = _optimization("LoRA's scale on the small tensor between its two matrices")
     fused_wgrad_accumulation: bool | None = _optimization("Weight gradients accumulated by the GEMM that makes them")
     skip_nan_check: bool | None = _optimization("No look for NaN in the gradients of each step")
+    fused_swiglu: bool | None = _optimization("Transformer Engine's SwiGLU, in FP8 with the cast in it")
+    skip_shard_transposes: bool | None = _optimization("No transposes of the shards of FP8 weights")
+    short_padding: bool | None = _optimization("A pack's padding as several short sequences")
+    merge_micro_batches: bool | None = _optimization("All the packs of a GPU's step as one micro-batch")
     op_fuser: bool | None = _optimization("Transformer Engine's op fuser, which rounds differently")
 
 

@@ -105,6 +105,10 @@ PLAN = json.loads(r"""
     "scale_small_tensor": true,
     "fused_wgrad_accumulation": false,
     "skip_nan_check": true,
+    "skip_shard_transposes": false,
+    "short_padding": true,
+    "fused_swiglu": true,
+    "merge_micro_batches": false,
     "op_fuser": false
   },
   "profile": null,

@@ -98,6 +98,10 @@ PLAN = json.loads(r"""
     "scale_small_tensor": false,
     "fused_wgrad_accumulation": true,
     "skip_nan_check": true,
+    "skip_shard_transposes": false,
+    "short_padding": true,
+    "fused_swiglu": false,
+    "merge_micro_batches": false,
     "op_fuser": false
   },
   "profile": null,

@@ -1407,26 +1407,34 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/graphs.py <<'END_OF_FTGEN_FILE'
-"""Megatron-Core's local CUDA graphs, made right for weights that are kept in FP8.
+"""Megatron-Core's local CUDA graphs, made right for FP8. In: nothing. Out: Megatron-Core's class, changed for this process.
 
-Transformer Engine keeps a transposed copy of each FP8 weight for the backward pass, and renews it in the forward pass
-when the optimizer has marked it as old. A captured forward pass holds only what was done while it was captured, when
-the copy was fresh: replays would go on with the transposes of the first step, and the model would learn from wrong
-gradients. Here the copies are renewed, in place, before a layer's graph is replayed: once a step, when they are old.
+Two things that a captured layer's replays would get wrong. Transformer Engine keeps a transposed copy of each FP8 weight for
+the backward pass, and renews it in the forward pass when the optimizer has marked it as old. A captured forward pass holds
+only what was done while it was captured, when the copy was fresh: replays would go on with the transposes of the first
+step, and the model would learn from wrong gradients. Here the copies are renewed, in place, before a layer's graph is
+replayed: once a step, when they are old.
+
+Before it captures a layer, Megatron-Core runs it on whatever is in its buffers, and then puts back the largest values that
+Transformer Engine saw (amax history and scales), but not those of a fused MLP, which is no submodule. Here they are too.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 
-def refresh_fp8_transposes() -> None:
-    """Renew a layer's old FP8 transposes before each replay of its graph; call it once, before the model is built."""
+def mend_fp8() -> None:
+    """Make captured layers right in FP8; call it once, before the model is built."""
     from megatron.core.transformer.cuda_graphs import _CudaGraphRunner
 
-    replay = _CudaGraphRunner.replay_graph_capture
+    _CudaGraphRunner.replay_graph_capture = _with_fresh_transposes(_CudaGraphRunner.replay_graph_capture)
+    _CudaGraphRunner.create_fwd_graph = _with_scales_kept(_CudaGraphRunner.create_fwd_graph)
 
+
+def _with_fresh_transposes(replay: Any) -> Any:
     @functools.wraps(replay)
-    def with_fresh_transposes(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def replay_fresh(self: Any, *args: Any, **kwargs: Any) -> Any:
         weights = self.__dict__.get("_ftgen_fp8_weights")
         if weights is None:
             weights = self.__dict__["_ftgen_fp8_weights"] = _fp8_weights(self.base_module)
@@ -1435,12 +1443,30 @@ def refresh_fp8_transposes() -> None:
                 weight._create_transpose()
         return replay(self, *args, **kwargs)
 
-    _CudaGraphRunner.replay_graph_capture = with_fresh_transposes
+    return replay_fresh
 
 
 def _fp8_weights(module: Any) -> list[Any]:
     """The module's weights in FP8 that have a transposed copy."""
     return [weight for weight in module.parameters() if getattr(weight, "_transpose", None) is not None]
+
+
+def _with_scales_kept(create: Any) -> Any:
+    @functools.wraps(create)
+    def create_and_restore(self: Any, *args: Any, **kwargs: Any) -> None:
+        kept = [(operation, operation._save_fp8_metas()) for operation in _fused_operations(self.base_module)]
+        create(self, *args, **kwargs)
+        for operation, scales in kept:
+            operation._load_fp8_metas(scales)
+
+    return create_and_restore
+
+
+def _fused_operations(layer: Any) -> Iterator[Any]:
+    """The basic operations of a layer's fused MLP, which Megatron-Core keeps in a tuple of its own."""
+    for module in layer.modules():
+        for fused in getattr(module, "_fused_impl", None) or ():
+            yield from (operation for operation in fused.modules() if hasattr(operation, "_save_fp8_metas"))
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/guard.py <<'END_OF_FTGEN_FILE'
 """A directory that is published once, for all who ask. In: its place and how to build it. Out: the directory, finished.
@@ -1891,10 +1917,17 @@ NOTHING_TO_DO = {
 }
 
 
+# Megatron-Core's memory for inference: its import compiles a CUDA extension, in every process, and starts CUDA.
+MANAGED_MEMORY = "megatron.core.inference.unified_memory"
+
+
 def defer() -> None:
     """From now on what `DEFERRED` names is imported when it is used; what has been imported stays."""
     if os.environ.get(OFF, "0") in {"", "0"} and not any(isinstance(finder, Deferring) for finder in sys.meta_path):
         sys.meta_path.insert(0, Deferring(DEFERRED))
+        without = ModuleType(MANAGED_MEMORY)
+        vars(without).update(has_unified_memory=False, create_unified_mempool=None)
+        sys.modules.setdefault(MANAGED_MEMORY, without)
 
 
 class Deferring(MetaPathFinder, Loader):
@@ -2230,10 +2263,10 @@ def apply(recipe: Any, plan: Plan) -> None:
     on = [name for name, is_on in plan["optimizations"].items() if is_on]
     say(f"optimizations: {', '.join(on) or 'none, the stock recipe'}")
     for name in on:
-        _APPLY[name](recipe)
+        _APPLY[name](recipe, plan)
 
 
-def _cuda_graphs(recipe: Any) -> None:
+def _cuda_graphs(recipe: Any, _plan: Plan) -> None:
     from runtime import graphs
 
     if "expandable_segments" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
@@ -2241,37 +2274,64 @@ def _cuda_graphs(recipe: Any) -> None:
     recipe.model.config.cuda_graph_impl = "local"
     recipe.trainer.strategy.use_te_rng_tracker = True
     recipe.data.packed_sequence_specs.pad_cu_seqlens = True
-    graphs.refresh_fp8_transposes()
+    graphs.mend_fp8()
 
 
-def _fused_cross_entropy(recipe: Any) -> None:
+def _fused_cross_entropy(recipe: Any, _plan: Plan) -> None:
     recipe.model.config.cross_entropy_loss_fusion = True
     recipe.model.config.cross_entropy_fusion_impl = "te"
 
 
-def _loss_tokens_only(recipe: Any) -> None:
+def _loss_tokens_only(recipe: Any, _plan: Plan) -> None:
     from runtime import loss_tokens
 
     loss_tokens.install(recipe.model.config)
 
 
-def _scale_small_tensor(_recipe: Any) -> None:
+def _scale_small_tensor(_recipe: Any, _plan: Plan) -> None:
     from runtime import adapters
 
     adapters.scale_small_tensor()
 
 
-def _fused_wgrad_accumulation(recipe: Any) -> None:
+def _fused_wgrad_accumulation(recipe: Any, _plan: Plan) -> None:
     recipe.model.config.gradient_accumulation_fusion = True
 
 
-def _skip_nan_check(recipe: Any) -> None:
+def _skip_nan_check(recipe: Any, _plan: Plan) -> None:
     from runtime.recipe import ddp
 
     recipe.trainer.strategy.ddp = ddp(recipe, check_for_nan_in_grad=False)
 
 
-def _op_fuser(recipe: Any) -> None:
+def _fused_swiglu(recipe: Any, plan: Plan) -> None:
+    recipe.model.config.use_transformer_engine_op_fuser = True
+    if not plan["optimizations"]["op_fuser"]:
+        from nemo.collections.llm.peft import lora
+
+        lora.HAVE_TE_FUSED_LORA = False  # the same setting would fuse the adapters too, which rounds their input
+
+
+def _skip_shard_transposes(_recipe: Any, _plan: Plan) -> None:
+    from runtime import shards
+
+    shards.skip_transposes()
+
+
+def _short_padding(recipe: Any, _plan: Plan) -> None:
+    from runtime import packs
+
+    packs.short_padding(recipe.data, recipe.model.config)
+
+
+def _merge_micro_batches(recipe: Any, plan: Plan) -> None:
+    from runtime import packs
+
+    count = plan["global_batch_size"] // plan["parallelism"]["data_parallel_size"]
+    packs.merge_micro_batches(recipe.data, recipe.model.config, count)
+
+
+def _op_fuser(recipe: Any, _plan: Plan) -> None:
     recipe.model.config.use_transformer_engine_op_fuser = True
 
 
@@ -2282,8 +2342,131 @@ _APPLY = {
     "scale_small_tensor": _scale_small_tensor,
     "fused_wgrad_accumulation": _fused_wgrad_accumulation,
     "skip_nan_check": _skip_nan_check,
+    "fused_swiglu": _fused_swiglu,
+    "skip_shard_transposes": _skip_shard_transposes,
+    "short_padding": _short_padding,
+    "merge_micro_batches": _merge_micro_batches,
     "op_fuser": _op_fuser,
 }
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/packs.py <<'END_OF_FTGEN_FILE'
+"""How a step's packed sequences are laid out for the model. In: a recipe's data and model. Out: both, with steps that do so.
+
+`short_padding`: what fills a pack up is one sequence more to attention and rotary embedding, as long as the emptiest pack of
+all leaves it, and with padded cu_seqlens all sequences are worked on as if they were that long. Here it is cut into
+sequences no longer than the longest example.
+
+`merge_micro_batches`: the stock recipe runs micro-batches of one pack one after the other. Here the batch of a step,
+[packs, length], is laid end to end as [1, packs * length]; attention keeps to the examples, because their boundaries
+(cu_seqlens) come along. The gradient is the stock one: every token's loss is weighted so that the packs' means are averaged,
+as they are when they are micro-batches of their own, however many tokens with a loss each has. The logged loss is the mean
+over all tokens, as always.
+"""
+
+import json
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MULTIPLE = 64  # of tokens that attention works on at a time: the longest sequence is said to be a multiple of it
+
+
+def short_padding(data: Any, config: Any) -> None:
+    """Make a GPTConfig's steps cut the padding of packs. For packed data and one context-parallel rank."""
+    metadata = json.loads(Path(data.packed_sequence_specs.packed_metadata_path).read_text())
+    longest = max(split["dataset_max_seqlen"] for split in metadata)
+    config.data_step_fn = _Step(config.data_step_fn, lambda batch: cut_padding(batch, -(-longest // MULTIPLE) * MULTIPLE))
+
+
+def merge_micro_batches(data: Any, config: Any, packs: int) -> None:
+    """Make NeMo's data module give a step's whole batch, and a GPTConfig's steps merge it. For packed data, CP = PP = 1."""
+    from nemo.collections.llm.gpt.data.fine_tuning import FineTuningDataModule
+    from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
+
+    FineTuningDataModule.validate_batch_size_for_packed_sequence = lambda _self: None  # it allows one pack alone
+    data.micro_batch_size = packs
+    config.data_step_fn = _Step(config.data_step_fn, merge)
+    MaskedTokenLossReduction.forward = _weighted(MaskedTokenLossReduction.forward)
+
+
+class _Step:
+    """A data step that changes the batch that it reads, on the CPU, and leaves the rest to the one that it was made from."""
+
+    def __init__(self, step: Any, change: Any) -> None:
+        self.step, self.change = step, change
+
+    def __call__(self, dataloader_iter: Iterator[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        batch = next(dataloader_iter)
+        changed = self.change(batch[0] if isinstance(batch, tuple) else batch)
+        step: dict[str, Any] = self.step(iter([changed]), *args, **kwargs)
+        if "loss_weights" in changed and step.get("loss_weights") is None:  # NeMo's step drops what it does not know
+            step["loss_weights"] = changed["loss_weights"].cuda(non_blocking=True)
+        return step
+
+
+def cut_padding(batch: dict[str, Any], longest: int) -> dict[str, Any]:
+    """A batch of one row with no sequence of more than `longest` tokens, which no example has: only padding is cut.
+
+    cu_seqlens [1, n] grows by as much as the longest padding would need, always: CUDA graphs want one shape.
+    """
+    ends = _ends(batch)[0]
+    cut = [0]
+    for begin, end in pairwise(ends):
+        cut += [*range(begin + longest, end, longest), end]
+    count = len(ends) + ends[-1] // longest
+    cut += [ends[-1]] * (count - len(cut))
+    return batch | _cu_seqlens(cut) | {"max_seqlen": torch.tensor([[longest]], dtype=torch.int32)}
+
+
+def merge(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch [packs, length] of NeMo's packed dataset as one of [1, packs * length], with `loss_weights` of that shape."""
+    _, length = batch["tokens"].shape
+    rows = _ends(batch)
+    ends = sorted({0} | {pack * length + end for pack, row in enumerate(rows) for end in row})
+    count = sum(len(row) - 1 for row in rows) + 1  # the same for every batch where NeMo pads cu_seqlens
+    ends += [ends[-1]] * (count - len(ends))
+    flat = {key: batch[key].reshape(1, -1) for key in ("tokens", "labels", "loss_mask", "position_ids")}
+    return {
+        **flat,
+        **_cu_seqlens(ends),
+        "attention_mask": batch["attention_mask"][:1],
+        "max_seqlen": batch["max_seqlen"].max().reshape(1, 1),
+        "loss_weights": _loss_weights(batch["loss_mask"]).reshape(1, -1),
+    }
+
+
+def _ends(batch: dict[str, Any]) -> list[list[int]]:
+    """Of each row the boundaries of its sequences, from 0 on; NeMo's cu_seqlens holds -1 behind them."""
+    lengths = batch["cu_seqlens_argmin"].flatten().tolist()
+    return [row[:length] for row, length in zip(batch["cu_seqlens"].tolist(), lengths, strict=True)]
+
+
+def _cu_seqlens(ends: list[int]) -> dict[str, torch.Tensor]:
+    """One row's boundaries as NeMo's forward step reads them."""
+    return {
+        "cu_seqlens": torch.tensor([[*ends, -1]], dtype=torch.int32),
+        "cu_seqlens_argmin": torch.tensor([[len(ends)]]),
+    }
+
+
+def _loss_weights(loss_mask: torch.Tensor) -> torch.Tensor:
+    """[packs, length], float32: what a token's loss counts, for the mean over all tokens to be that of the packs' means."""
+    tokens = loss_mask.sum(dim=1, keepdim=True, dtype=torch.float32)
+    return (tokens.sum() / (len(loss_mask) * tokens.clamp(min=1))).expand(loss_mask.shape)
+
+
+def _weighted(stock: Any) -> Any:
+    def forward(self: Any, batch: dict[str, Any], loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """The weighted sum of the losses for the gradient; what is logged is not weighted."""
+        total, tokens, logged = stock(self, batch, loss)
+        if batch.get("loss_weights") is not None:
+            total = (loss.float() * batch["loss_mask"] * batch["loss_weights"]).sum()
+        return total, tokens, logged
+
+    return forward
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/profile.py <<'END_OF_FTGEN_FILE'
 """Profiling some steps of some ranks. In: plan["profile"]. Out: a file for each rank in $FTGEN_RUN_DIR/profile.
@@ -2790,6 +2973,38 @@ def _for_the_cpu(recipe: Any) -> None:
     optimizer.clip_grad = 0.0  # its kernel is CUDA's
     recipe.data.num_workers = 0
 END_OF_FTGEN_FILE
+    cat >"$1"/runtime/shards.py <<'END_OF_FTGEN_FILE'
+"""Shards of FP8 weights, cast after the optimizer's step. In: nothing. Out: Transformer Engine, changed for this process.
+
+With a distributed optimizer each rank casts its shard of every weight to FP8, as a matrix of one row. Transformer Engine
+writes a transpose of that row as well, which nobody reads (the weight's own is made once all shards are there) and which
+takes far longer than the cast.
+"""
+
+from typing import Any
+
+
+def skip_transposes() -> None:
+    """Leave the transposes of shards out; call it once, before the optimizer is built. The weights are the same bits."""
+    from transformer_engine.pytorch.tensor import utils
+
+    utils._cast_master_weights_to_fp8_delayed_scaling = _without_transposes(
+        utils._cast_master_weights_to_fp8_delayed_scaling
+    )
+
+
+def _without_transposes(cast: Any) -> Any:
+    def cast_rows(weights: list[Any], *args: Any, **kwargs: Any) -> None:
+        quantizers = [weight._get_quantizer() for weight, *_ in weights]
+        wanted = [quantizer.columnwise_usage for quantizer in quantizers]
+        for quantizer in quantizers:
+            quantizer.set_usage(columnwise=False)
+        cast(weights, *args, **kwargs)
+        for quantizer, columnwise in zip(quantizers, wanted, strict=True):
+            quantizer.set_usage(columnwise=columnwise)
+
+    return cast_rows
+END_OF_FTGEN_FILE
     cat >"$1"/runtime/text.py <<'END_OF_FTGEN_FILE'
 """Made-up text with the statistics of SQuAD: contexts, questions, answers. In: a random.Random. Out: words.
 
@@ -3014,6 +3229,10 @@ PLAN = json.loads(r"""
     "scale_small_tensor": false,
     "fused_wgrad_accumulation": true,
     "skip_nan_check": true,
+    "skip_shard_transposes": false,
+    "short_padding": true,
+    "fused_swiglu": false,
+    "merge_micro_batches": false,
     "op_fuser": false
   },
   "profile": null,

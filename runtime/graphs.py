@@ -1,23 +1,31 @@
-"""Megatron-Core's local CUDA graphs, made right for weights that are kept in FP8.
+"""Megatron-Core's local CUDA graphs, made right for FP8. In: nothing. Out: Megatron-Core's class, changed for this process.
 
-Transformer Engine keeps a transposed copy of each FP8 weight for the backward pass, and renews it in the forward pass
-when the optimizer has marked it as old. A captured forward pass holds only what was done while it was captured, when
-the copy was fresh: replays would go on with the transposes of the first step, and the model would learn from wrong
-gradients. Here the copies are renewed, in place, before a layer's graph is replayed: once a step, when they are old.
+Two things that a captured layer's replays would get wrong. Transformer Engine keeps a transposed copy of each FP8 weight for
+the backward pass, and renews it in the forward pass when the optimizer has marked it as old. A captured forward pass holds
+only what was done while it was captured, when the copy was fresh: replays would go on with the transposes of the first
+step, and the model would learn from wrong gradients. Here the copies are renewed, in place, before a layer's graph is
+replayed: once a step, when they are old.
+
+Before it captures a layer, Megatron-Core runs it on whatever is in its buffers, and then puts back the largest values that
+Transformer Engine saw (amax history and scales), but not those of a fused MLP, which is no submodule. Here they are too.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 
-def refresh_fp8_transposes() -> None:
-    """Renew a layer's old FP8 transposes before each replay of its graph; call it once, before the model is built."""
+def mend_fp8() -> None:
+    """Make captured layers right in FP8; call it once, before the model is built."""
     from megatron.core.transformer.cuda_graphs import _CudaGraphRunner
 
-    replay = _CudaGraphRunner.replay_graph_capture
+    _CudaGraphRunner.replay_graph_capture = _with_fresh_transposes(_CudaGraphRunner.replay_graph_capture)
+    _CudaGraphRunner.create_fwd_graph = _with_scales_kept(_CudaGraphRunner.create_fwd_graph)
 
+
+def _with_fresh_transposes(replay: Any) -> Any:
     @functools.wraps(replay)
-    def with_fresh_transposes(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def replay_fresh(self: Any, *args: Any, **kwargs: Any) -> Any:
         weights = self.__dict__.get("_ftgen_fp8_weights")
         if weights is None:
             weights = self.__dict__["_ftgen_fp8_weights"] = _fp8_weights(self.base_module)
@@ -26,9 +34,27 @@ def refresh_fp8_transposes() -> None:
                 weight._create_transpose()
         return replay(self, *args, **kwargs)
 
-    _CudaGraphRunner.replay_graph_capture = with_fresh_transposes
+    return replay_fresh
 
 
 def _fp8_weights(module: Any) -> list[Any]:
     """The module's weights in FP8 that have a transposed copy."""
     return [weight for weight in module.parameters() if getattr(weight, "_transpose", None) is not None]
+
+
+def _with_scales_kept(create: Any) -> Any:
+    @functools.wraps(create)
+    def create_and_restore(self: Any, *args: Any, **kwargs: Any) -> None:
+        kept = [(operation, operation._save_fp8_metas()) for operation in _fused_operations(self.base_module)]
+        create(self, *args, **kwargs)
+        for operation, scales in kept:
+            operation._load_fp8_metas(scales)
+
+    return create_and_restore
+
+
+def _fused_operations(layer: Any) -> Iterator[Any]:
+    """The basic operations of a layer's fused MLP, which Megatron-Core keeps in a tuple of its own."""
+    for module in layer.modules():
+        for fused in getattr(module, "_fused_impl", None) or ():
+            yield from (operation for operation in fused.modules() if hasattr(operation, "_save_fp8_metas"))

@@ -45,10 +45,17 @@ NOTHING_TO_DO = {
 }
 
 
+# Megatron-Core's memory for inference: its import compiles a CUDA extension, in every process, and starts CUDA.
+MANAGED_MEMORY = "megatron.core.inference.unified_memory"
+
+
 def defer() -> None:
     """From now on what `DEFERRED` names is imported when it is used; what has been imported stays."""
     if os.environ.get(OFF, "0") in {"", "0"} and not any(isinstance(finder, Deferring) for finder in sys.meta_path):
         sys.meta_path.insert(0, Deferring(DEFERRED))
+        without = ModuleType(MANAGED_MEMORY)
+        vars(without).update(has_unified_memory=False, create_unified_mempool=None)
+        sys.modules.setdefault(MANAGED_MEMORY, without)
 
 
 class Deferring(MetaPathFinder, Loader):

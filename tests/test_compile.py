@@ -60,8 +60,9 @@ def test_values_come_back_unchanged_from_bash(ftgen, tmp_path):
     script = compile_case(ftgen, CASES / "hostile_values", tmp_path)
     spec = tomli.loads((CASES / "hostile_values/spec.toml").read_text())
     functions = script.rpartition('main "$@"')[0]
-    probe = functions + "load_environment\nfind_python() { :; }\nenv -0\n"
-    printed = subprocess.run(["bash", "-c", probe], capture_output=True, check=True, cwd=tmp_path).stdout
+    probe = tmp_path / "probe.sh"  # longer than a word of a command line may be
+    probe.write_text(functions + "load_environment\nfind_python() { :; }\nenv -0\n")
+    printed = subprocess.run(["bash", probe], capture_output=True, check=True, cwd=tmp_path).stdout
     seen = dict(line.split("=", 1) for line in printed.decode().split("\0") if "=" in line)
     assert {name: seen[name] for name in spec["environment"]} == spec["environment"]
     subprocess.run(["bash", tmp_path / "spec.sh", "--unpack", tmp_path / "unpacked"], check=True, cwd=tmp_path)

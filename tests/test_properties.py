@@ -151,7 +151,8 @@ def words_of_srun(plan: Plan) -> tuple[list[str], list[str]]:
 def values_in_bash(folder: Path, script: str, stage: str | None) -> dict:
     functions = script.rpartition('main "$@"')[0]
     done = subprocess.run(
-        ["bash", "-c", functions + PROBE, "probe", STAGE, "unpacked", "none" if stage is None else "some"],
+        ["bash", "-s", STAGE, "unpacked", "none" if stage is None else "some"],
+        input=(functions + PROBE).encode(),
         capture_output=True,
         cwd=folder,
         env={"PATH": "/usr/bin:/bin"},
