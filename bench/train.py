@@ -1,10 +1,11 @@
 """NeMo's stock recipe and ftgen's side by side, on the GPUs at hand. In: specs. Out: bench/results/<date>-<gpu>.json.
 
-    python bench/train.py bench/specs/*.toml --gpu h200 [--steps 60] [--repeats 1] [--kernels] [--stage DIR] [--out DIR]
+    python bench/train.py bench/specs/*.toml --gpu h200 [--steps 60] [--repeats 1] [--set KEY=VALUE] [--also NAME]
 
 Each spec is compiled twice, with `optimizations.preset` "stock" and as the spec has it, and both scripts run in turn, once a
-repeat, with FTGEN_PYTHON or this interpreter. The step times are those of the logs. `--kernels` profiles four more steps of
-each with the PyTorch profiler: how long the GPU was busy, and with what.
+repeat, with FTGEN_PYTHON or this interpreter; `--also NAME` adds the spec with one optimization more. The step times are
+those of the logs. `--kernels` profiles four more steps of each with the PyTorch profiler: how long the GPU was busy, and
+with what.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from ftgen.summarize import judge
 HERE = Path(__file__).parent
 VARIANTS = {"stock": ["--set", "optimizations.preset=stock"], "ftgen": []}
 PACKAGES = ("torch", "nemo_toolkit", "megatron-core", "transformer-engine", "lightning")
+WORKING = 50  # percent of the time
 CLOCKS = ("clocks.sm", "power.draw", "temperature.gpu", "utilization.gpu")
 
 
@@ -32,7 +34,12 @@ def main() -> int:
     """Compile, run in turn, collect; 1 if any run failed."""
     options = _options()
     python = os.environ.get("FTGEN_PYTHON", sys.executable)
-    scripts = [(spec, variant, _compile(spec, variant, options)) for spec in options.specs for variant in VARIANTS]
+    variants = VARIANTS | {f"ftgen, {name}": ["--set", f"optimizations.{name}=true"] for name in options.also}
+    scripts = [
+        (spec, variant, _compile(spec, variant, changes, options))
+        for spec in options.specs
+        for variant, changes in variants.items()
+    ]
     runs = []
     for repeat in range(options.repeats):
         for spec, variant, script in scripts:
@@ -42,7 +49,7 @@ def main() -> int:
             print(json.dumps({key: runs[-1][key] for key in ("spec", "variant", "status", "step_time_s")}), flush=True)
     if options.kernels:
         for run, (_, _, script) in zip(runs, scripts, strict=False):
-            run["kernels"] = _kernels(script, python, options)
+            run["kernels"] = _kernels(script, python, run["gpus"], options)
             _write(runs, options)
     return int(any(run["status"] != "complete" for run in runs))
 
@@ -53,6 +60,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--gpu", required=True, help="the GPU's name in the catalogue")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--set", action="append", default=[], help="a change to all specs, as of ftgen compile")
+    parser.add_argument("--also", action="append", default=[], help="an optimization to measure on top of the spec's")
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--stage", type=Path, default=Path("bench-stage"), help="STAGE_PATH of the runs")
     parser.add_argument("--out", type=Path, default=HERE / "results")
@@ -60,10 +69,11 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _compile(spec: Path, variant: str, options: argparse.Namespace) -> Path:
-    out = options.stage / "scripts" / variant
-    changes = ["--set", f"gpu={options.gpu}", "--set", f"max_steps={options.steps}", *VARIANTS[variant]]
-    command = [sys.executable, "-m", "ftgen", "compile", spec, *changes, "--out", out]
+def _compile(spec: Path, variant: str, changes: list[str], options: argparse.Namespace) -> Path:
+    out = options.stage / "scripts" / variant.replace(", ", "-")
+    settings = [f"gpu={options.gpu}", f"max_steps={options.steps}", *options.set]
+    common = [word for setting in settings for word in ("--set", setting)]
+    command = [sys.executable, "-m", "ftgen", "compile", spec, *common, *changes, "--out", out]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return (out / f"{spec.stem}.sh").resolve()
 
@@ -80,12 +90,15 @@ def _run(script: Path, python: str, options: argparse.Namespace) -> dict[str, An
         command = ["timeout", str(options.limit), "bash", script]
         subprocess.run(command, env=_environment(options, python), stdout=output, stderr=output, check=False)
     (run,) = [run for run in _runs(options) if run.log not in before]
+    return {"gpu": options.gpu, **described(run, options.stage), "clocks": clocks.medians(), "versions": _versions()}
+
+
+def described(run: Any, stage: Path) -> dict[str, Any]:
+    """What a run's log and plan say."""
     log = read_log(run)
     summary = judge(run, log)
-    times = [log.steps[number].time_s for number in sorted(log.steps)]
-    per_gpu = summary.tokens_per_s / summary.gpus if summary.tokens_per_s and summary.gpus else None
+    steps = [log.steps[number] for number in sorted(log.steps)]
     return {
-        "gpu": options.gpu,
         "gpus": summary.gpus,
         "model": summary.model,
         "status": summary.status,
@@ -93,16 +106,14 @@ def _run(script: Path, python: str, options: argparse.Namespace) -> dict[str, An
         "steps": summary.steps,
         "window": summary.window,
         "step_time_s": summary.step_time_s,
-        "tokens_per_s_per_gpu": per_gpu,
+        "tokens_per_s_per_gpu": summary.tokens_per_s and summary.gpus and summary.tokens_per_s / summary.gpus,
         "mfu": summary.mfu,
         "peak_memory_gib": summary.peak_memory_gib,
         "published_step_time_s": summary.published_step_time_s,
-        "step_times_s": times,
-        "losses": [log.steps[number].loss for number in sorted(log.steps)],
+        "step_times_s": [step.time_s for step in steps],
+        "losses": [step.loss for step in steps],
         "optimizations": json.loads((run.log.parent / "plan.json").read_text())["optimizations"],
-        "clocks": clocks.medians(),
-        "versions": _versions(),
-        "log": str(run.log.relative_to(options.stage)),
+        "log": str(run.log.relative_to(stage)),
     }
 
 
@@ -111,12 +122,13 @@ def _runs(options: argparse.Namespace) -> list[Any]:
     return find_runs([logs]) if any(logs.rglob("log-*.out")) else []
 
 
-def _kernels(script: Path, python: str, options: argparse.Namespace) -> Any:
+def _kernels(script: Path, python: str, gpus: int, options: argparse.Namespace) -> Any:
     """GPU time by kernel over four steps, by bench/kernels.py; None where it failed."""
     output = script.with_suffix(".kernels.json")
     entrypoint = script.parent / "unpacked" / f"{script.stem}.py"
     subprocess.run(["bash", script, "--unpack", entrypoint.parent], check=True)
-    command = ["timeout", str(options.limit), python, HERE / "kernels.py", entrypoint, output]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(gpus)] if gpus > 1 else []
+    command = ["timeout", str(options.limit), python, *launcher, HERE / "kernels.py", entrypoint, output]
     with output.with_suffix(".out").open("w") as log:
         done = subprocess.run(command, env=_environment(options, python), stdout=log, stderr=log, check=False)
     return json.loads(output.read_text()) if done.returncode == 0 and output.exists() else None
@@ -137,12 +149,14 @@ class _Clocks:
         self._thread.join()
 
     def medians(self) -> dict[str, float] | None:
-        """Of the last ten looks, while the last steps ran."""
-        columns = zip(*self.seen[-10:], strict=True)
-        return dict(zip(CLOCKS, map(statistics.median, columns), strict=True)) if self.seen else None
+        """Of the last ten looks at a GPU that was working: the job takes a while to end."""
+        working = [look for look in self.seen if look[CLOCKS.index("utilization.gpu")] > WORKING]
+        columns = zip(*working[-10:], strict=True)
+        return dict(zip(CLOCKS, map(statistics.median, columns), strict=True)) if working else None
 
     def _watch(self) -> None:
-        query = ["nvidia-smi", f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader,nounits"]
+        gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        query = ["nvidia-smi", "-i", gpu, f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader,nounits"]
         while not self._stop.wait(3):
             try:
                 answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20).stdout
