@@ -11,7 +11,7 @@ from typing import Any, Optional, Union
 
 import pytest
 
-from runtime.imports import DEFERRED, NOTHING_TO_DO, OFF, Deferring, StandIn
+from runtime.imports import DEFERRED, MANAGED_MEMORY, NOTHING_TO_DO, OFF, Deferring, StandIn
 
 FILES = {
     "slow/__init__.py": "import sys\nsys.slow_was_imported = True\n__version__ = '1.2'\nLIMIT = 3\nNAMES = ['a', 'b']\n",
@@ -118,7 +118,9 @@ there = {name: type(sys.modules[name]).__name__ for name in imports.DEFERRED if 
 finders = sum(isinstance(finder, imports.Deferring) for finder in sys.meta_path)
 from transformers.generation.candidate_generator import roc_curve
 curve = roc_curve([0, 1], [0.2, 0.8])[1].tolist()
-print(json.dumps({"there": there, "finders": finders, "curve": curve, "sklearn": type(sys.modules["sklearn"]).__name__}))
+managed = hasattr(sys.modules[imports.MANAGED_MEMORY], "load_inline")
+sklearn = type(sys.modules["sklearn"]).__name__
+print(json.dumps({"managed": managed, "there": there, "finders": finders, "curve": curve, "sklearn": sklearn}))
 """
 
 
@@ -139,6 +141,7 @@ def test_importing_nemo_imports_none_of_the_deferred_packages_and_all_of_them_ca
     assert set(found["there"].values()) == {"StandIn"}
     assert set(found["there"]) == set(DEFERRED), "the others are imported by nothing any more: leave them out"
     assert found["finders"] == 1
+    assert not found["managed"], "Megatron-Core compiled an extension for inference"
     assert (found["curve"], found["sklearn"]) == ([0.0, 1.0, 1.0], "module")
 
 
@@ -147,6 +150,16 @@ def test_the_switch_turns_it_off() -> None:
     found = importing(**{OFF: "1"})
     assert "StandIn" not in found["there"].values()
     assert found["finders"] == 0
+    assert found["managed"]
+
+
+def test_inference_finds_the_names_that_it_imports() -> None:
+    """Those of Megatron-Core's module for managed memory, which a fine-tune goes without."""
+    importers = Path(importlib.util.find_spec("megatron.core").origin).parent.rglob("*.py")  # type: ignore[union-attr, arg-type]
+    wanted = {
+        line for path in importers for line in path.read_text().splitlines() if f"from {MANAGED_MEMORY} import" in line
+    }
+    assert wanted == {f"from {MANAGED_MEMORY} import create_unified_mempool, has_unified_memory"}
 
 
 @pytest.mark.parametrize("name", sorted(NOTHING_TO_DO))

@@ -12,6 +12,7 @@ import pytest
 from runtime import packs, random_llama, shards
 
 LENGTH, PACKS = 256, 4
+pytestmark = pytest.mark.runtime
 
 
 @pytest.fixture(scope="module")
