@@ -24,11 +24,11 @@ from ftgen.step_line import (
     steps_of,
 )
 
-VARYING = b"0123456789.e+- "  # what a number is written with, and what pads it
+VARYING = b"0123456789.+- "  # what a number is written with, and what pads it; exponents' e apart
 LATER = ("loss", "grad_norm")  # which no figure needs
 FEW = 4  # lines: fewer are not worth the trouble
 PLANNED = re.compile(rb"iteration(?<!\witeration) +\d{1,9}/ *(\d{1,9}) *\|")  # a word to begin with is found fastest
-INFINITE = re.compile(rb"[eE]\+?\d{3}")  # a number that may be beyond what a number can be
+DIGITS_TO_0 = bytes.maketrans(b"123456789E", b"000000000e")
 NUMBERS, PADDED = (tuple(form % number for number in range(1000)) for form in (b"%d ", b"%03d "))
 
 
@@ -49,6 +49,7 @@ class Shape(NamedTuple):
     keys: Keys
     counts: bool  # whether the first cell ends with iteration 7/99
     constant: tuple[bytes, ...]  # cells that must be in every line as they are in the first
+    exponents: bool  # whether a loss or a gradient norm has one
     cells: int  # of a line
     said: tuple[Cell, ...]
 
@@ -110,7 +111,7 @@ def _read_alike(text: bytes, numbers: range, *, checked: bool) -> Span | None:
     """Lines of one shape, read together; None where one of them says something that is no plain number."""
     shape = shape_of(text[: text.find(b"\n") + 1])
     count = len(numbers)
-    if not shape or not (checked or bare(text) == shape.bare * count):
+    if not shape or not (checked or barest(text) == shape.bare.replace(b"e", b"") * count):
         return None
     cells = text.replace(b"\n", b"|").split(b"|")
     said: dict[str, Sequence[float]] = {}
@@ -162,6 +163,11 @@ def bare(text: bytes) -> bytes:
     return text.translate(None, VARYING)
 
 
+def barest(text: bytes) -> bytes:
+    """The text without whatever varies, and without exponents' e, which some numbers have and others have not."""
+    return text.translate(None, VARYING + b"e")
+
+
 def shape_of(line: bytes) -> Shape | None:
     """What a line has in common with those like it; None where such lines must be read one by one."""
     key = bare(line)
@@ -179,28 +185,41 @@ def whole_chunk(text: bytes) -> Chunk | None:
     if shape is None:
         return None
     second = text[end : text.find(b"\n", end) + 1]
-    if second and bare(second) != shape.bare:
+    if second and barest(second) != barest(text[:end]):
         return None
     bared = bare(text)
     count, rest = divmod(len(bared), len(shape.bare))
-    if rest or bared != shape.bare * count:
-        return None
-    return chunk_of(text, count, shape)
+    if not rest and bared == shape.bare * count:
+        return chunk_of(text, count, shape, even=True)
+    bared, first = bared.replace(b"e", b""), barest(text[:end])
+    count, rest = divmod(len(bared), len(first))
+    return None if rest or bared != first * count else chunk_of(text, count, shape, even=False)
 
 
-def chunk_of(text: bytes, count: int, shape: Shape) -> Chunk | None:
-    """The `count` lines of that shape as a chunk; None if their steps do not follow one another."""
+def chunk_of(text: bytes, count: int, shape: Shape, *, even: bool) -> Chunk | None:
+    """The `count` lines of that shape as a chunk; None if their steps do not follow one another.
+
+    The same numbers of each line have an exponent where they are `even`.
+    """
     numbers = shape.number.findall(text)
     if len(numbers) != count or text.count(shape.time) != count:
         return None
     if shape.constant and any(text.count(cell) != count for cell in shape.constant):
         return None
-    if shape.keys is MEGATRON_KEYS and INFINITE.search(text):
+    if may_overflow(text, exponents=shape.exponents or not even):
         return None
     first = int(numbers[0])
     if first < shape.keys.first or b" ".join((*numbers, b"")) != counted(first, first + count):
         return None
     return Chunk(first - shape.keys.first, first - shape.keys.first + count - 1, text)
+
+
+def may_overflow(text: bytes, *, exponents: bool) -> bool:
+    """Whether a number may be beyond what a float can be: by an exponent of three digits, or by 200 digits in a row."""
+    if b"0" * 19 in text[::10].translate(DIGITS_TO_0):  # a look at each byte would take as long as all the rest
+        return True
+    digits = text.translate(DIGITS_TO_0) if exponents else b""
+    return b"e000" in digits or b"e+000" in digits
 
 
 def counted(first: int, stop: int) -> bytes:
@@ -221,6 +240,8 @@ def _shape(line: bytes, key: bytes) -> Shape | None:
     keys = NEMO_KEYS if NEMO in line else MEGATRON_KEYS
     if keys.number and b"| %s: " % keys.number in line:
         numbers = re.compile(rb"\| %s: (\d{1,9}) \|" % re.escape(keys.number))
+    elif keys.number and keys.number in line:
+        return None
     else:
         numbers = re.compile(rb" iteration +(\d{1,9})/ *\d{1,9} *\|")
     if len(numbers.findall(line)) != 1:
@@ -230,7 +251,11 @@ def _shape(line: bytes, key: bytes) -> Shape | None:
     constant = [cell for cell in cells if any(name + b":" in cell for name in keys.spoiled)]
     if keys is MEGATRON_KEYS:  # which leaves a loss out that is no number
         constant += [b"|" + cell.before for cell in said if cell.name == "loss"]
+    judged = {*keys.names["loss"], *keys.names["grad_norm"]}
+    values = [cell.partition(b":")[2] for cell in cells if cell.partition(b":")[0].strip() in judged]
+    exponents = any(b"e" in value.lower() for value in values)
     time = b"| %s: " % keys.names["time"][0]
     if time not in line or len({cell.place for cell in said}) != len(said):
         return None
-    return Shape(key, time, numbers, keys, read.step.planned is not None, tuple(constant), len(cells), said)
+    counts = barest(cells[0]).endswith(barest(b"iteration/"))
+    return Shape(key, time, numbers, keys, counts, tuple(constant), exponents, len(cells), said)

@@ -12,7 +12,7 @@ from datetime import datetime
 from itertools import groupby
 from typing import Any
 
-from ftgen.chunk import FEW, Chunk, bare, chunk_of, shape_of, whole_chunk
+from ftgen.chunk import FEW, Chunk, barest, chunk_of, shape_of, whole_chunk
 from ftgen.endings import ENDING, Ending, endings, survey
 from ftgen.identity import Identity
 from ftgen.log_file import Block
@@ -164,10 +164,10 @@ def _scan_mixed(text: bytes, words: list[bytes]) -> Iterator[Item]:
         for line in text.splitlines(keepends=True):
             yield from _scan_one(line) if ANY_STEP_WORD.search(line) else endings(line)
         return
-    for _, group in groupby(lines, bare):
+    for _, group in groupby(lines, barest):
         alike = list(group)
         shape = shape_of(alike[0]) if len(alike) >= FEW else None
-        chunk = chunk_of(b"".join(alike), len(alike), shape) if shape else None
+        chunk = chunk_of(b"".join(alike), len(alike), shape, even=False) if shape else None
         if chunk:
             yield chunk
         else:

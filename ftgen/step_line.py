@@ -18,7 +18,7 @@ NEMO = b"train_step_timing in s"
 MEGATRON = b"elapsed time per iteration (ms)"
 BRIDGE = b"MODEL_TFLOP/s/GPU"
 
-NUMBER = re.compile(rb"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|NaN|inf|Inf)")
+NUMBER = re.compile(rb"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|(?i:nan|inf(?:inity)?))")  # Megatron writes INF
 DIGITS = re.compile(rb"[-+.eE\d ]*")
 ITERATION = re.compile(rb"\biteration +(\d{1,9})/ *(\d{1,9})$")
 BAR = re.compile(rb"(?:\| *(\d{1,9})/(\d{1,9}) )?\[[^\[\]\n]*?, ([^\[\]\n]*)\]")
@@ -158,7 +158,7 @@ def cells_of(line: bytes, keys: Keys) -> tuple[tuple[str, int, bytes], ...]:
         (name, place, before + b":")
         for name, key in _named(keys, fields)
         for place, (before, _, _) in enumerate(rows)
-        if before.strip() == key and number(fields[key]) is not None
+        if before.strip() == key
     )
 
 

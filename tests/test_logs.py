@@ -118,6 +118,8 @@ def test_a_log_that_cannot_be_read_is_a_run_all_the_same(tmp_path):
         ((b"2.693", b"1.2e+03"), 1200.0),
         ((b"2.693", b"nan"), None),
         ((b"2.693", b"inf"), None),
+        ((b"2.693", b"infinity"), None),
+        ((b"2.693", b"1e999"), None),
         ((b"2.693", b"0"), None),
         ((b"2.693", b"2.6.9"), None),
         ((b"2.693", b""), None),
@@ -134,7 +136,7 @@ def test_a_step_line_in_its_forms(change, time_s):
     assert read(LINE.replace(*change)).steps[7].time_s == time_s
 
 
-@pytest.mark.parametrize("value", [b"2.6Training epoch", b"1_0", b"0x1", b"infinity", b"2.6\x00"])
+@pytest.mark.parametrize("value", [b"2.6Training epoch", b"1_0", b"0x1", b"infinit", b"2.6\x00"])
 def test_a_value_that_is_no_number_is_no_step(value):
     assert not read(LINE.replace(b"2.693", value)).steps
 
@@ -154,6 +156,13 @@ def test_the_slowest_rank_gives_a_step_its_time_in_any_order():
     lines = [b"0: " + LINE, b"1: " + LINE.replace(b"2.693", b"3"), b"2: " + LINE.replace(b"2.693", b"nan")]
     assert dict(read(b"".join(lines)).steps) == dict(read(b"".join(lines[::-1])).steps)
     assert read(b"".join(lines)).steps[7].time_s == 3.0
+
+
+@pytest.mark.parametrize("change", [(b"2.693", b"2..693"), (b"n 7/99", b"n 7-9/99"), (b"12.81", b"12..81")])
+def test_a_first_line_that_is_damaged_spoils_no_other(change):
+    lines = [LINE.replace(*change), *(LINE.replace(b"p: 7", b"p: %d" % step) for step in range(8, 30))]
+    steps = read(b"".join(lines)).steps
+    assert {step[:2] + step[7:8] for number, step in steps.items() if number > 7} == {(2.693, 12.81, 100)}
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

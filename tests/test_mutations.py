@@ -5,6 +5,7 @@ they were: all of them exactly, but for a step's time and peak memory, of which 
 There an edit may go unsaid up to the thresholds of `doubts`: 2 x OUTLIER of one step in the window, MEMORY of the peak.
 """
 
+import re
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -32,8 +33,12 @@ def seconds(step):
 
 def nemo(tflops=False):
     for step in range(STEPS):
-        keys = {"TFLOPS_per_GPU": f"{WORK / seconds(step):.4}"} if tflops else {}
+        keys = {"TFLOPS_per_GPU": f"{WORK / seconds(step):.4}", "grad_norm": f"{1 + step / 100:.4}"} if tflops else {}
         yield make.step_line(step, STEPS - 1, 32, seconds(step), **keys)
+
+
+def bars():
+    return ("\r".join(make.bar(step, STEPS, 32, seconds(step)) for _ in range(2)) + "\n" for step in range(STEPS))
 
 
 def megatron():
@@ -50,13 +55,21 @@ def healthy(kind):
         "ours": [head, "ftgen: training\n", *nemo(), *ended],
         "with TFLOPS": [head, *nemo(tflops=True), *ended],
         "the launcher's": ["0: words\n", *make.labelled(nemo()), "0: [after training is done] datetime: 2025\n"],
+        "a progress bar's": [*bars(), "[after training is done] datetime: 2025\n"],
         "Megatron-LM's": [*list(megatron())[1::2], "[after training is done] datetime: 2025-12-22\n"],
         "Megatron's": [*megatron(), "[after training is done] datetime: 2025-12-22\n"],
     }[kind]
     return "".join(lines).encode(), plan.to_json() if head in lines else None
 
 
-KINDS = ["ours", "with TFLOPS", "the launcher's", "Megatron-LM's", "Megatron's"]
+KINDS = ["ours", "with TFLOPS", "the launcher's", "a progress bar's", "Megatron-LM's", "Megatron's"]
+
+NUMBER = re.compile(rb"(?<![\w.])-?\d[\d.]*(?:[eE][-+]?\d+)?")
+BEYOND = [
+    *("1e400", "1e999", "-1e999", "1E999", "1e+400", "1e0400", "9" * 400, "9" * 250 + "e99"),
+    *("inf", "-inf", "Inf", "INF", "Infinity", "nan", "-nan", "NaN", "NAN"),
+]
+ODD = [*BEYOND, "1e-400", "1e5", "1e35", "0x1p3", "1_000", "١٢", "１.５", "1..2", "--1", "1e", "1,5", "", " "]
 
 
 def summary(text, plan):
@@ -83,7 +96,10 @@ def edits(draw, text):
     """The text with one edit."""
     digits = [at for at, byte in enumerate(text) if byte in b"0123456789"]
     at = draw(st.one_of(st.integers(0, len(text) - 1), st.sampled_from(digits)))
-    kind = draw(st.sampled_from(["digit", "byte", "insert", "delete", "span", "cut", "repeat", "move", "join"]))
+    kind = draw(st.sampled_from(["digit", "byte", "insert", "delete", "span", "cut", "repeat", "move", "join", "number"]))
+    if kind == "number":
+        number = draw(st.sampled_from([*NUMBER.finditer(text)]))
+        return text[: number.start()] + draw(st.sampled_from(ODD)).encode() + text[number.end() :]
     if kind in {"repeat", "move", "join"}:
         lines = text.splitlines(keepends=True)
         one, other = draw(st.integers(0, len(lines) - 1)), draw(st.integers(0, len(lines) - 1))
@@ -117,7 +133,10 @@ def test_a_healthy_log_is_not_doubted(kind):
 @given(st.data())
 def test_one_edit_is_said_or_changes_no_figure(kind, data):
     text, plan = healthy(kind)
-    before, after = summary(text, plan), summary(data.draw(edits(text)), plan)
+    said_or_harmless(summary(text, plan), summary(data.draw(edits(text)), plan))
+
+
+def said_or_harmless(before, after):
     if said(before) != said(after):
         return
     assert close(after.step_time_s, before.step_time_s, TIME)
@@ -129,13 +148,36 @@ def test_one_edit_is_said_or_changes_no_figure(kind, data):
     assert [getattr(after, key) for key in sizes] == [getattr(before, key) for key in sizes]
 
 
-@given(st.data(), st.sampled_from(KINDS))
-def test_many_lines_at_once_say_what_each_of_them_says(data, kind):
-    text, _ = healthy(kind)
-    text = data.draw(edits(text))
+def read_both_ways(text):
+    """The log as it is read, which is as if its lines were read one by one."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         Path(folder, f"log-a.{NAME}_1_0.out").write_bytes(text)
         (run,) = find_runs([folder])
         at_once = read_log(run)
-        patch.setattr(log_lines, "chunk_of", lambda *_: None)
+        patch.setattr(log_lines, "chunk_of", lambda *_, **__: None)
+        patch.setattr(log_lines, "whole_chunk", lambda _: None)
         assert repr(read_log(run)) == repr(at_once)
+    return at_once
+
+
+@given(st.data(), st.sampled_from(KINDS))
+def test_many_lines_at_once_say_what_each_of_them_says(data, kind):
+    read_both_ways(data.draw(edits(healthy(kind)[0])))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_odd_number_anywhere_is_said_or_changes_no_figure(kind):
+    """In every field of a line, in the window and before it; a loss or a gradient norm that is not finite is invalid."""
+    text, plan = healthy(kind)
+    before = summary(text, plan)
+    lines = [line for line in text.splitlines(keepends=True) if b"loss" in line and b"plan" not in line]
+    for line in (lines[0], lines[len(lines) // 4], lines[-2]):
+        at = text.index(line)
+        for number in NUMBER.finditer(line):
+            judged = re.search(rb"(loss|grad.norm)[:=] *$", line[: number.start()])
+            for odd in ODD:
+                edited = text[: at + number.start()] + odd.encode() + text[at + number.end() :]
+                log = read_both_ways(edited)
+                if judged and odd in BEYOND:
+                    assert log.invalid, (odd, line)
+                said_or_harmless(before, summary(edited, plan))
