@@ -19,6 +19,7 @@ SPREAD = 0.03  # the standard deviation of the window's times
 TREND = 0.02  # the mean of the window's second half from that of the first
 RANKS = 0.05  # the slowest rank's time of a step from the fastest one's
 TFLOPS = 0.05  # logged from recomputed: frameworks do not count all the same operations
+FEW = 4  # times that a window should at least have, where not every step has one
 MISFIT = 0.005  # a step's time x TFLOPS from the window's median: two numbers of four digits
 MEMORY = 0.01  # a peak that one step alone tells of, from all the others'
 SECOND_DIGIT_S = 0.0051  # Megatron-Bridge's second line has two decimals
@@ -38,6 +39,8 @@ def doubts(what: Identity, log: Log, window: Timed, tflops_per_gpu: float | None
     yield from _memory(window.steps, said)
     if not window.times_s:
         return
+    if window.every > 1 and len(window.times_s) < FEW:
+        yield f"the window has no more than {count(len(window.times_s), 'logged step time')}"
     yield from _outliers(window)
     yield from _trend(window)
     if any(said("fastest_s")):

@@ -67,7 +67,10 @@ class Log:
         if not self.step_times or len(self.step_times) != len(self.steps):
             return {}
         first = next(iter(self.steps))
-        return {number: self.step_times[number - first] for number in numbers if number - first < len(self.step_times)}
+        if self.steps.last - first + 1 == len(self.steps):
+            return {number: self.step_times[number - first] for number in numbers}
+        places = {number: place for place, number in enumerate(self.steps)}
+        return {number: self.step_times[places[number]] for number in numbers}
 
     def _take_line(self, line: StepLine) -> None:
         number = line.number

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ftgen.endings import Ending
+from ftgen.interval import Logged
 from ftgen.log_file import LogFileError, line_number
 from ftgen.log_lines import Log
 from ftgen.logs import Run, read_batch_log
@@ -32,15 +33,15 @@ class Verdict(NamedTuple):
     reason: str | None
 
 
-def verdict_of(run: Run, log: Log) -> Verdict:
+def verdict_of(run: Run, log: Log, lines: Logged) -> Verdict:
     """Invalid before all else; complete only with every step that was planned, and nothing said against it."""
     if log.invalid or "not finite" in log.endings:
         return Verdict("invalid", log.invalid or _told(run, log.endings["not finite"]))
     if log.unread and not log.steps:
         return Verdict("incomplete", log.unread)
-    planned, there = planned_steps(log), len(log.steps)
+    planned, there = planned_steps(log), lines.made
     failure = _failure(run, log.endings, log.exit_status)
-    if planned and there == planned and log.steps.last == planned - 1:
+    if planned and _all_there(log, lines, planned):
         spoiled = log.exit_status or (log.exit_status is None and AFTER_TRAINING & log.endings.keys())
         if spoiled:
             return Verdict("ended-badly", f"all {planned} steps, then: {failure}")
@@ -48,9 +49,20 @@ def verdict_of(run: Run, log: Log) -> Verdict:
     progress = f"{there} of {count(planned, 'step')}" if planned else f"{count(there, 'step')}, of how many is not known"
     if planned and log.steps.last >= planned:
         progress += f", and step {log.steps.last} among them"
+    if lines.wrong is not None:
+        progress += f"; step {lines.wrong} is missing or out of turn"
     failure = failure or _failure(run, read_batch_log(run), None)
     status = "failed" if failure else "incomplete"
     return Verdict(status, "; ".join(filter(None, (failure, log.unread, progress))))
+
+
+def _all_there(log: Log, lines: Logged, planned: int) -> bool:
+    """Whether each step that should have a line has one; the last few may have none, if the log says that they were made."""
+    if lines.wrong is not None or log.steps.last >= planned:
+        return False
+    after = planned - 1 - log.steps.last
+    said = log.stopped_at == planned or "done" in log.endings
+    return lines.made == log.steps.last + 1 and (after == 0 or (after < lines.every and said))
 
 
 def planned_steps(log: Log) -> int | None:

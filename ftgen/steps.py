@@ -55,6 +55,11 @@ class Steps(Mapping[int, Step]):
             found = self.between(chunk.first, chunk.last + 1)
         return found.get(step, NOTHING)  # the file is not any more what it was
 
+    @property
+    def neighbours(self) -> bool:
+        """Whether there are steps that were read together, because they follow one another."""
+        return bool(self._chunks)
+
     def between(self, start: int, stop: int) -> Mapping[int, Step]:
         """The steps from `start` to before `stop` that are there, in ascending order; no others are read."""
         asked, found = self._recent

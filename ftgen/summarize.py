@@ -11,6 +11,7 @@ from ftgen import catalogue
 from ftgen.catalogue import Published
 from ftgen.doubts import doubts
 from ftgen.identity import Identity
+from ftgen.interval import Logged, logged
 from ftgen.log_lines import Log
 from ftgen.logs import Run, read_log
 from ftgen.options import options
@@ -38,7 +39,7 @@ class Summary:
     gpus: int | None
     global_batch_size: int | None
     seq_length: int | None  # tokens
-    steps: int  # that the log tells of
+    steps: int  # that the log tells of, those without a line of their own among them
     window: int  # steps, whose mean is the step time
     step_time_s: float | None
     tokens_per_s: float | None
@@ -73,8 +74,10 @@ def judge(run: Run, log: Log, *, window: Window | None = None) -> Summary:
     """The figures of a log, over the steps of `window`, and what is to be thought of them; LogError for no window."""
     what = log.identity
     window = checked(what.window_steps or RECIPE_WINDOW if window is None else window)
-    verdict = verdict_of(run, log)
-    part = timed(log.steps, window)
+    planned = planned_steps(log)
+    lines = logged(log.steps, planned)
+    verdict = verdict_of(run, log, lines)
+    part = timed(log.steps, window, lines)
     time_s = None if verdict.status == "invalid" else part.mean_s
     tokens = tokens_per_s(what, time_s)
     utilization = model_flops_utilization(what, time_s)
@@ -92,7 +95,7 @@ def judge(run: Run, log: Log, *, window: Window | None = None) -> Summary:
         gpus=what.gpus,
         global_batch_size=what.global_batch_size,
         seq_length=what.seq_length,
-        steps=len(log.steps),
+        steps=lines.made,
         window=window if isinstance(window, int) else len(window),
         step_time_s=time_s,
         tokens_per_s=tokens,
@@ -102,8 +105,8 @@ def judge(run: Run, log: Log, *, window: Window | None = None) -> Summary:
         published=_published(what),
         log=str(run.log),
         doubts=tuple(doubts(what, log, part, tflops)),
-        notes=tuple(_notes(run, log)),
-        planned_steps=planned_steps(log),
+        notes=tuple(_notes(run, log, lines)),
+        planned_steps=planned,
         window_first=part.first,
         window_last=part.last,
         spread=part.spread if time_s else None,
@@ -129,9 +132,9 @@ def model_flops_utilization(what: Identity, time_s: float | None) -> float | Non
     return what.global_batch_size * what.flops_per_sample * work / time_s / what.gpus / what.peak_flops
 
 
-def _notes(run: Run, log: Log) -> list[str]:
+def _notes(run: Run, log: Log, lines: Logged) -> list[str]:
     """What a reader should know besides."""
-    notes = []
+    notes = [f"logged every {lines.every} steps"] if lines.every > 1 else []
     if run.earlier:
         notes.append(f"restart {run.restart}; {count(run.earlier, 'earlier log')} not counted")
     if log.attempts > 1:

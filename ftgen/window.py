@@ -5,11 +5,14 @@ Steps are numbered from 0, as NeMo prints them, whatever the framework that wrot
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from math import fsum, sqrt
+from operator import mul
 from typing import Any
 
 from ftgen.errors import LogError, Problem
+from ftgen.interval import Logged
 from ftgen.step_line import Step
 from ftgen.steps import Steps, said
 
@@ -30,6 +33,7 @@ class Timed:
     why_not: str | None = None
     mean_s: float | None = None  # the mean step time in seconds: of all the window's steps or of none
     spread: float | None = None  # the standard deviation (of a sample) as a fraction of it; None of fewer than two steps
+    every: int = 1  # steps from one time to the next
 
     def said(self, name: str) -> Sequence[Any]:
         """What the steps say of one thing, by its name in `Step`."""
@@ -54,16 +58,18 @@ def checked(window: Window) -> Window:
     return window
 
 
-def timed(steps: Steps, window: Window) -> Timed:
-    """The window's steps and their times: it is of all of them or of none."""
+def timed(steps: Steps, window: Window, lines: Logged) -> Timed:
+    """The window's steps and their times, as the steps are logged: it is of all of them or of none."""
     if isinstance(window, int):
-        there = len(steps)
+        there = lines.made
         if there < window:
             what = f"{count(there, 'step')}, the window needs {window}: no step time is reported"
             return Timed(None, None, steps.between(0, steps.last + 1), (), what)
         window = range(steps.last - window + 1, steps.last + 1)
     first, last = window[0], window[-1]
     found = steps.between(first, last + 1)
+    if lines.every > 1:
+        return _timed_at_intervals(found, window, lines)
     times = said(found, "time_s")
     if len(times) == len(window) and None not in times:
         mean_s = fsum(times) / len(times)
@@ -73,6 +79,26 @@ def timed(steps: Steps, window: Window) -> Timed:
     return Timed(
         first, last, found, (), f"step {number} {what}, the window needs {first} to {last}: no step time is reported"
     )
+
+
+def _timed_at_intervals(found: Mapping[int, Step], window: range, lines: Logged) -> Timed:
+    """Of steps that are not all logged: each time counts for the steps of the window that it stands for."""
+    first, last, every = window[0], window[-1], lines.every
+    part = Timed(first, last, found, every=every)
+    numbers = list(found)
+    times = [time_s for time_s in said(found, "time_s") if time_s is not None]
+    asked = f"the window needs {first} to {last}: no step time is reported"
+    if not numbers:
+        return replace(part, why_not=f"no step from {first} to {last} is logged: no step time is reported")
+    if len(times) < len(numbers):
+        number = next(number for number in numbers if found[number].time_s is None)
+        return replace(part, why_not=f"step {number} has no time, {asked}")
+    lost = [after - every for before, after in pairwise([first - 1, *numbers]) if after - before > every]
+    if lost or last - numbers[-1] >= every:
+        return replace(part, why_not=f"step {lost[0] if lost else numbers[-1] + every} is missing, {asked}")
+    weights = [number - before for before, number in pairwise([first - 1, *numbers])]
+    mean_s = fsum(map(mul, weights, times)) / sum(weights)
+    return replace(part, times_s=tuple(times), mean_s=mean_s, spread=_spread(times, mean_s))
 
 
 def _spread(times_s: Sequence[float], mean_s: float) -> float | None:

@@ -239,6 +239,47 @@ def elsewhere():
     run("elsewhere", name, 9, [limit], name=f"sbatch_acct.{name}_9.out")
 
 
+def intervals():
+    """Steps that are not all logged: every 10th or 5th, with the mean time of those since; lost lines; the rest unlogged."""
+    name = "sft_nemo_llama3_8b_bf16_8"
+    seconds = times(1.32, 100)
+
+    def every(steps, interval, planned=None):
+        logged = range(interval - 1, steps, interval)
+        means = {step: sum(seconds[step + 1 - interval : step + 1]) / interval for step in logged}
+        return [megatron(step, planned or steps, 32, mean_s, 736)[1] for step, mean_s in means.items()]
+
+    def case(run_id, lines, done=True):
+        run("intervals", name, run_id, [*lines, *(["[after training is done] datetime: 2025-12-22\n"] if done else [])])
+
+    tens, fives = every(100, 10), every(100, 5)
+    case(1, tens)
+    case(2, fives)
+    case(3, [*fives[:7], *fives[8:]])  # a line is lost before the window
+    case(4, [*fives[:-2], fives[-1]])  # and in it
+    case(5, every(95, 10))  # the last five have no line
+    case(6, every(95, 10), done=False)
+    case(7, [megatron(0, 100, 32, 3.9, 736)[1], *fives])  # the first has one
+    case(8, every(90, 15))
+    case(9, every(100, 50))
+    case(10, tens[5:])  # goes on from a checkpoint
+    case(11, [*fives[:9], fives[9].replace("50/", "48/"), *fives[10:]])
+    case(
+        12,
+        [
+            line
+            for pair in ((megatron(step, 100, 32, s, 736)) for step, s in list(enumerate(seconds))[4::5])
+            for line in pair
+        ],
+    )
+    what = plan("lora", "fp8", 8, 100)
+    stopped = [line.replace("25", "100") for line in ended()]
+    nemo = [line for step, line in enumerate(step_lines(100, 32, 0.68)) if step % 5 == 4]
+    run("intervals", what.experiment, 13, [*nemo, *stopped], plan=what, head=what)
+    nemo = [line for step, line in enumerate(step_lines(100, 32, 0.68)) if step % 4 == 0]
+    run("intervals", what.experiment, 14, [*nemo, *stopped], plan=what, head=what)
+
+
 def doubtful():
     """All steps are there, and yet the figures are not to be trusted."""
     what = plan("sft", "bf16", 8, 25)
@@ -281,6 +322,6 @@ def doubtful():
 
 
 if __name__ == "__main__":
-    for make in (documented, sizes, verdicts, launcher, restarts, plans, garbled, elsewhere, doubtful):
+    for make in (documented, sizes, verdicts, launcher, restarts, plans, garbled, elsewhere, intervals, doubtful):
         shutil.rmtree(HERE / make.__name__ / "logs", ignore_errors=True)
         make()
