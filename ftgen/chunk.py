@@ -6,6 +6,7 @@ that are equal once their digits are taken out need no more than a look at their
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ftgen.step_line import (
@@ -88,7 +89,9 @@ class Span(Mapping[int, Step]):
     def said(self, name: str) -> Sequence[Any]:
         """What the steps say of one thing, by its name in `Step`."""
         if name in self._later:
-            self._columns[name] = _what_numbers(*self._later.pop(name))
+            cells, before = self._later.pop(name)
+            column = _what_numbers(cells, before)
+            self._columns[name] = [*column] * (len(cells) // len(column))
         return self._columns.get(name) or (None,) * len(self._numbers)
 
     def __len__(self) -> int:
@@ -127,11 +130,18 @@ def _read_alike(text: bytes, numbers: range, *, checked: bool) -> Span | None:
         return None
     columns = columns_of(said, shape.keys)
     if shape.counts:
-        counts = PLANNED.findall(b"|".join((*cells[0 :: shape.cells], b"")))
-        if len(counts) != count:
+        counts = _counts(cells[: -1 : shape.cells])
+        if len(counts) not in {1, count}:
             return None
-        columns["planned"] = list(map((1 - shape.keys.first).__add__, map(int, counts)))
-    return Span(numbers, columns, later)
+        columns["planned"] = [int(text) + 1 - shape.keys.first for text in counts]
+    return Span(numbers, {name: [*column] * (count // len(column)) for name, column in columns.items()}, later)
+
+
+def _counts(cells: Sequence[bytes]) -> Sequence[bytes]:
+    """What the cells count to, as far as they do; once, as the last one says it, where they end alike."""
+    end = cells[-1][cells[-1].rfind(b"/") :] + b"|"
+    text = b"|".join((*cells, b""))
+    return PLANNED.findall(cells[-1] + b"|" if text.count(end) == len(cells) else text)
 
 
 def _what_numbers(cells: Sequence[bytes], before: bytes) -> Sequence[float | None]:
@@ -144,15 +154,26 @@ def _what_numbers(cells: Sequence[bytes], before: bytes) -> Sequence[float | Non
 
 
 def _numbers(cells: Sequence[bytes], before: bytes) -> Sequence[float]:
-    """The number in each cell, behind the same words; ValueError where there is none."""
-    same = cells[0] == cells[-1] and cells.count(cells[0]) == len(cells)
-    first, *texts = b"|".join((b"", *(cells[:1] if same else cells))).split(b"|" + before)
-    if first or len(texts) != (1 if same else len(cells)):
+    """The number in each cell, behind the same words; one for all if they are the same. ValueError where there is none."""
+    if cells[0] == cells[-1] and cells.count(cells[0]) == len(cells):
+        return (_number(cells[0], before),)
+    first, *texts = (
+        b"|".join((b"", *cells)).decode("ascii").split(f"|{before.decode()}")
+    )  # texts make floats sooner than bytes
+    if first or len(texts) != len(cells):
         raise ValueError
     numbers = list(map(float, texts))
     if not -MOST < min(numbers) <= max(numbers) < MOST:
         raise ValueError
-    return numbers * len(cells) if same else numbers
+    return numbers
+
+
+@lru_cache(maxsize=1000)
+def _number(cell: bytes, before: bytes) -> float:
+    """The number in a cell behind these words; ValueError."""
+    if not cell.startswith(before) or not -MOST < (found := float(cell[len(before) :])) < MOST:
+        raise ValueError
+    return found
 
 
 _shapes: dict[bytes, Shape | None] = {}  # by bare line

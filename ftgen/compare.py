@@ -8,7 +8,6 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 from ftgen import catalogue
@@ -139,7 +138,7 @@ def ratios(run: Figures, by: Figures) -> Timed:
 def recomputed(row: Published) -> Timed:
     """What a published step time gives by the recipe's own formulas."""
     name = f"{row.scheme}_nemo_{row.model}_{row.precision}_{row.gpus}"
-    what = replace(from_name(name), global_batch_size=row.global_batch_size, seq_length=row.seq_length)
+    what = from_name(name)._replace(global_batch_size=row.global_batch_size, seq_length=row.seq_length)
     tokens = tokens_per_s(what, row.step_time_s)
     days = TRILLION / tokens / SECONDS_PER_DAY if tokens else None
     return Timed(row.step_time_s, tokens, model_flops_utilization(what, row.step_time_s), days)

@@ -41,8 +41,10 @@ def doubts(what: Identity, log: Log, window: Timed, tflops_per_gpu: float | None
         return
     if window.every > 1 and len(window.times_s) < FEW:
         yield f"the window has no more than {count(len(window.times_s), 'logged step time')}"
-    yield from _outliers(window)
-    yield from _trend(window)
+    least, most = min(window.times_s), max(window.times_s)
+    if most - least > min(OUTLIER, SPREAD, TREND) * least:  # else no two of them, nor their means, are further apart
+        yield from _outliers(window)
+        yield from _trend(window)
     if any(said("fastest_s")):
         yield from _ranks(window.steps)
     if log.step_times or any(said("tflops_per_gpu")):
@@ -55,7 +57,7 @@ def _other_plan(what: Identity, log: Log, said: Said) -> Iterator[str]:
     others = {*said("global_batch_size")} - {batch, None}
     if batch and others:
         yield f"the log has steps of global_batch_size {min(filter(None, others))}, the figures are for {batch}"
-    planned = what.max_steps or (log.steps[log.steps.last].planned if said("planned") else None)
+    planned = what.max_steps or log.steps.planned
     counted = {*said("planned")} - {planned, None}
     if counted:
         yield f"step lines count to {count(min(filter(None, counted)), 'step')}, the run was to have {planned}"
@@ -63,7 +65,10 @@ def _other_plan(what: Identity, log: Log, said: Said) -> Iterator[str]:
 
 def _samples(what: Identity, steps: Mapping[int, Step], said: Said) -> Iterator[str]:
     """Samples that are not those of so many steps."""
-    for number, samples, size in zip(steps, said("consumed_samples"), said("global_batch_size"), strict=True):
+    consumed, batch = said("consumed_samples"), what.global_batch_size
+    if batch and list(consumed) == [(number + 1) * batch for number in steps]:
+        return
+    for number, samples, size in zip(steps, consumed, said("global_batch_size"), strict=True):
         batch = what.global_batch_size or size
         if samples is not None and batch and samples != (number + 1) * batch:
             yield (
@@ -71,7 +76,7 @@ def _samples(what: Identity, steps: Mapping[int, Step], said: Said) -> Iterator[
                 f"{count(number + 1, 'step')} of {batch} make {(number + 1) * batch}"
             )
             return
-    if not what.global_batch_size and any(said("consumed_samples")):
+    if not what.global_batch_size and any(consumed):
         yield "consumed_samples do not tell the global batch size"
 
 

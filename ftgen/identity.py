@@ -5,9 +5,8 @@ A plan is read for the keys the tables need and no others: a plan of a later ftg
 
 import json
 import re
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from ftgen import catalogue
 from ftgen.errors import LogError, Problem, dotted
@@ -21,8 +20,7 @@ RECIPE_NAME = re.compile(r"(?P<scheme>lora|sft)_nemo_(?P<model>\w+)_(?P<precisio
 MOST = 1e30  # beyond it a number is no measurement of anything, and arithmetic on it overflows
 
 
-@dataclass(frozen=True)
-class Identity:
+class Identity(NamedTuple):
     """What ran, in the plan's words; None is not known."""
 
     experiment: str

@@ -67,8 +67,7 @@ def _all_there(log: Log, lines: Logged, planned: int) -> bool:
 
 def planned_steps(log: Log) -> int | None:
     """Steps the run was to have: by its plan, else by what it says when it stops, else by its last step line."""
-    said = log.steps[log.steps.last].planned if log.steps else None
-    return log.identity.max_steps or log.stopped_at or said
+    return log.identity.max_steps or log.stopped_at or log.steps.planned
 
 
 def _failure(run: Run, endings: Mapping[str, Ending], exit_status: int | None) -> str | None:

@@ -133,7 +133,8 @@ def columns_of(said: Mapping[str, Sequence[float]], keys: Keys) -> dict[str, Seq
     if "memory" in said:
         columns["peak_memory"] = _within(said["memory"], 0, MOST)  # 0 is said without a GPU
     if "batch" in said:
-        columns["global_batch_size"] = [int(batch) if 1 <= batch < 1e9 else None for batch in said["batch"]]
+        sizes = {batch: int(batch) if 1 <= batch < 1e9 else None for batch in {*said["batch"]}}
+        columns["global_batch_size"] = list(map(sizes.get, said["batch"]))
     return columns
 
 

@@ -60,6 +60,14 @@ class Steps(Mapping[int, Step]):
         """Whether there are steps that were read together, because they follow one another."""
         return bool(self._chunks)
 
+    @property
+    def planned(self) -> int | None:
+        """Steps in all, as the last one says."""
+        asked, found = self._recent
+        if asked.stop != self.last + 1 or not asked:
+            found = self.between(self.last, self.last + 1)
+        return said(found, "planned")[-1] if self.last in found else None
+
     def between(self, start: int, stop: int) -> Mapping[int, Step]:
         """The steps from `start` to before `stop` that are there, in ascending order; no others are read."""
         asked, found = self._recent

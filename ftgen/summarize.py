@@ -3,9 +3,9 @@
 The formulas are those of the recipe; a figure that is not known, or not to be trusted, is None and has a reason.
 """
 
-from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
+from typing import NamedTuple
 
 from ftgen import catalogue
 from ftgen.catalogue import Published
@@ -24,8 +24,7 @@ TRILLION = 1e12  # tokens
 TERA = 1e12
 
 
-@dataclass(frozen=True)
-class Summary:
+class Summary(NamedTuple):
     """One run in figures; None is not known."""
 
     experiment: str

@@ -5,11 +5,10 @@ Steps are numbered from 0, as NeMo prints them, whatever the framework that wrot
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import fsum, sqrt
 from operator import mul
-from typing import Any
+from typing import Any, NamedTuple
 
 from ftgen.errors import LogError, Problem
 from ftgen.interval import Logged
@@ -22,13 +21,12 @@ RECIPE_WINDOW = 20  # steps
 WINDOW = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
 
 
-@dataclass(frozen=True)
-class Timed:
+class Timed(NamedTuple):
     """A window with a time for each of its steps, or why there is no such window."""
 
     first: int | None
     last: int | None
-    steps: Mapping[int, Step] = field(default_factory=dict)  # those of the window that are there, in ascending order
+    steps: Mapping[int, Step]  # those of the window that are there, in ascending order
     times_s: tuple[float, ...] = ()
     why_not: str | None = None
     mean_s: float | None = None  # the mean step time in seconds: of all the window's steps or of none
@@ -89,16 +87,16 @@ def _timed_at_intervals(found: Mapping[int, Step], window: range, lines: Logged)
     times = [time_s for time_s in said(found, "time_s") if time_s is not None]
     asked = f"the window needs {first} to {last}: no step time is reported"
     if not numbers:
-        return replace(part, why_not=f"no step from {first} to {last} is logged: no step time is reported")
+        return part._replace(why_not=f"no step from {first} to {last} is logged: no step time is reported")
     if len(times) < len(numbers):
         number = next(number for number in numbers if found[number].time_s is None)
-        return replace(part, why_not=f"step {number} has no time, {asked}")
+        return part._replace(why_not=f"step {number} has no time, {asked}")
     lost = [after - every for before, after in pairwise([first - 1, *numbers]) if after - before > every]
     if lost or last - numbers[-1] >= every:
-        return replace(part, why_not=f"step {lost[0] if lost else numbers[-1] + every} is missing, {asked}")
+        return part._replace(why_not=f"step {lost[0] if lost else numbers[-1] + every} is missing, {asked}")
     weights = [number - before for before, number in pairwise([first - 1, *numbers])]
     mean_s = fsum(map(mul, weights, times)) / sum(weights)
-    return replace(part, times_s=tuple(times), mean_s=mean_s, spread=_spread(times, mean_s))
+    return part._replace(times_s=tuple(times), mean_s=mean_s, spread=_spread(times, mean_s))
 
 
 def _spread(times_s: Sequence[float], mean_s: float) -> float | None:

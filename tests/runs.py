@@ -1,6 +1,5 @@
 """Runs made up in memory, for tests of what is made of them."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from ftgen.identity import from_name
@@ -12,7 +11,7 @@ from ftgen.summarize import judge
 
 def log_of(experiment, times, batch=32):
     steps = {step: Step(time_s, 1.0, planned=len(times)) for step, time_s in enumerate(times)}
-    return Log(replace(from_name(experiment), global_batch_size=batch), steps=Steps(steps))
+    return Log(from_name(experiment)._replace(global_batch_size=batch), steps=Steps(steps))
 
 
 def summary_of(experiment, times, batch=32, window=None, run_id="1"):

@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -95,8 +94,8 @@ def test_runs_compared_with_themselves_are_as_fast(tmp_path):
 
 
 def test_the_same_way_of_doing_the_work_is_preferred_and_a_mixture_is_none(tmp_path):
-    plain, fast = runs(0.8)[0], replace(runs(0.6)[0], options=("cuda_graphs",))
-    other = replace(fast, options=("op_fuser",))
+    plain, fast = runs(0.8)[0], runs(0.6)[0]._replace(options=("cuda_graphs",))
+    other = fast._replace(options=("op_fuser",))
     both = read_baseline(results(tmp_path, [plain, fast]))
     assert [both.of(run) and both.of(run).step_time_s for run in (plain, fast, other)] == [0.8, 0.6, None]
     before = read_baseline(results(tmp_path, [plain]))

@@ -5,7 +5,6 @@ import io
 import json
 import re
 import subprocess
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -67,7 +66,7 @@ def test_columns_and_order_are_those_asked_for():
 
 
 def test_a_second_key_orders_what_the_first_leaves_equal():
-    summaries = [replace(run, gpu=gpu) for run, gpu in zip(sizes(), ("a100", "h100", "a100"), strict=True)]
+    summaries = [run._replace(gpu=gpu) for run, gpu in zip(sizes(), ("a100", "h100", "a100"), strict=True)]
     found = rows(View(summaries, sort=("gpu", "-gpus")))
     assert [(row["gpu"], row["gpus"]) for row in found] == [("a100", 32), ("a100", 8), ("h100", 16)]
 
@@ -81,7 +80,7 @@ def test_what_is_not_known_comes_last_whatever_the_order(sort):
 
 def test_repeats_are_one_with_mean_spread_and_number():
     repeats = [summary_of("lora_nemo_llama3_8b_fp8_8", [t] * 20, run_id=str(t)) for t in (0.6, 0.7, 0.8)]
-    failed = replace(repeats[0], status="failed", step_time_s=9.0)
+    failed = repeats[0]._replace(status="failed", step_time_s=9.0)
     (row,) = rows(View([*repeats, failed], group=True))
     assert (row["runs"], row["counted"]) == (4, 3)
     assert row["step_time_s"] == pytest.approx(0.7)
@@ -95,7 +94,7 @@ def test_repeats_are_one_with_mean_spread_and_number():
 def test_runs_that_did_the_work_in_another_way_are_no_repeats():
     name = "lora_nemo_llama3_8b_fp8_8"
     ways = [(), (), ("TP 2", "cuda_graphs", "op_fuser")]
-    runs = [replace(summary_of(name, [0.6 + i / 10] * 20, run_id=str(i)), options=way) for i, way in enumerate(ways)]
+    runs = [summary_of(name, [0.6 + i / 10] * 20, run_id=str(i))._replace(options=way) for i, way in enumerate(ways)]
     assert [(row["runs"], row["options"]) for row in rows(View(runs, group=True))] == [(2, []), (1, [*ways[2]])]
     text = export.FORMATS["markdown"](View(runs, group=True))
     assert "8x H100 GPUs (GBS=32), mean of 2" in text
@@ -140,7 +139,7 @@ class Page(HTMLParser):
 
 def named(name):
     of = dict.fromkeys(("experiment", "run_id", "reason", "log", "model", "scheme", "precision", "gpu"), name)
-    run = replace(summary_of("x", [1.0] * 20), doubts=(name,), notes=(name,), **of)
+    run = summary_of("x", [1.0] * 20)._replace(doubts=(name,), notes=(name,), **of)
     return View([run], Baseline(name, read_baseline("published").figures))
 
 
@@ -201,5 +200,5 @@ def test_no_name_moves_the_cursor_of_a_terminal(name):
         text = export.to_terminal(named(name)._replace(flat=flat), width=200, colour=True)
         assert not re.search(r"[\x00-\x09\x0b-\x1a\x1c-\x1f\x7f-\x9f\u202a-\u202e]", re.sub(r"\x1b\[[\d;]*m", "", text))
         assert "\x1b" not in re.sub(r"\x1b\[[\d;]*m", "", text)
-    view = View([replace(run, status="failed", step_time_s=9.0) for run in named(name).runs], read_baseline("published", 0))
+    view = View([run._replace(status="failed", step_time_s=9.0) for run in named(name).runs], read_baseline("published", 0))
     assert all(line.isprintable() for line in failures(view, WORDS))

@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -82,8 +81,8 @@ def hostile(name):
     log.plan = {name: {name: name}} if name else {}
     log.environment = {name: name}
     log.endings = {"error": Ending("error", name, b"")}
-    summary = replace(summary, gpu=name, doubts=(name,), notes=(name,), **of)
-    return [Reading(summary, log), Reading(replace(summary, run_id=f"{name}2"), log)]
+    summary = summary._replace(gpu=name, doubts=(name,), notes=(name,), **of)
+    return [Reading(summary, log), Reading(summary._replace(run_id=f"{name}2"), log)]
 
 
 @pytest.fixture(scope="module")

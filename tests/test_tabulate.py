@@ -5,7 +5,6 @@ import io
 import json
 import math
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,7 +118,7 @@ def test_tables_fit_the_terminal_and_keep_their_numbers_whole(width):
 def test_names_are_text_in_every_format(name):
     texts_of: dict = {"doubts": (name,), "notes": (name, name)}
     texts_of |= dict.fromkeys(("experiment", "run_id", "reason", "log", "model", "scheme", "precision", "gpu"), name)
-    summary = replace(summary_of("x", [1.0] * 20), **texts_of)
+    summary = summary_of("x", [1.0] * 20)._replace(**texts_of)
     texts = {format_: write(View([summary])) for format_, write in export.FORMATS.items()}
     assert not any(CONTROL.search(text) for text in texts.values())
     assert json.loads(texts["json"])["runs"][0]["experiment"] == clean(name)
