@@ -25,6 +25,7 @@ from ftgen.step_line import (
     steps_of,
 )
 
+DIGITS = b"0123456789."
 VARYING = b"0123456789.+- "  # what a number is written with, and what pads it; exponents' e apart
 LATER = ("loss", "grad_norm")  # which no figure needs
 FEW = 4  # lines: fewer are not worth the trouble
@@ -202,28 +203,35 @@ def shape_of(line: bytes) -> Shape | None:
 def whole_chunk(text: bytes) -> Chunk | None:
     """The text as one chunk, if there are step lines of one shape in it and nothing else."""
     end = text.find(b"\n") + 1
-    shape = shape_of(text[:end])
+    first = text[:end]
+    shape = shape_of(first)
     if shape is None:
         return None
     second = text[end : text.find(b"\n", end) + 1]
-    if second and barest(second) != barest(text[:end]):
+    if second and barest(second) != barest(first):
         return None
+    if shape.keys is NEMO_KEYS and shape.time in first:  # which pads no number
+        words, line = text.translate(None, DIGITS), first.translate(None, DIGITS)
+        count = len(words) // len(line)
+        if words == line * count:
+            return chunk_of(text, count, shape, even=True, timed=True)
     bared = bare(text)
     count, rest = divmod(len(bared), len(shape.bare))
     if not rest and bared == shape.bare * count:
         return chunk_of(text, count, shape, even=True)
-    bared, first = bared.replace(b"e", b""), barest(text[:end])
-    count, rest = divmod(len(bared), len(first))
-    return None if rest or bared != first * count else chunk_of(text, count, shape, even=False)
+    bared, line = bared.replace(b"e", b""), barest(first)
+    count, rest = divmod(len(bared), len(line))
+    return None if rest or bared != line * count else chunk_of(text, count, shape, even=False)
 
 
-def chunk_of(text: bytes, count: int, shape: Shape, *, even: bool) -> Chunk | None:
-    """The `count` lines of that shape as a chunk; None if their steps do not follow one another.
+def chunk_of(text: bytes, count: int, shape: Shape, *, even: bool, timed: bool = False) -> Chunk | None:
+    """The `count` lines of that shape as a chunk; None if their steps do not follow one another, or have no time.
 
-    The same numbers of each line have an exponent where they are `even`.
+    The same numbers of each line have an exponent where they are `even`. They are `timed` if what stands before the time is
+    known to be in each of them.
     """
     numbers = shape.number.findall(text)
-    if len(numbers) != count or text.count(shape.time) != count:
+    if len(numbers) != count or not (timed or text.count(shape.time) == count):
         return None
     if shape.constant and any(text.count(cell) != count for cell in shape.constant):
         return None

@@ -46,6 +46,13 @@ class Task(NamedTuple):
     big: Run | None = None
 
 
+class Columns(NamedTuple):
+    """Summaries and what sorts them, field by field: what is the same in all of them is there once."""
+
+    number: int
+    columns: list[tuple[Any, ...]]
+
+
 class Part(NamedTuple):
     """What is in a part of a big log, without the lines of its steps."""
 
@@ -187,9 +194,9 @@ def _give(pool: Pool, task: Task) -> list[AsyncResult[Any]]:
 def _got(task: Task, results: list[AsyncResult[Any]], make: Make[Made], progress: Progress) -> list[tuple[Any, Made]]:
     """What became of a task."""
     if not task.big:
-        made: list[tuple[Any, Made]] = results[0].get()
+        made: list[tuple[Any, Made]] | Columns = results[0].get()
         progress(task.size)
-        return made
+        return _rows(made) if isinstance(made, Columns) else made
     parts = []
     for result in results:
         parts.append(result.get())
@@ -197,10 +204,26 @@ def _got(task: Task, results: list[AsyncResult[Any]], make: Make[Made], progress
     return [(order(task.big), make(task.big, _joined(task.big, parts)))]
 
 
-def _read_some(works: list[Folder | Run]) -> list[tuple[Any, Any]]:
+def _read_some(works: list[Folder | Run]) -> "list[tuple[Any, Any]] | Columns":
     """In a process of its own: what is made of each run."""
     runs = chain.from_iterable(runs_in(work) if isinstance(work, Folder) else (work,) for work in works)
-    return [(order(run), _make[0](run, read_log(run))) for run in runs]
+    make = _make[0]
+    made = [(order(run), make(run, read_log(run))) for run in runs]
+    return _columns(made) if all(type(one) is Summary for _, one in made) else made
+
+
+def _columns(made: list[tuple[Any, Summary]]) -> Columns:
+    """Summaries on their way to another process, which takes a third of the time this way."""
+    columns = zip(*((*key, *summary) for key, summary in made), strict=True)
+    return Columns(len(made), [column[:1] if column.count(column[0]) == len(column) else column for column in columns])
+
+
+def _rows(columns: Columns) -> list[tuple[Any, Any]]:
+    """The summaries again, with what sorts them."""
+    whole = [column * (columns.number // len(column)) for column in columns.columns]
+    split = len(whole) - len(Summary._fields)
+    keys, summaries = zip(*whole[:split], strict=True), map(Summary._make, zip(*whole[split:], strict=True))
+    return list(zip(keys, summaries, strict=True))
 
 
 def _read_part(path: Path, start: int, end: int | None) -> Part:
