@@ -131,18 +131,21 @@ def _read_alike(text: bytes, numbers: range, *, checked: bool) -> Span | None:
         return None
     columns = columns_of(said, shape.keys)
     if shape.counts:
-        counts = _counts(cells[: -1 : shape.cells])
+        counts = _counts(cells[: -1 : shape.cells], numbers.start + shape.keys.first)
         if len(counts) not in {1, count}:
             return None
         columns["planned"] = [int(text) + 1 - shape.keys.first for text in counts]
     return Span(numbers, {name: [*column] * (count // len(column)) for name, column in columns.items()}, later)
 
 
-def _counts(cells: Sequence[bytes]) -> Sequence[bytes]:
-    """What the cells count to, as far as they do; once, as the last one says it, where they end alike."""
-    end = cells[-1][cells[-1].rfind(b"/") :] + b"|"
+def _counts(cells: Sequence[bytes], first: int) -> Sequence[bytes]:
+    """What the cells count to, as far as they do; once, where they count from `first` on to the same number."""
     text = b"|".join((*cells, b""))
-    return PLANNED.findall(cells[-1] + b"|" if text.count(end) == len(cells) else text)
+    number = b"%d" % first
+    before, _, after = cells[0].rpartition(number + b"/")
+    behind = b"/" + after + b"|"
+    alike = text + before == before + counted(first, first + len(cells)).replace(b" ", behind + before)
+    return PLANNED.findall(before + number + behind if alike else text)
 
 
 def _what_numbers(cells: Sequence[bytes], before: bytes) -> Sequence[float | None]:
@@ -251,6 +254,7 @@ def may_overflow(text: bytes, *, exponents: bool) -> bool:
     return b"e000" in digits or b"e+000" in digits
 
 
+@lru_cache(maxsize=100)  # many short logs have as many steps
 def counted(first: int, stop: int) -> bytes:
     """`7 8 9 `: the numbers from `first` to before `stop`, a space behind each."""
     parts = []

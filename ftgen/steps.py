@@ -58,7 +58,7 @@ class Steps(Mapping[int, Step]):
     @property
     def neighbours(self) -> bool:
         """Whether there are steps that were read together, because they follow one another."""
-        return bool(self._chunks)
+        return any(chunk.first < chunk.last for chunk in self._chunks)
 
     @property
     def planned(self) -> int | None:
