@@ -1,26 +1,22 @@
-"""What the report draws. In: `Summary`s, `Group`s and steps, ascending. Out: charts as Vega-Lite specifications.
+"""What the report draws. In: `Summary`s, `Group`s and curves. Out: charts as Vega-Lite specifications.
 
 Each point carries a sentence, which the page says when the point is reached by pointer or keyboard.
 """
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
-from statistics import median
 from typing import Any, NamedTuple
 
 from ftgen import catalogue
 from ftgen.compare import recomputed
-from ftgen.marks import LABEL, MOST_RUNS, POINT, Values, bars, colour_by, curve, layered, legend, off_scale, window
+from ftgen.curves import OFF_SCALE, Curve
+from ftgen.marks import LABEL, POINT, Values, bars, colour_by, curve, layered, legend, off_scale, window
 from ftgen.options import shortly
 from ftgen.repeats import Group
-from ftgen.step_line import Step
 from ftgen.summarize import Summary
 from ftgen.table import accelerators, experiment_title
 from ftgen.units import clean, number, percent, significant, whole
 
-MOST_POINTS = 400  # of a curve; more are drawn by the lowest and highest of each part
-OFF_SCALE = 3  # times the median: a step that takes longer is drawn at the edge, with its value
 MEASURED, PUBLISHED, IDEAL = "measured", "published (H100)", "ideal, at the dense peak"
 
 
@@ -32,52 +28,46 @@ class Chart(NamedTuple):
     spec: dict[str, Any]
 
 
-def step_times(run: Summary, steps: Mapping[int, Step]) -> Chart | None:
+def step_times(run: Summary, times: Curve) -> Chart | None:
     """The time of every step, with the window shaded and its mean as a line."""
-    series = _series(steps, lambda step: step.time_s)
-    if not series:
+    if not times.middle:
         return None
-    most = OFF_SCALE * median(time_s for _, time_s in series)
+    most = OFF_SCALE * times.middle
     values = [
         {"step": step, "value": min(time_s, most), "off": time_s > most, "label": f"step {step}: {significant(time_s, 4)} s"}
-        for step, time_s in thinned(series)
+        for step, time_s in times.points
     ]
-    beyond = sum(time_s > most for _, time_s in series)
     layers = [*window(run), *curve(values, "seconds", zero=True)]
-    if beyond:
+    if times.beyond:
         layers.append(off_scale(values))
     told = f"mean {significant(run.step_time_s, 4)} s over steps {run.window_first} to {run.window_last}"
-    above = f"; {beyond} off the scale" if beyond else ""
+    above = f"; {times.beyond} off the scale" if times.beyond else ""
     return Chart(
         "Step time",
-        f"{len(series)} steps, {told if run.step_time_s else 'no step time is reported'}{above}",
+        f"{times.known} steps, {told if run.step_time_s else 'no step time is reported'}{above}",
         layered(layers),
     )
 
 
-def losses(steps: Mapping[int, Step]) -> Chart | None:
+def losses(of: Curve) -> Chart | None:
     """The loss of every step."""
-    series = _series(steps, lambda step: step.loss)
-    if len(series) < 2:
+    if of.known < 2:
         return None
-    values = [{"step": step, "value": loss, "label": f"step {step}: loss {loss:.4g}"} for step, loss in thinned(series)]
-    sentence = f"from {series[0][1]:.4g} to {series[-1][1]:.4g} in {len(series)} steps"
+    values = [{"step": step, "value": loss, "label": f"step {step}: loss {loss:.4g}"} for step, loss in of.points]
+    sentence = f"from {of.first:.4g} to {of.last:.4g} in {of.known} steps"
     return Chart("Loss", sentence, layered(curve(values, "loss", zero=False)))
 
 
-def losses_together(runs: Sequence[tuple[Summary, Mapping[int, Step]]]) -> Iterable[Chart]:
-    """The losses of the runs of a kind in one chart, or in several where there are many runs."""
-    known = [(f"{run.experiment} {run.run_id}".strip(), _series(steps, lambda step: step.loss)) for run, steps in runs]
-    known = [(name, series) for name, series in known if len(series) > 1]
-    for start in range(0, len(known) if len(known) > 1 else 0, MOST_RUNS):
-        part = known[start : start + MOST_RUNS]
-        values = [
-            {"step": step, "value": loss, "run": clean(name), "label": clean(f"{name}, step {step}: loss {loss:.4g}")}
-            for name, series in part
-            for step, loss in thinned(series)
-        ]
-        layers = curve(values, "loss", zero=False, by="run")
-        yield Chart(experiment_title(runs[0][0]), f"the loss of {len(part)} runs", layered(layers))
+def losses_together(runs: Sequence[tuple[Summary, Curve]]) -> Chart:
+    """The losses of at most MOST_RUNS runs of a kind in one chart."""
+    named = [(f"{run.experiment} {run.run_id}".strip(), of) for run, of in runs]
+    values = [
+        {"step": step, "value": loss, "run": clean(name), "label": clean(f"{name}, step {step}: loss {loss:.4g}")}
+        for name, of in named
+        for step, loss in of.points
+    ]
+    layers = curve(values, "loss", zero=False, by="run")
+    return Chart(experiment_title(runs[0][0]), f"the loss of {len(runs)} runs", layered(layers))
 
 
 def throughput(groups: Sequence[Group]) -> Chart | None:
@@ -186,21 +176,3 @@ def _scaled_from(group: Group) -> tuple[str, str, int, float, tuple[str, ...]]:
     """What is the same in a series of sizes: as much work for each GPU, done in the same way."""
     work = (group.global_batch_size or 0) / (group.gpus or 1)
     return (experiment_title(group), group.gpu or "", group.seq_length or 0, work, group.options)
-
-
-def _series(steps: Mapping[int, Step], of: Callable[[Step], float | None]) -> list[tuple[int, float]]:
-    """What is known and finite, by step."""
-    known = ((number, of(step)) for number, step in steps.items())
-    return [(step, value) for step, value in known if value is not None and math.isfinite(value)]
-
-
-def thinned(series: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most MOST_POINTS of it: where there are more, the lowest and the highest of each part, in their order."""
-    if len(series) <= MOST_POINTS:
-        return list(series)
-    parts = MOST_POINTS // 2
-    kept: set[tuple[int, float]] = set()
-    for part in range(parts):
-        some = series[len(series) * part // parts : len(series) * (part + 1) // parts]
-        kept |= {min(some, key=lambda point: point[1]), max(some, key=lambda point: point[1])}
-    return sorted(kept)

@@ -3,22 +3,22 @@
 import difflib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 
-def write(folder: Path, texts: Mapping[str, str]) -> list[Path]:
-    """Write each file as a whole or not at all; scripts are executable. Gives their paths."""
+def write(folder: Path, texts: Mapping[str, str | Iterable[str]]) -> list[Path]:
+    """Write each file, a text or its pieces, as a whole or not at all; scripts are executable. Gives their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     return [_write(folder / name, text) for name, text in texts.items()]
 
 
-def _write(path: Path, text: str) -> Path:
+def _write(path: Path, text: str | Iterable[str]) -> Path:
     mode = 0o755 if path.suffix == ".sh" else 0o644
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+            file.writelines([text] if isinstance(text, str) else text)
         Path(temporary).chmod(mode)
         Path(temporary).replace(path)
     except BaseException:

@@ -3,6 +3,7 @@
 Every value is text until a template says otherwise: escaped, and with whatever does not print spelled out.
 """
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -16,6 +17,11 @@ from ftgen.units import clean
 def page(template: str, **values: Any) -> str:
     """The filled template."""
     return _environment().get_template(template).render(**values)
+
+
+def pieces(template: str, **values: Any) -> Iterator[str]:
+    """The filled template, a piece at a time: what it goes through once may be made meanwhile."""
+    return _environment().get_template(template).generate(**values)
 
 
 def source(name: str) -> str:

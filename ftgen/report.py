@@ -6,6 +6,8 @@ security policy lets a browser run.
 
 import base64
 import json
+import pickle
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -17,35 +19,53 @@ from markupsafe import Markup
 
 from ftgen import __version__, charts
 from ftgen.charts import Chart
+from ftgen.curves import Curve, Curves, curves
 from ftgen.drawing import svg
 from ftgen.fields import RUN, View, row
 from ftgen.log_lines import Log
+from ftgen.marks import MOST_RUNS
 from ftgen.outcome import STATUSES
-from ftgen.pages import page, source
+from ftgen.pages import pieces, source
 from ftgen.repeats import group, kind, order
 from ftgen.runs import Folder, Run
-from ftgen.step_line import Step
 from ftgen.summaries import Progress, read_all
 from ftgen.summarize import Summary, judge
 from ftgen.table import experiment_title, tabulate
-from ftgen.units import number, significant
 from ftgen.window import Window, checked
 
 SCRIPT = "report.js"
-MOST_STEPS = 1000  # rows of a run's table of steps
 TOLD = {"experiment", "run_id", "status", "reason", "doubts", "notes", "log"}  # keys that stand elsewhere on the page
 
 
+class Told(NamedTuple):
+    """What is shown of a run besides its summary."""
+
+    curves: Curves
+    told_by: list[tuple[str, str]]  # the lines of the log that the verdict stands on
+    plan: list[tuple[str, str]]
+    environment: list[tuple[str, str]]
+
+
 class Reading(NamedTuple):
-    """A run and what its log says."""
+    """A run, and what its log says, in as little memory as it takes: there may be thousands of them."""
 
     run: Summary
-    log: Log
+    losses: int  # steps of which the loss is known
+    packed: bytes
+
+    @classmethod
+    def of(cls, run: Summary, log: Log) -> "Reading":
+        """All that is shown of a run."""
+        drawn = curves(log.steps)
+        told_by = [(kind, ending.note) for kind, ending in log.endings.items() if not ending.json]
+        told = Told(drawn, told_by, flattened(log.plan or {}), flattened(log.environment or {}))
+        return cls(run, drawn.losses.known, zlib.compress(pickle.dumps(told), 1))
 
     @property
-    def steps(self) -> Mapping[int, Step]:
-        """All of them, in ascending order."""
-        return self.log.steps.between(0, self.log.steps.last + 1)
+    def told(self) -> Told:
+        """Unpacked, each time that it is asked for."""
+        told: Told = pickle.loads(zlib.decompress(self.packed))  # noqa: S301, from `of`
+        return told
 
 
 class Figure(NamedTuple):
@@ -64,10 +84,15 @@ class Section(NamedTuple):
     run: Summary
     figures: list[Figure]
     facts: list[tuple[str, str]]
-    told_by: list[tuple[str, str]]  # the lines of the log that the verdict stands on
-    plan: list[tuple[str, str]]
-    environment: list[tuple[str, str]]
-    steps: list[tuple[str, ...]]
+    told: Told
+
+
+class Line(NamedTuple):
+    """A run in the list of all."""
+
+    anchor: str
+    title: str
+    run: Summary
 
     @property
     def words(self) -> str:
@@ -88,22 +113,24 @@ def read(
 
 
 def _reading(run: Run, log: Log, *, window: Window | None) -> Reading:
-    return Reading(judge(run, log, window=window), log)
+    return Reading.of(judge(run, log, window=window), log)
 
 
-def report(readings: Sequence[Reading], view: View, *, title: str) -> str:
-    """The page."""
+def report(readings: Sequence[Reading], view: View, *, title: str) -> Iterator[str]:
+    """The page, in pieces; a run is drawn when its piece is asked for."""
     readings = sorted(readings, key=lambda reading: order(reading.run))
-    view = view._replace(runs=[reading.run for reading in readings])
+    lines = [_line(position, reading.run) for position, reading in enumerate(readings, 1)]
+    view = view._replace(runs=[line.run for line in lines])
     script = source(SCRIPT)
-    return page(
+    return pieces(
         "report.html.j2",
         title=title,
         version=__version__,
         counts=_counts(view.runs),
         tables=tabulate(view),
-        overview=[(name, figures) for name, figures in _overview(readings) if figures],
-        sections=[_section(position, reading, view) for position, reading in enumerate(readings, 1)],
+        overview=list(_overview(readings)),
+        lines=lines,
+        sections=(_section(line, reading, view) for line, reading in zip(lines, readings, strict=True)),
         script=Markup(script),  # noqa: S704, our own file
         script_hash=base64.b64encode(sha256(script.encode()).digest()).decode(),
     )
@@ -114,38 +141,43 @@ def _counts(runs: Sequence[Summary]) -> list[tuple[str, int]]:
     return [(status, counted[status]) for status in STATUSES if counted[status]]
 
 
-def _overview(readings: Sequence[Reading]) -> Iterator[tuple[str, list[Figure]]]:
+def _overview(readings: Sequence[Reading]) -> Iterator[tuple[str, Iterable[Figure]]]:
     """Charts of all runs: what stands above those of single runs."""
     kinds = [list(same) for _, same in groupby(group([reading.run for reading in readings]), kind)]
-    yield "Throughput", _drawn(charts.throughput(groups) for groups in kinds)
-    yield "Scaling", _drawn([charts.scaling([each for groups in kinds for each in groups])])
-    yield "Memory", _drawn(charts.memory(groups) for groups in kinds)
-    same_kind = ([(r.run, r.steps) for r in same] for _, same in groupby(readings, lambda reading: kind(reading.run)))
-    yield "Losses", _drawn(chart for some in same_kind for chart in charts.losses_together(some))
+    scaling = charts.scaling([each for groups in kinds for each in groups])
+    known = {
+        "Throughput": [chart for groups in kinds if (chart := charts.throughput(groups))],
+        "Scaling": [scaling] if scaling else [],
+        "Memory": [chart for groups in kinds if (chart := charts.memory(groups))],
+    }
+    yield from ((name, map(_figure, found)) for name, found in known.items() if found)
+    alike = (list(same) for _, same in groupby((r for r in readings if r.losses > 1), lambda reading: kind(reading.run)))
+    repeated = [runs for runs in alike if len(runs) > 1]
+    if repeated:
+        yield "Losses", (_figure(charts.losses_together(part)) for runs in repeated for part in _losses(runs))
 
 
-def _drawn(found: Any) -> list[Figure]:
-    known: list[Chart] = [chart for chart in found if chart]
-    return [Figure(chart.title, chart.sentence, svg(chart)) for chart in known]
+def _losses(readings: Sequence[Reading]) -> Iterator[list[tuple[Summary, Curve]]]:
+    """The runs with their losses, as many at a time as fit a chart."""
+    for start in range(0, len(readings), MOST_RUNS):
+        yield [(each.run, each.told.curves.losses) for each in readings[start : start + MOST_RUNS]]
 
 
-def _section(position: int, reading: Reading, view: View) -> Section:
-    run, log = reading
-    steps = reading.steps
+def _figure(chart: Chart) -> Figure:
+    return Figure(chart.title, chart.sentence, svg(chart))
+
+
+def _line(position: int, run: Summary) -> Line:
+    parts = (experiment_title(run), f"on {run.gpus} {(run.gpu or '').upper()}", f"run {run.run_id}")
+    return Line(f"run-{position}", " ".join(filter(None, parts)), run)
+
+
+def _section(line: Line, reading: Reading, view: View) -> Section:
+    run, told = line.run, reading.told
     values = row(run, view.baseline)
-    return Section(
-        anchor=f"run-{position}",
-        title=" ".join(
-            filter(None, (experiment_title(run), f"on {run.gpus} {(run.gpu or '').upper()}", f"run {run.run_id}"))
-        ),
-        run=run,
-        figures=_drawn([charts.step_times(run, steps), charts.losses(steps)]),
-        facts=[(f.title, f.how(values[f.key])) for f in RUN if f.key not in TOLD and values[f.key] is not None],
-        told_by=[(kind, ending.note) for kind, ending in log.endings.items() if not ending.json],
-        plan=flattened(log.plan or {}),
-        environment=flattened(log.environment or {}),
-        steps=_steps(steps),
-    )
+    found = (charts.step_times(run, told.curves.times), charts.losses(told.curves.losses))
+    facts = [(f.title, f.how(values[f.key])) for f in RUN if f.key not in TOLD and values[f.key] is not None]
+    return Section(line.anchor, line.title, run, [_figure(chart) for chart in found if chart], facts, told)
 
 
 def flattened(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -157,19 +189,3 @@ def flattened(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
         else:
             rows.append((f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)))
     return rows
-
-
-def _steps(steps: Mapping[int, Step]) -> list[tuple[str, ...]]:
-    """Every step, for those who would rather read numbers; of very long runs none."""
-    if len(steps) > MOST_STEPS:
-        return []
-    return [
-        (
-            str(number_),
-            significant(step.time_s, 4),
-            significant(step.loss, 4),
-            significant(step.grad_norm, 4),
-            number(step.peak_memory / 2**30 if step.peak_memory else None, 2),
-        )
-        for number_, step in steps.items()
-    ]

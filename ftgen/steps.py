@@ -4,6 +4,7 @@ A chunk is read only when one of its steps is asked for, and the text of old one
 so the memory that a log's steps need does not grow with the log.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter
@@ -84,6 +85,18 @@ class Steps(Mapping[int, Step]):
             found = dict(sorted(chain(single.items(), *(span.items() for span in spans))))
         self._recent = range(start, stop), found
         return found
+
+    def pieces(self) -> Iterator[Mapping[int, Step]]:
+        """All the steps in ascending order, some at a time; each piece is read when it is asked for."""
+        single, place = sorted(self._single), 0
+        for chunk in list(self._chunks):
+            end = bisect_left(single, chunk.first)
+            if place < end:
+                yield {number: self._single[number] for number in single[place:end]}
+            place = end
+            yield self._whole(chunk).steps(chunk.first, chunk.last + 1)
+        if place < len(single):
+            yield {number: self._single[number] for number in single[place:]}
 
     def add_chunk(self, chunk: Chunk, again: Callable[[Chunk], Chunk]) -> None:
         """Take a chunk; `again` is how to read it once more."""

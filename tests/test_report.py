@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from browser import chromium, show_as
 from debian import program
+from logs import make
+from markupsafe import Markup
 from runs import EVIL, log_of, summary_of
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
@@ -18,18 +20,24 @@ from selenium.webdriver.common.keys import Keys
 from test_export import Page
 
 from ftgen import charts, summaries
+from ftgen import report as report_module
 from ftgen.baseline import read_baseline
+from ftgen.curves import MOST_POINTS, curves
 from ftgen.endings import Ending
 from ftgen.fields import View
+from ftgen.logs import read_log
 from ftgen.report import Reading, flattened, read, report
-from ftgen.runs import find_folders
+from ftgen.runs import find_folders, find_runs
+from ftgen.step_line import Step
+from ftgen.steps import Steps
+from ftgen.summarize import summarize
 
 ROOT = Path(__file__).parent.parent
 LOGS = [ROOT / "tests" / "logs" / case / "logs" for case in ("sizes", "verdicts", "documented")]
 
 
 def page_of(runs, title="Results"):
-    return report(runs, View((), read_baseline("published")), title=title)
+    return "".join(report(runs, View((), read_baseline("published")), title=title))
 
 
 @pytest.fixture(scope="module")
@@ -37,26 +45,54 @@ def text():
     return page_of(read(find_folders(LOGS)))
 
 
-def reading(name, times):
+def made_up(name, times):
     experiment = "lora_nemo_llama3_8b_fp8_16"
-    return Reading(summary_of(experiment, times, 64, run_id=name), log_of(experiment, times, 64))
+    return summary_of(experiment, times, 64, run_id=name), log_of(experiment, times, 64)
 
 
 def test_every_run_is_told_of_with_what_its_verdict_stands_on(text):
     words = " ".join(Page(text).text)
-    for summary, log in read(find_folders(LOGS)):
-        assert summary.log in words
-        assert (summary.reason or "") in words
-        assert all(ending.note in words for ending in log.endings.values() if not ending.json)
+    for run in find_runs(LOGS):
+        assert str(run.log) in words
+        assert (summarize(run).reason or "") in words
+        assert all(ending.note in words for ending in read_log(run).endings.values() if not ending.json)
 
 
 def test_several_processes_read_what_one_does(monkeypatch):
     monkeypatch.setattr(summaries, "ALONE", 2000)
     monkeypatch.setattr(summaries, "BATCH", 2000)
     read_by = [read(find_folders(LOGS), processes=processes) for processes in (1, 2)]
-    assert repr([(run, log.steps, log.endings, log.plan) for run, log in read_by[0]]) == repr(
-        [(run, log.steps, log.endings, log.plan) for run, log in read_by[1]]
+    assert [(one.run, one.told) for one in read_by[0]] == [(one.run, one.told) for one in read_by[1]]
+
+
+def test_a_run_is_drawn_when_its_part_of_the_page_is_written(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report_module, "svg", lambda chart: drawn.append(chart) or Markup("<svg/>"))
+    runs = [Reading.of(*made_up(f"{number}", [0.7] * 25)) for number in range(30)]
+    before = []
+    for piece in report(runs, View(()), title="x"):
+        before += [len(drawn)] * len(re.findall('<article id="', piece))
+    overview = before[0] - 2
+    assert before == [overview + 2 * number for number in range(1, 31)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the peak memory")
+def test_what_is_kept_of_a_run_does_not_grow_with_its_log(tmp_path):
+    code = (
+        "import re, sys; from ftgen.runs import find_folders; from ftgen.report import read;"
+        "(one,) = read(find_folders(sys.argv[1:]), processes=1);"
+        "print(len(one.packed), len(one.told.curves.times.points));"
+        "print(re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1])"
     )
+    found = []
+    for steps in (1000, 200_000):
+        path = tmp_path / f"log-a.sft_nemo_llama3_8b_bf16_8_{steps}_0.out"
+        path.write_text("".join(make.step_lines(steps, 32, 1.32)))
+        done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+        found.append([*map(int, done.stdout.split())])
+    assert max(packed for packed, _, _ in found) < 40_000
+    assert max(points for _, points, _ in found) <= MOST_POINTS
+    assert found[1][2] - found[0][2] < 24 << 10, f"{found} KiB"  # 50 MB are read
 
 
 def test_the_page_needs_nothing_but_itself(text):
@@ -76,13 +112,13 @@ def test_only_the_page_s_own_script_may_run(text):
 
 
 def hostile(name):
-    summary, log = reading("1", [0.7] * 25)
+    summary, log = made_up("1", [0.7] * 25)
     of = dict.fromkeys(("experiment", "run_id", "reason", "log", "model", "scheme", "precision"), name)
     log.plan = {name: {name: name}} if name else {}
     log.environment = {name: name}
     log.endings = {"error": Ending("error", name, b"")}
     summary = summary._replace(gpu=name, doubts=(name,), notes=(name,), **of)
-    return [Reading(summary, log), Reading(summary._replace(run_id=f"{name}2"), log)]
+    return [Reading.of(summary, log), Reading.of(summary._replace(run_id=f"{name}2"), log)]
 
 
 @pytest.fixture(scope="module")
@@ -98,24 +134,25 @@ def test_no_name_becomes_markup(name, harmless):
 
 
 def test_the_window_is_where_the_summary_says():
-    summary, log = reading("1", [2.0] * 5 + [1.0] * 20)
-    shade = charts.step_times(summary, log.steps).spec["layer"][0]["data"]["values"][0]
+    summary, log = made_up("1", [2.0] * 5 + [1.0] * 20)
+    shade = charts.step_times(summary, curves(log.steps).times).spec["layer"][0]["data"]["values"][0]
     assert (shade["first"], shade["last"], shade["mean"]) == (4.5, 24.5, 1.0)
 
 
 def test_a_step_off_the_scale_is_drawn_at_its_edge_and_says_its_time():
-    summary, log = reading("1", [60.0] + [1.0] * 30)
-    spec = charts.step_times(summary, log.steps).spec
+    summary, log = made_up("1", [60.0] + [1.0] * 30)
+    spec = charts.step_times(summary, curves(log.steps).times).spec
     (first, *_) = next(layer for layer in spec["layer"] if layer["mark"].get("shape"))["data"]["values"]
     assert (first["value"], first["label"]) == (3.0, "step 0: 60 s")
 
 
 def test_long_curves_keep_their_extremes():
-    series = [(step, 1.0 + (step == 5000) - 0.5 * (step == 7777)) for step in range(10_000)]
-    thin = charts.thinned(series)
-    assert len(thin) <= charts.MOST_POINTS
-    assert {(5000, 2.0), (7777, 0.5)} <= set(thin)
-    assert thin == sorted(thin)
+    steps = {step: Step(1.0 + (step == 5000) - 0.5 * (step == 7777) + 9 * (step < 3), None) for step in range(10_000)}
+    thin = curves(Steps(steps)).times
+    assert len(thin.points) <= MOST_POINTS
+    assert {(5000, 2.0), (7777, 0.5)} <= set(thin.points)
+    assert thin.points == sorted(thin.points)
+    assert (thin.known, thin.first, thin.last, thin.middle, thin.beyond) == (10_000, 10.0, 1.0, 1.0, 3)
 
 
 def test_scaling_is_by_the_fewest_gpus_with_as_much_work_for_each():
