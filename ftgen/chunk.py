@@ -28,6 +28,7 @@ from ftgen.step_line import (
 DIGITS = b"0123456789."
 VARYING = b"0123456789.+- "  # what a number is written with, and what pads it; exponents' e apart
 LATER = ("loss", "grad_norm")  # which no figure needs
+OFTEN = ("consumed",)  # what the same steps of many runs say alike
 FEW = 4  # lines: fewer are not worth the trouble
 PLANNED = re.compile(rb"iteration(?<!\witeration) +\d{1,9}/ *(\d{1,9}) *\|")  # a word to begin with is found fastest
 DIGITS_TO_0 = bytes.maketrans(b"123456789E", b"000000000e")
@@ -126,7 +127,7 @@ def _read_alike(text: bytes, numbers: range, *, checked: bool) -> Span | None:
             if name in LATER:
                 later[name] = column, before
             else:
-                said[name] = _numbers(column, before)
+                said[name] = _numbers(column, before, often=name in OFTEN)
     except ValueError:
         return None
     columns = columns_of(said, shape.keys)
@@ -157,19 +158,26 @@ def _what_numbers(cells: Sequence[bytes], before: bytes) -> Sequence[float | Non
         return [number(value) if key + b":" == before.strip() else None for key, _, value in parts]
 
 
-def _numbers(cells: Sequence[bytes], before: bytes) -> Sequence[float]:
+def _numbers(cells: Sequence[bytes], before: bytes, *, often: bool = False) -> Sequence[float]:
     """The number in each cell, behind the same words; one for all if they are the same. ValueError where there is none."""
     if cells[0] == cells[-1] and cells.count(cells[0]) == len(cells):
         return (_number(cells[0], before),)
-    first, *texts = (
-        b"|".join((b"", *cells)).decode("ascii").split(f"|{before.decode()}")
-    )  # texts make floats sooner than bytes
-    if first or len(texts) != len(cells):
+    read = _known_numbers if often else _read_numbers
+    return read(b"|".join((b"", *cells)), before, len(cells))
+
+
+def _read_numbers(text: bytes, before: bytes, count: int) -> Sequence[float]:
+    """So many numbers, each behind a | and these words; ValueError."""
+    first, *texts = text.decode("ascii").split(f"|{before.decode()}")  # of texts floats are made sooner than of bytes
+    if first or len(texts) != count:
         raise ValueError
     numbers = list(map(float, texts))
     if not -MOST < min(numbers) <= max(numbers) < MOST:
         raise ValueError
     return numbers
+
+
+_known_numbers = lru_cache(maxsize=100)(_read_numbers)
 
 
 @lru_cache(maxsize=1000)

@@ -5,8 +5,7 @@ Where the two do not fit, one of them is wrong, and the reader should know. The 
 wider than what healthy runs show.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from statistics import median
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ftgen.identity import Identity
@@ -87,6 +86,13 @@ def _memory(steps: Mapping[int, Step], said: Said) -> Iterator[str]:
     if len(peaks) > 1 and peaks[-2][0] < peaks[-1][0] * (1 - MEMORY):
         (others, _), (most, number) = peaks[-2:]
         yield f"step {number} alone tells of a peak memory of {most / 2**30:.1f} GiB, others of {others / 2**30:.1f} at most"
+
+
+def median(numbers: Iterable[float]) -> float:
+    """The statistics module's, which takes as long to import as many logs to read and is seldom needed."""
+    from statistics import median as middle
+
+    return middle(numbers)
 
 
 def _outliers(window: Timed) -> Iterator[str]:
