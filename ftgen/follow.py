@@ -59,7 +59,7 @@ class Follower:
         self.queue, self.clock = queue, clock
         self.jobs: Mapping[str, str] | None = None
         self.asked = float("-inf")
-        self.read: dict[Path, tuple[tuple[float, int], Summary, Log]] = {}
+        self.read: dict[str, tuple[tuple[float, int], Summary, Log]] = {}
 
     def look(self) -> list[Progress]:
         """Every run there is by now; LogError for a path that is not there."""
@@ -77,7 +77,7 @@ class Follower:
 
     def _progress(self, run: Run) -> Progress:
         try:
-            status = run.log.stat()
+            status = Path(run.log).stat()
         except OSError:  # gone since it was found
             status = None
         stamp = (status.st_mtime, status.st_size) if status else (0.0, 0)

@@ -39,13 +39,13 @@ class Block(NamedTuple):
         return text
 
 
-def is_packed(path: Path) -> bool:
+def is_packed(path: str | Path) -> bool:
     """Whether the file is compressed, by its first bytes; LogFileError where it cannot be read."""
     with closing(_open(path)) as file:
         return file.read(4).startswith(PACKED)
 
 
-def blocks(path: Path, start: int = 0, end: int | None = None) -> Iterator[Block]:
+def blocks(path: str | Path, start: int = 0, end: int | None = None) -> Iterator[Block]:
     """The lines that begin from `start` to before `end`, in blocks; LogFileError after what could be read.
 
     A block ends where a line does, unless that line is longer than a block.
@@ -66,7 +66,7 @@ def blocks(path: Path, start: int = 0, end: int | None = None) -> Iterator[Block
         raise LogFileError(f"the log cannot be read: {error.strerror or error}") from None
 
 
-def edges(path: Path, size: int) -> tuple[bytes, bytes]:
+def edges(path: str | Path, size: int) -> tuple[bytes, bytes]:
     """The first and the last `size` bytes of a file that is not compressed; LogFileError."""
     with closing(_open(path)) as file:
         first = file.read(size)
@@ -74,7 +74,7 @@ def edges(path: Path, size: int) -> tuple[bytes, bytes]:
         return first, file.read(size)
 
 
-def line_number(path: Path, offset: int) -> int:
+def line_number(path: str | Path, offset: int) -> int:
     """The number, from 1, of the line in which the byte at `offset` is."""
     number = 1
     with closing(_stream(path)) as file:
@@ -100,7 +100,7 @@ def _blocks(file: "IO[bytes] | _Unpacked", offset: int, end: int | None) -> Iter
         yield Block(offset, rest)
 
 
-def _first_line(path: Path, start: int) -> int:
+def _first_line(path: str | Path, start: int) -> int:
     """Where the first line begins that does so at `start` or after it."""
     if start == 0:
         return 0
@@ -120,7 +120,7 @@ def _line_end(raw: bytes, start: int = 0) -> int:
     return min(ends) + 1 if ends else 0
 
 
-def _whole(path: Path) -> bytes | None:
+def _whole(path: str | Path) -> bytes | None:
     """All of a file in one go; None if that is empty, compressed or larger than a block."""
     descriptor, size = _descriptor(path)
     try:
@@ -130,11 +130,11 @@ def _whole(path: Path) -> bytes | None:
     return raw if raw and not raw.startswith(PACKED) else None
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: str | Path) -> IO[bytes]:
     return open(_descriptor(path)[0], "rb", buffering=0)  # noqa: PTH123
 
 
-def _descriptor(path: Path) -> tuple[int, int]:
+def _descriptor(path: str | Path) -> tuple[int, int]:
     """The file, open, and its size; LogFileError."""
     try:
         # a pipe would wait for somebody to write into it
@@ -148,7 +148,7 @@ def _descriptor(path: Path) -> tuple[int, int]:
     return descriptor, status.st_size
 
 
-def _stream(path: Path) -> "IO[bytes] | _Unpacked":
+def _stream(path: str | Path) -> "IO[bytes] | _Unpacked":
     """The file's bytes, decompressed."""
     file = _open(path)
     start = file.read(4)

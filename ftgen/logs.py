@@ -44,14 +44,14 @@ def read_log(run: Run) -> Log:
     return log
 
 
-def take(log: Log, path: Path, start: int, end: int, items: Iterable[Item]) -> None:
+def take(log: Log, path: str, start: int, end: int, items: Iterable[Item]) -> None:
     """What was found from `start` to `end` of the file into the log."""
     again = partial(_read_again, path, start, end)
     for item in items:
         log.take(item, again)
 
 
-def _read_again(path: Path, start: int, end: int, chunk: Chunk) -> Chunk:
+def _read_again(path: str, start: int, end: int, chunk: Chunk) -> Chunk:
     """The chunk with its lines; without, if they are not there any more."""
     try:
         found = [item for block in blocks(path, start, end) for item in scan(block) if isinstance(item, Chunk)]
@@ -98,7 +98,7 @@ def _identify(run: Run, log: Log) -> None:
         log.problems.append(f"plan.json: cannot be read: {error.strerror}")
     if plan and log.head and not _same(plan, log.head):
         log.problems.append("plan.json is not the plan in the log's head line")
-    for text, file in ((plan, "plan.json"), (log.head, run.log.name)):
+    for text, file in ((plan, "plan.json"), (log.head, Path(run.log).name if log.head else "")):
         try:
             if text:
                 log.identity, log.plan = identity.from_plan(text, file)

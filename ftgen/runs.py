@@ -24,7 +24,7 @@ class Run(NamedTuple):
 
     experiment: str
     run_id: str
-    log: Path  # the newest restart's
+    log: str  # path of the newest restart's
     restart: int
     earlier: int  # logs of restarts before it, which do not count
     plan: Path | None
@@ -55,12 +55,12 @@ def find_runs(paths: Iterable[str | Path], tell: Tell = lambda _: None) -> list[
 
 def order(run: Run) -> tuple[str, int, str, str]:
     """By experiment and id, ids as numbers."""
-    return run.experiment, len(run.run_id), run.run_id, os.fspath(run.log)
+    return run.experiment, len(run.run_id), run.run_id, run.log
 
 
 def find_folders(paths: Iterable[str | Path], tell: Tell = lambda _: None) -> Iterator[Folder]:
     """The directories that the runs are in, as they are found; each log once. LogError as `find_runs`."""
-    tops = [os.fspath(path) for path in paths]
+    tops = [os.fspath(Path(path)) for path in paths]
     missing = [Problem((), f"there is no {top}") for top in tops if not os.path.lexists(top)]
     if missing:
         raise LogError(*missing)
@@ -92,7 +92,7 @@ def runs_in(folder: Folder) -> Iterator[Run]:
         restart, name, size = max(found)
         beside = [name for name in folder.others if run_id and name.endswith(f"_{run_id}.out")]
         batch = Path(place + min(beside)) if beside else None
-        yield Run(_experiment(folder.path, stem), run_id, Path(place + name), restart, len(found) - 1, plan, batch, size)
+        yield Run(_experiment(folder.path, stem), run_id, place + name, restart, len(found) - 1, plan, batch, size)
 
 
 def _folders(tops: list[str], tell: Tell) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -139,7 +139,7 @@ def _below(top: str, tell: Tell) -> Iterator[tuple[str, list[str], list[str]]]:
 
 def _within(path: str) -> str:
     """What stands before the names in a directory; os.path.join takes four times as long."""
-    return path + os.sep if path and path[-1] != os.sep else path
+    return "" if path in {"", "."} else path if path[-1] == os.sep else path + os.sep
 
 
 def _unreadable(error: OSError) -> str:

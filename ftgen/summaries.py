@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from multiprocessing.pool import AsyncResult, Pool
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from ftgen import catalogue, identity
@@ -226,7 +225,7 @@ def _rows(columns: Columns) -> list[tuple[Any, Any]]:
     return list(zip(keys, summaries, strict=True))
 
 
-def _read_part(path: Path, start: int, end: int | None) -> Part:
+def _read_part(path: str, start: int, end: int | None) -> Part:
     """In a process of its own: what is in a part of a log."""
     items: list[Item] = []
     stop = start

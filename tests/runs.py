@@ -1,7 +1,5 @@
 """Runs made up in memory, for tests of what is made of them."""
 
-from pathlib import Path
-
 from ftgen.identity import from_name
 from ftgen.log_lines import Log, Step
 from ftgen.logs import Run
@@ -15,7 +13,7 @@ def log_of(experiment, times, batch=32):
 
 
 def summary_of(experiment, times, batch=32, window=None, run_id="1"):
-    run = Run(experiment, run_id, Path(f"logs/log-a.b_{run_id}_0.out"), 0, 0, None)
+    run = Run(experiment, run_id, f"logs/log-a.b_{run_id}_0.out", 0, 0, None)
     return judge(run, log_of(experiment, times, batch), window=window)
 
 

@@ -92,7 +92,7 @@ def test_pipes_and_dead_links_are_passed_over(tmp_path):
 def test_the_highest_restart_counts_as_a_number(tmp_path):
     put(tmp_path, "log-a.x_1_9.out", "log-a.x_1_10.out", "log-a.x_1_0.out")
     (run,) = find_runs([tmp_path])
-    assert (run.log.name, run.restart, run.earlier) == ("log-a.x_1_10.out", 10, 2)
+    assert (Path(run.log).name, run.restart, run.earlier) == ("log-a.x_1_10.out", 10, 2)
 
 
 def test_a_plan_beside_logs_of_several_runs_is_none_of_theirs(tmp_path):
@@ -105,7 +105,7 @@ def test_a_plan_beside_logs_of_several_runs_is_none_of_theirs(tmp_path):
 def test_a_log_that_cannot_be_read_is_a_run_all_the_same(tmp_path):
     put(tmp_path, "log-a.x_1_0.out")
     (run,) = find_runs([tmp_path])
-    run.log.unlink()
+    Path(run.log).unlink()
     summary = summarize(run)
     assert summary.status == "incomplete"
     assert "cannot be read: No such file" in summary.reason

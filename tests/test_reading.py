@@ -192,7 +192,7 @@ def test_a_path_that_is_not_there_is_an_error_beside_good_ones(tmp_path):
 def test_a_pipe_in_a_logs_place_does_not_hang(tmp_path):
     log(tmp_path, make.step_lines(25, 32, 1.32))
     (run,) = find_runs([tmp_path])
-    run.log.unlink()
+    Path(run.log).unlink()
     os.mkfifo(run.log)
     assert "cannot be read: it is no file" in summarize(run).reason
     with pytest.raises(LogFileError):
