@@ -24,6 +24,7 @@ from ftgen.drawing import svg
 from ftgen.fields import RUN, View, row
 from ftgen.log_lines import Log
 from ftgen.marks import MOST_RUNS
+from ftgen.options import shortly
 from ftgen.outcome import STATUSES
 from ftgen.pages import pieces, source
 from ftgen.repeats import group, kind, order
@@ -168,8 +169,8 @@ def _figure(chart: Chart) -> Figure:
 
 
 def _line(position: int, run: Summary) -> Line:
-    parts = (experiment_title(run), f"on {run.gpus} {(run.gpu or '').upper()}", f"run {run.run_id}")
-    return Line(f"run-{position}", " ".join(filter(None, parts)), run)
+    what = f"{experiment_title(run)} on {run.gpus} {(run.gpu or '').upper()}"
+    return Line(f"run-{position}", ", ".join(filter(None, (what, shortly(run.options), f"run {run.run_id}"))), run)
 
 
 def _section(line: Line, reading: Reading, view: View) -> Section:
