@@ -75,6 +75,7 @@ class Ending(NamedTuple):
     json: bytes = b""  # of the kinds plan and environment
     at: int | None = None  # byte of the file
     file: str = ""  # another than the log
+    row: int | None = None  # the line's number, from 1, where it has been counted
 
 
 def endings(text: bytes) -> Iterator[Ending]:

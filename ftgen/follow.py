@@ -1,11 +1,11 @@
 """Runs while they run. In: LOGS. Out: a `Progress` for each run, read again when its log has changed.
 
-A log is read whole each time: that takes a few milliseconds, and says what `tabulate` would say. Where logs are so large
-that it takes longer, they are looked at less often.
+What has been added to a log is read, and what is said is what `tabulate` would say of all of it.
 """
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from statistics import median
@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 from ftgen import squeue
 from ftgen.errors import LogError
+from ftgen.growing import Growing
 from ftgen.log_lines import Log
-from ftgen.logs import Run, find_runs, read_log
+from ftgen.logs import Run, find_runs
 from ftgen.summarize import Summary, judge
 
 LAST_STEPS = 10  # whose median is the step time that the rest is reckoned by
@@ -46,6 +47,15 @@ class Progress(NamedTuple):
         return (self.state, self.run.status if self.over else None, self.run.steps, self.loss)
 
 
+@dataclass
+class Look:
+    """A log, as it was at the last look."""
+
+    reader: Growing
+    stamp: tuple[int, ...] | None = None  # time, size and place on the disk
+    found: tuple[Summary, Log] | None = None
+
+
 class Follower:
     """Looks at LOGS again and again. `queue` answers like squeue.states; `clock` is the files' time in seconds."""
 
@@ -59,13 +69,15 @@ class Follower:
         self.queue, self.clock = queue, clock
         self.jobs: Mapping[str, str] | None = None
         self.asked = float("-inf")
-        self.read: dict[str, tuple[tuple[float, int], Summary, Log]] = {}
+        self.read: dict[str, Look] = {}
 
     def look(self) -> list[Progress]:
         """Every run there is by now; LogError for a path that is not there."""
         if self.clock() - self.asked >= QUEUE_S:
             self.jobs, self.asked = self.queue(), self.clock()
-        return [self._progress(run) for run in self._runs()]
+        runs = self._runs()
+        self.read = {run.log: self.read.get(run.log) or Look(Growing()) for run in runs}
+        return [self._progress(run, self.read[run.log]) for run in runs]
 
     def _runs(self) -> list[Run]:
         try:
@@ -75,21 +87,21 @@ class Follower:
                 raise
             return []  # the first job has yet to start
 
-    def _progress(self, run: Run) -> Progress:
+    def _progress(self, run: Run, look: "Look") -> Progress:
         try:
             status = Path(run.log).stat()
         except OSError:  # gone since it was found
             status = None
-        stamp = (status.st_mtime, status.st_size) if status else (0.0, 0)
-        before = self.read.get(run.log)
-        if before is None or before[0] != stamp:
-            log = read_log(run)
-            before = self.read[run.log] = (stamp, judge(run, log), log)
-        silent_s = self.clock() - stamp[0]
+        stamp = (status.st_mtime_ns, status.st_size, status.st_ino, status.st_dev) if status else None
+        if look.found is None or look.stamp != stamp:
+            log = look.reader.read(run)
+            look.stamp, look.found = stamp, (judge(run, log), log)
+        written_s = status.st_mtime if status else 0.0
+        silent_s = self.clock() - written_s
         queued = (self.jobs or {}).get(run.run_id)
         gone = self.jobs is not None and queued is None and silent_s > GONE_S
-        quiet = f"silent since {datetime.fromtimestamp(stamp[0]).astimezone():%H:%M}" if silent_s > SILENT_S else None
-        return progress(before[1], before[2], queued or quiet, queued=queued is not None, gone=gone)
+        quiet = f"silent since {datetime.fromtimestamp(written_s).astimezone():%H:%M}" if silent_s > SILENT_S else None
+        return progress(*look.found, queued or quiet, queued=queued is not None, gone=gone)
 
 
 def progress(run: Summary, log: Log, state: str | None, *, queued: bool, gone: bool) -> Progress:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 BLOCK = 1 << 17  # bytes: what fits a processor's cache is read fastest
+KNOWN_BY = 4096  # bytes at the beginning, and before a place, by which a file is known again
 PACKED = (GZIP, ZSTD) = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")  # the first bytes: RFC 1952, RFC 8878
 ESCAPE = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(?:\x07|\x1b\\))")  # ECMA-48: CSI, OSC
 
@@ -64,6 +65,58 @@ def blocks(path: str | Path, start: int = 0, end: int | None = None) -> Iterator
         raise LogFileError(f"the log's compressed data is damaged: {error}") from None
     except OSError as error:
         raise LogFileError(f"the log cannot be read: {error.strerror or error}") from None
+
+
+class Place(NamedTuple):
+    """Where a block ends that will be the same however the file grows, and how to know the file again."""
+
+    offset: int = 0
+    read: int = 0  # bytes of the file that had to be there for the block to end so
+    first: bytes = b""  # of the file
+    last: bytes = b""  # before the offset
+    file: tuple[int, int] = (0, 0)  # device and inode
+
+    def is_in(self, path: str | Path) -> bool:
+        """Whether the file still is as it was up to here, by its size and some bytes; LogFileError."""
+        with closing(_open(path)) as file:
+            first = file.read(len(self.first))
+            file.seek(self.offset - len(self.last))
+            last = file.read(len(self.last))
+            same = (first, last, _identity(file)) == (self.first, self.last, self.file)
+            return same and file.seek(0, os.SEEK_END) >= self.read
+
+
+def added(path: str | Path, place: Place) -> Iterator[tuple[Block, Place | None]]:
+    """The blocks behind a place, as `blocks` gives them, of a file that is not compressed; LogFileError.
+
+    With each comes the place behind it; None where what is added to the file may belong to the block.
+    """
+    with closing(_open(path)) as file:
+        if not place.read and file.seek(0, os.SEEK_END) <= BLOCK:
+            file.seek(0)
+            if raw := file.read(BLOCK):
+                yield Block(0, raw), None
+            return
+        file.seek(place.offset)
+        offset, read, first = place.offset, place.read, place.first
+        rest = file.read(read - offset)
+        while piece := file.read(BLOCK):
+            raw, read = rest + piece, read + len(piece)
+            last = max(raw.rfind(b"\n"), raw.rfind(b"\r")) + 1 or (len(raw) if len(raw) >= BLOCK else 0)
+            if last:
+                first = first or raw[:KNOWN_BY]
+                known = Place(offset + last, read, first, raw[max(0, last - KNOWN_BY) : last], _identity(file))
+                yield Block(offset, raw[:last]), known if len(piece) == BLOCK else None
+            offset, rest = offset + last, raw[last:]
+            if len(piece) < BLOCK:
+                break  # what is being written meanwhile comes the next time
+        if rest:
+            yield Block(offset, rest), None
+
+
+def _identity(file: IO[bytes]) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino
 
 
 def edges(path: str | Path, size: int) -> tuple[bytes, bytes]:

@@ -7,7 +7,7 @@ was found together.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import groupby
 from typing import Any
@@ -61,6 +61,11 @@ class Log:
             self._take_ending(item)
         else:
             self.damaged += 1
+
+    def copy(self) -> "Log":
+        """A log of its own that has read as far: what one takes the other has not."""
+        own = {"problems": [*self.problems], "endings": {**self.endings}, "step_times": [*self.step_times]}
+        return replace(self, **own, steps=self.steps.copy())  # type: ignore[arg-type]
 
     def other_lines(self, numbers: Iterable[int]) -> dict[int, StepTime]:
         """Megatron-Bridge's other lines of some steps: the n-th is the n-th step's, if there is one for each step."""

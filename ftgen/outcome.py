@@ -82,9 +82,15 @@ def _told(run: Run, ending: Ending) -> str:
     if ending.file:
         return f"{ending.note} ({ending.file})"
     rank = None if ending.rank is None else f"rank {ending.rank}"
-    try:
-        line = f"line {line_number(run.log, ending.at)}" if ending.at is not None else None
-    except LogFileError:
-        line = None
-    place = ", ".join(filter(None, (rank, line)))
+    row = _row(run, ending)
+    place = ", ".join(filter(None, (rank, f"line {row}" if row else None)))
     return f"{ending.note} ({place})" if place else ending.note
+
+
+def _row(run: Run, ending: Ending) -> int | None:
+    if ending.row or ending.at is None:
+        return ending.row
+    try:
+        return line_number(run.log, ending.at)
+    except LogFileError:
+        return None

@@ -56,6 +56,14 @@ class Steps(Mapping[int, Step]):
             found = self.between(chunk.first, chunk.last + 1)
         return found.get(step, NOTHING)  # the file is not any more what it was
 
+    def copy(self) -> "Steps":
+        """The same steps, to which others can be added."""
+        other = Steps()
+        other.__dict__.update(self.__dict__)
+        other._single, other._of_bars = dict(self._single), set(self._of_bars)
+        other._chunks, other._again = list(self._chunks), dict(self._again)
+        return other
+
     @property
     def neighbours(self) -> bool:
         """Whether there are steps that were read together, because they follow one another."""
