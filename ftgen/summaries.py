@@ -32,6 +32,8 @@ BATCH = 4 << 20  # bytes of logs that one of them reads at a time
 RUN_BYTES = 16 << 10  # what a run takes to be found and judged, in bytes that could be read meanwhile
 KEPT = 8 << 20  # bytes that are not given back to the system as soon as they are free
 
+_summary = partial(tuple.__new__, Summary)  # Summary._make without its check
+
 Made = TypeVar("Made")
 Make = Callable[[Run, Log], Made]  # what is to be made of a run and its log
 Progress = Callable[[int], object]  # called with the bytes that have been read since the last call
@@ -221,7 +223,7 @@ def _rows(columns: Columns) -> list[tuple[Any, Any]]:
     """The summaries again, with what sorts them."""
     whole = [column * (columns.number // len(column)) for column in columns.columns]
     split = len(whole) - len(Summary._fields)
-    keys, summaries = zip(*whole[:split], strict=True), map(Summary._make, zip(*whole[split:], strict=True))
+    keys, summaries = zip(*whole[:split], strict=True), map(_summary, zip(*whole[split:], strict=True))
     return list(zip(keys, summaries, strict=True))
 
 
