@@ -163,10 +163,20 @@ def _shaped(table: type[T], document: Document, placeholders: Document) -> tuple
     found, problems = validate(table, document)
     if found:
         return found, problems
-    for problem in problems:
-        document = without(document, problem.where)
+    for path in [_there(document, problem.where) for problem in problems]:
+        document = without(document, path) if path else document
     found, more = _shaped(table, placeholders | document, placeholders)
     return found, problems + more
+
+
+def _there(document: Document, path: KeyPath) -> KeyPath:
+    """As much of the path as the document has: of a key that is missing, the table that needs it."""
+    value: Any = document
+    for length, key in enumerate(path):
+        if not isinstance(value, dict) or key not in value:
+            return path[:length]
+        value = value[key]
+    return path
 
 
 def _touches(problem: Problem, keys: Sequence[KeyPath]) -> bool:

@@ -13,7 +13,7 @@ import pytest
 import strategies
 import tomli
 import tomli_w
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from ftgen import experiment
@@ -92,6 +92,7 @@ def test_any_file_is_refused_with_its_name(folder, text):
     assert all(Path(problem.file).name == "any.toml" for problem in result.problems)
 
 
+@example(keys=["sources.nemo"], values=["{}", ""])  # a table that lacks what it needs
 @given(
     keys=st.lists(strategies.key_paths | strategies.hostile_text, max_size=2),
     values=st.lists(strategies.raw_text, min_size=2),
