@@ -20,6 +20,7 @@ from ftgen.step_line import (
     Step,
     cells_of,
     columns_of,
+    is_damaged,
     number,
     parse,
     steps_of,
@@ -36,9 +37,8 @@ NUMBERS, PADDED = (tuple(form % number for number in range(1000)) for form in (b
 
 
 class Cell(NamedTuple):
-    """A cell, between two |, that says something."""
+    """A cell, between two |, that may say something."""
 
-    name: str
     place: int  # in the line, from 0
     before: bytes  # what stands before its number
 
@@ -47,14 +47,13 @@ class Shape(NamedTuple):
     """What lines that are alike have in common."""
 
     bare: bytes  # the line without VARYING
-    time: bytes  # what stands before the step's time
-    number: re.Pattern[bytes]  # its number, between what stands there
+    number: re.Pattern[bytes]  # its number, between what stands there, with what is passed over up to the next one
     keys: Keys
     counts: bool  # whether the first cell ends with iteration 7/99
     constant: tuple[bytes, ...]  # cells that must be in every line as they are in the first
     exponents: bool  # whether a loss or a gradient norm has one
     cells: int  # of a line
-    said: tuple[Cell, ...]
+    said: tuple[tuple[str, tuple[Cell, ...]], ...]  # by name: the first counts that does not say 0
 
 
 class Chunk(NamedTuple):
@@ -68,11 +67,10 @@ class Chunk(NamedTuple):
     def steps(self, start: int, stop: int) -> Mapping[int, Step]:
         """The steps from `start` to before `stop`, read."""
         after = self.last + 1 - start
-        tail = self.text.rsplit(b"\n", after + 1)[-after - 1 :]  # behind the last newline there is nothing
-        lines = tail[: min(stop - start, len(tail) - 1)]
-        span = _read_alike(b"\n".join((*lines, b"")), range(start, start + len(lines)), checked=self.alike)
+        span = _read_alike(self.text, after, range(start, min(stop, self.last + 1)), checked=self.alike)
         if span is None:
-            read = (parse(line + b"\n") for line in lines)
+            lines = self.text.rsplit(b"\n", after + 1)[-after - 1 : -1]  # behind the last newline there is nothing
+            read = (parse(line + b"\n") for line in lines[: stop - start])
             return {line.number: line.step for line in read if line and line.number is not None}
         return span
 
@@ -112,31 +110,44 @@ class Span(Mapping[int, Step]):
         return self._steps[number]
 
 
-def _read_alike(text: bytes, numbers: range, *, checked: bool) -> Span | None:
-    """Lines of one shape, read together; None where one of them says something that is no plain number."""
-    shape = shape_of(text[: text.find(b"\n") + 1])
-    count = len(numbers)
-    if not shape or not (checked or barest(text) == shape.bare.replace(b"e", b"") * count):
+def _read_alike(text: bytes, after: int, numbers: range, *, checked: bool) -> Span | None:
+    """The steps of so many lines from the one on which `after` ends the text, read together.
+
+    None where the lines are not of one shape, or one of them says something that is no plain number.
+    """
+    first = text[: text.find(b"\n") + 1]
+    shape = shape_of(first)
+    if not shape or not (checked or barest(text) == barest(first) * text.count(b"\n")):
         return None
-    cells = text.replace(b"\n", b"|").split(b"|")
+    width = after * shape.cells
+    cells = text.replace(b"\n", b"|").rsplit(b"|", width + 1)[-width - 1 : -1]
+    return _span(shape, cells[: len(numbers) * shape.cells], numbers) if len(cells) == width else None
+
+
+def _span(shape: Shape, cells: Sequence[bytes], numbers: range) -> Span | None:
+    """The steps whose cells these are, all that the lines have; None where one is no plain number."""
     said: dict[str, Sequence[float]] = {}
     later: dict[str, tuple[Sequence[bytes], bytes]] = {}
     try:
-        for name, place, before in shape.said:
-            column = cells[place :: shape.cells]
-            if name in LATER:
-                later[name] = column, before
-            else:
-                said[name] = _numbers(column, before, often=name in OFTEN)
+        for name, several in shape.said:
+            for place, before in several:
+                column = cells[place :: shape.cells]
+                if name in LATER:
+                    later[name] = column, before
+                elif not said.get(name, (0.0,))[0]:
+                    said[name] = _numbers(column, before, often=name in OFTEN)
     except ValueError:
+        return None
+    if "time" not in said:
         return None
     columns = columns_of(said, shape.keys)
     if shape.counts:
-        counts = _counts(cells[: -1 : shape.cells], numbers.start + shape.keys.first)
-        if len(counts) not in {1, count}:
+        counts = _counts(cells[:: shape.cells], numbers.start + shape.keys.first)
+        if len(counts) not in {1, len(numbers)}:
             return None
-        columns["planned"] = [int(text) + 1 - shape.keys.first for text in counts]
-    return Span(numbers, {name: [*column] * (count // len(column)) for name, column in columns.items()}, later)
+        columns["planned"] = [int(text) + 1 - shape.keys.first or None for text in counts]
+    every: dict[str, Sequence[Any]] = {name: [*column] * (len(numbers) // len(column)) for name, column in columns.items()}
+    return Span(numbers, every, later)
 
 
 def _counts(cells: Sequence[bytes], first: int) -> Sequence[bytes]:
@@ -159,7 +170,10 @@ def _what_numbers(cells: Sequence[bytes], before: bytes) -> Sequence[float | Non
 
 
 def _numbers(cells: Sequence[bytes], before: bytes, *, often: bool = False) -> Sequence[float]:
-    """The number in each cell, behind the same words; one for all if they are the same. ValueError where there is none."""
+    """The number above 0 in each cell, behind the same words; one for all if they are the same, which may be 0.
+
+    ValueError where there is none.
+    """
     if cells[0] == cells[-1] and cells.count(cells[0]) == len(cells):
         return (_number(cells[0], before),)
     read = _known_numbers if often else _read_numbers
@@ -167,12 +181,12 @@ def _numbers(cells: Sequence[bytes], before: bytes, *, often: bool = False) -> S
 
 
 def _read_numbers(text: bytes, before: bytes, count: int) -> Sequence[float]:
-    """So many numbers, each behind a | and these words; ValueError."""
+    """So many numbers above 0, each behind a | and these words; ValueError."""
     first, *texts = text.decode("ascii").split(f"|{before.decode()}")  # of texts floats are made sooner than of bytes
     if first or len(texts) != count:
         raise ValueError
     numbers = list(map(float, texts))
-    if not -MOST < min(numbers) <= max(numbers) < MOST:
+    if not 0 < min(numbers) <= max(numbers) < MOST:
         raise ValueError
     return numbers
 
@@ -182,13 +196,13 @@ _known_numbers = lru_cache(maxsize=100)(_read_numbers)
 
 @lru_cache(maxsize=1000)
 def _number(cell: bytes, before: bytes) -> float:
-    """The number in a cell behind these words; ValueError."""
-    if not cell.startswith(before) or not -MOST < (found := float(cell[len(before) :])) < MOST:
+    """The number from 0 in a cell behind these words; ValueError."""
+    if not cell.startswith(before) or not 0 <= (found := float(cell[len(before) :])) < MOST:
         raise ValueError
     return found
 
 
-_shapes: dict[bytes, Shape | None] = {}  # by bare line
+_shapes: dict[bytes, Shape] = {}  # by bare line
 
 
 def bare(text: bytes) -> bytes:
@@ -198,17 +212,23 @@ def bare(text: bytes) -> bytes:
 
 def barest(text: bytes) -> bytes:
     """The text without whatever varies, and without exponents' e, which some numbers have and others have not."""
-    return text.translate(None, VARYING + b"e")
+    return without_exponents(bare(text))
+
+
+def without_exponents(bared: bytes) -> bytes:
+    """Bare text without the e of numbers, which stand between a colon and a |; those of words stay."""
+    return bared.replace(b":e|", b":|").replace(b":e\n", b":\n")
 
 
 def shape_of(line: bytes) -> Shape | None:
     """What a line has in common with those like it; None where such lines must be read one by one."""
     key = bare(line)
-    if key not in _shapes:
+    shape = _shapes.get(key)
+    if shape is None and (shape := _shape(line, key)):
         if len(_shapes) > 1000:  # lines that are never alike
             _shapes.clear()
-        _shapes[key] = _shape(line, key)
-    return _shapes[key]
+        _shapes[key] = shape
+    return shape
 
 
 def whole_chunk(text: bytes) -> Chunk | None:
@@ -218,31 +238,31 @@ def whole_chunk(text: bytes) -> Chunk | None:
     shape = shape_of(first)
     if shape is None:
         return None
-    second = text[end : text.find(b"\n", end) + 1]
-    if second and barest(second) != barest(first):
-        return None
-    if shape.keys is NEMO_KEYS and shape.time in first:  # which pads no number
-        words, line = text.translate(None, DIGITS), first.translate(None, DIGITS)
+    second = text[end : text.find(b"\n", end) + 1] or first
+    line = first.translate(None, DIGITS)
+    if second.translate(None, DIGITS) == line and shape.keys is NEMO_KEYS:  # which pads no number
+        words = text.translate(None, DIGITS)
         count = len(words) // len(line)
         if words == line * count:
-            return chunk_of(text, count, shape, even=True, timed=True)
+            return chunk_of(text, count, shape, even=True)
+    if barest(second) != barest(first):
+        return None
     bared = bare(text)
     count, rest = divmod(len(bared), len(shape.bare))
     if not rest and bared == shape.bare * count:
         return chunk_of(text, count, shape, even=True)
-    bared, line = bared.replace(b"e", b""), barest(first)
+    bared, line = without_exponents(bared), barest(first)
     count, rest = divmod(len(bared), len(line))
     return None if rest or bared != line * count else chunk_of(text, count, shape, even=False)
 
 
-def chunk_of(text: bytes, count: int, shape: Shape, *, even: bool, timed: bool = False) -> Chunk | None:
-    """The `count` lines of that shape as a chunk; None if their steps do not follow one another, or have no time.
+def chunk_of(text: bytes, count: int, shape: Shape, *, even: bool) -> Chunk | None:
+    """The `count` lines of that shape as a chunk; None if their steps do not follow one another.
 
-    The same numbers of each line have an exponent where they are `even`. They are `timed` if what stands before the time is
-    known to be in each of them.
+    The same numbers of each line have an exponent where they are `even`. Whether a step has a time is seen when it is read.
     """
     numbers = shape.number.findall(text)
-    if len(numbers) != count or not (timed or text.count(shape.time) == count):
+    if len(numbers) != count:
         return None
     if shape.constant and any(text.count(cell) != count for cell in shape.constant):
         return None
@@ -256,7 +276,7 @@ def chunk_of(text: bytes, count: int, shape: Shape, *, even: bool, timed: bool =
 
 def may_overflow(text: bytes, *, exponents: bool) -> bool:
     """Whether a number may be beyond what a float can be: by an exponent of three digits, or by 200 digits in a row."""
-    if b"0" * 19 in text[::10].translate(DIGITS_TO_0):  # a look at each byte would take as long as all the rest
+    if b"0" * 9 in text[::20].translate(DIGITS_TO_0):  # a look at each byte would take as long as all the rest
         return True
     digits = text.translate(DIGITS_TO_0) if exponents else b""
     return b"e000" in digits or b"e+000" in digits
@@ -279,24 +299,29 @@ def _shape(line: bytes, key: bytes) -> Shape | None:
     if b"{" in line or BRIDGE in line:  # which say something else as well
         return None
     keys = NEMO_KEYS if NEMO in line else MEGATRON_KEYS
+    if is_damaged(line, keys, VARYING):  # the others like it are not
+        return None
     if keys.number and b"| %s: " % keys.number in line:
-        numbers = re.compile(rb"\| %s: (\d{1,9}) \|" % re.escape(keys.number))
+        numbers = rb"\| %s: (\d{1,9}) \|" % re.escape(keys.number)
     elif keys.number and keys.number in line:
         return None
     else:
-        numbers = re.compile(rb" iteration +(\d{1,9})/ *\d{1,9} *\|")
-    if len(numbers.findall(line)) != 1:
+        numbers = rb" iteration +(\d{1,9})/ *\d{1,9} *\|"
+    found = list(re.finditer(numbers, line))
+    if len(found) != 1:
         return None
-    said = tuple(Cell(*cell) for cell in cells_of(line, keys))
-    cells = line.split(b"|")
+    # up to the next line's number nothing need be looked at: where lines are alike each has as much there besides digits
+    around = line[found[0].end() :] + line[: found[0].start()]
+    number = re.compile(numbers + rb"(?s:.{0,%d})" % (len(barest(around)) + around.count(b" ")))
+    said = tuple((name, tuple(Cell(*cell) for cell in several)) for name, several in cells_of(line, keys))
+    cells = line.replace(b"\n", b"|").split(b"|")[:-1]
     constant = [cell for cell in cells if any(name + b":" in cell for name in keys.spoiled)]
     if keys is MEGATRON_KEYS:  # which leaves a loss out that is no number
-        constant += [b"|" + cell.before for cell in said if cell.name == "loss"]
+        constant += [b"|" + cell.before for name, several in said if name == "loss" for cell in several]
     judged = {*keys.names["loss"], *keys.names["grad_norm"]}
     values = [cell.partition(b":")[2] for cell in cells if cell.partition(b":")[0].strip() in judged]
     exponents = any(b"e" in value.lower() for value in values)
-    time = b"| %s: " % keys.names["time"][0]
-    if time not in line or len({cell.place for cell in said}) != len(said):
-        return None
     counts = barest(cells[0]).endswith(barest(b"iteration/"))
-    return Shape(key, time, numbers, keys, counts, tuple(constant), exponents, len(cells), said)
+    shape = Shape(key, number, keys, counts, tuple(constant), exponents, len(cells), said)
+    span = _span(shape, cells, range(read.number, read.number + 1))
+    return shape if span and span[read.number] == read.step else None

@@ -151,24 +151,34 @@ def _within(numbers: Sequence[float], least: float, most: float) -> Sequence[flo
     return [number if least < number < most else None for number in numbers]
 
 
-def cells_of(line: bytes, keys: Keys) -> tuple[tuple[str, int, bytes], ...]:
-    """Where a line says what: its name, the number of the cell between |, and what stands before the number there."""
-    fields = _fields(line)
-    rows = [cell.partition(b":") for cell in line.split(b"|")]
-    return tuple(
-        (name, place, before + b":")
-        for name, key in _named(keys, fields)
-        for place, (before, _, _) in enumerate(rows)
-        if before.strip() == key
-    )
+def cells_of(line: bytes, keys: Keys) -> Iterator[tuple[str, list[tuple[int, bytes]]]]:
+    """What a line may say, by name: the numbers of the cells between |, from 0, and what stands before the number there.
+
+    Of several cells for one thing the first counts that does not say 0.
+    """
+    rows = [cell.partition(b":")[0] for cell in line.split(b"|")]
+    cells = {before.strip(): (place, before + b":") for place, before in enumerate(rows)}
+    for name, several in keys.names.items():
+        if there := [cells[key] for key in several if key in cells]:
+            yield name, there
+
+
+def is_damaged(line: bytes, keys: Keys, varying: bytes) -> bool:
+    """Whether a key is one that the framework writes but for some `varying` bytes."""
+    known = {key.translate(None, varying): key for several in keys.names.values() for key in several}
+    known |= {key.translate(None, varying): key for key in (keys.number, *keys.spoiled) if key}
+    found = [cell.partition(b":")[0].strip() for cell in line.split(b"|")]
+    return any(known.get(key.translate(None, varying), key) != key for key in found)
 
 
 def _named(keys: Keys, fields: Mapping[bytes, bytes]) -> Iterator[tuple[str, bytes]]:
-    """What the fields say, by name; of several keys for one thing the first that says something."""
+    """What the fields say, by name; of several keys for one thing the first that does not say 0."""
     for name, several in keys.names.items():
-        key = next((key for key in several if fields.get(key, b"0") != b"0"), None)
-        if key is not None:
-            yield name, key
+        there = [key for key in several if key in fields]
+        if len(there) > 1:
+            there = [key for key in there if number(fields[key]) != 0] or there
+        if there:
+            yield name, there[0]
 
 
 def parse_step_time(line: bytes) -> StepTime | None:

@@ -102,7 +102,8 @@ def _timed_at_intervals(found: Mapping[int, Step], window: range, lines: Logged)
 def _spread(times_s: Sequence[float], mean_s: float) -> float | None:
     if len(times_s) < 2:
         return None
-    return sqrt(fsum([(time_s - mean_s) ** 2 for time_s in times_s]) / (len(times_s) - 1)) / mean_s
+    apart = [time_s - mean_s for time_s in times_s]
+    return sqrt(fsum(map(mul, apart, apart)) / (len(times_s) - 1)) / mean_s
 
 
 def count(number: int, noun: str) -> str:

@@ -7,6 +7,7 @@ There an edit may go unsaid up to the thresholds of `doubts`: 2 x OUTLIER of one
 
 import re
 import tempfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from logs import make
 
-from ftgen import log_lines
+from ftgen import chunk, log_lines
 from ftgen.doubts import MEMORY, OUTLIER
 from ftgen.logs import read_log
 from ftgen.runs import find_runs
+from ftgen.steps import Steps
 from ftgen.summarize import summarize
 
 NAME = "lora_nemo_llama3_8b_fp8_8"
@@ -76,7 +78,7 @@ BEYOND = [
     *("1e400", "1e999", "-1e999", "1E999", "1e+400", "1e0400", "9" * 400, "9" * 250 + "e99"),
     *("inf", "-inf", "Inf", "INF", "Infinity", "nan", "-nan", "NaN", "NAN"),
 ]
-ODD = [*BEYOND, "1e-400", "1e5", "1e35", "0x1p3", "1_000", "١٢", "１.５", "1..2", "--1", "1e", "1,5", "", " "]
+ODD = [*BEYOND, "1e-400", "1e5", "1e35", "0x1p3", "1_000", "١٢", "１.５", "1..2", "--1", "1e", "1,5", "0", "0.0", "", " "]
 
 
 def summary(text, plan):
@@ -169,8 +171,14 @@ def read_both_ways(text):
         at_once = read_log(run)
         patch.setattr(log_lines, "chunk_of", lambda *_, **__: None)
         patch.setattr(log_lines, "whole_chunk", lambda _: None)
-        assert repr(read_log(run)) == repr(at_once)
+        assert what_was_read(read_log(run)) == what_was_read(at_once)
     return at_once
+
+
+def what_was_read(log):
+    """A line with a number and without a time is that step among others, and damaged by itself: neither way it is timed."""
+    timed = {number: step for number, step in log.steps.items() if step.time_s is not None}
+    return repr((timed, replace(log, steps=Steps(), damaged=0)))  # NaN is not equal to itself
 
 
 @given(st.data(), st.sampled_from(KINDS))
@@ -194,3 +202,29 @@ def test_an_odd_number_anywhere_is_said_or_changes_no_figure(kind):
                 if judged and odd in BEYOND:
                     assert log.invalid, (odd, line)
                 said_or_harmless(before, summary(edited, plan), of_one_value(kind))
+
+
+@pytest.mark.parametrize("put", [b"7", b".", b"-", b" ", b"e"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_word_spoils_no_other_line_and_no_other_log(kind, put):
+    """In each of a line's words, in the first line, which the others are compared with, and in the window."""
+    text, plan = healthy(kind)
+    before = summary(text, plan)
+    lines = [line for line in text.splitlines(keepends=True) if b"loss" in line and b"plan" not in line]
+    for line in (lines[0], lines[-2]):
+        at = text.index(line)
+        for word in re.finditer(rb"[A-Za-z_]{2,}", line):
+            for end in (word.start() + 1, word.start() + 2):  # put in, or in place of a letter
+                chunk._shapes.clear()  # as if it were the first log that is read
+                edited = text[: at + word.start() + 1] + put + text[at + end :]
+                read_both_ways(edited)
+                said_or_harmless(before, summary(edited, plan), of_one_value(kind))
+                assert summary(text, plan)._replace(log="") == before._replace(log="")
+
+
+def test_a_log_without_gpu_hides_no_memory_of_another():
+    """Its peak memory is 0, in words that are the same."""
+    text, plan = healthy("ours")
+    chunk._shapes.clear()
+    assert summary(re.sub(rb"(memory\w*): \d+", rb"\1: 0", text), plan).peak_memory_gib is None
+    assert summary(text, plan).peak_memory_gib == pytest.approx(49)
