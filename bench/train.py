@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ftgen.logs import find_runs, read_log
+from ftgen.logs import Run, find_runs, read_log
 from ftgen.summarize import judge
 
 HERE = Path(__file__).parent
@@ -93,9 +93,9 @@ def _run(script: Path, python: str, options: argparse.Namespace) -> dict[str, An
     return {"gpu": options.gpu, **described(run, options.stage), "clocks": clocks.medians(), "versions": _versions()}
 
 
-def described(run: Any, stage: Path) -> dict[str, Any]:
+def described(run: Run, stage: Path) -> dict[str, Any]:
     """What a run's log and plan say."""
-    log = read_log(run)
+    path, log = Path(run.log), read_log(run)
     summary = judge(run, log)
     steps = [log.steps[number] for number in sorted(log.steps)]
     return {
@@ -112,12 +112,12 @@ def described(run: Any, stage: Path) -> dict[str, Any]:
         "published_step_time_s": summary.published_step_time_s,
         "step_times_s": [step.time_s for step in steps],
         "losses": [step.loss for step in steps],
-        "optimizations": json.loads((run.log.parent / "plan.json").read_text())["optimizations"],
-        "log": str(run.log.relative_to(stage)),
+        "optimizations": json.loads((path.parent / "plan.json").read_text())["optimizations"],
+        "log": str(path.relative_to(stage)),
     }
 
 
-def _runs(options: argparse.Namespace) -> list[Any]:
+def _runs(options: argparse.Namespace) -> list[Run]:
     logs = options.stage / "logs"
     return find_runs([logs]) if any(logs.rglob("log-*.out")) else []
 

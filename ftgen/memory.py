@@ -2,7 +2,7 @@
 
 The peak is the highest of three moments: the checkpoint being loaded (FP8 alone is large there), the end of a forward pass,
 and the optimizer's step. What a layer keeps for its backward pass is counted tensor by tensor. Against the peaks that
-PyTorch measured on H200s (tests/logs/h200 and h200_pair, `max_memory_allocated`) the sum is within 3.5%; splits were not
+PyTorch measured (tests/logs/h100, h200 and h200_pair, `max_memory_allocated`) the sum is within 3.5%; splits were not
 measured, and with pipeline stages, which keep several micro-batches, it is a lower bound.
 """
 

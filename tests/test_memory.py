@@ -9,7 +9,9 @@ import pytest
 from ftgen import memory
 from ftgen.experiment import load
 
-RUNS = sorted(log for case in ("h200", "h200_pair") for log in (Path(__file__).parent / "logs" / case).rglob("log-*.out"))
+RUNS = sorted(
+    log for case in ("h100", "h200", "h200_pair") for log in (Path(__file__).parent / "logs" / case).rglob("log-*.out")
+)
 BENCH = Path(__file__).parent.parent / "bench/specs"
 
 
