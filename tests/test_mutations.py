@@ -228,3 +228,10 @@ def test_a_log_without_gpu_hides_no_memory_of_another():
     chunk._shapes.clear()
     assert summary(re.sub(rb"(memory\w*): \d+", rb"\1: 0", text), plan).peak_memory_gib is None
     assert summary(text, plan).peak_memory_gib == pytest.approx(49)
+
+
+def test_of_two_words_for_the_memory_the_one_that_does_not_say_0_counts():
+    text, plan = healthy("ours")
+    text = re.sub(rb"peak_memory_usage: \d+ \| memory_allocated", b"peak_memory_usage: 0 | max_memory_allocated", text)
+    assert read_both_ways(text).steps[29].peak_memory == 34359738368
+    assert summary(text, plan).peak_memory_gib == 32
