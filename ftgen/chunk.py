@@ -31,6 +31,7 @@ VARYING = b"0123456789.+- "  # what a number is written with, and what pads it; 
 LATER = ("loss", "grad_norm")  # which no figure needs
 OFTEN = ("consumed",)  # what the same steps of many runs say alike
 FEW = 4  # lines: fewer are not worth the trouble
+LONGER = 24  # bytes by which numbers between two others may grow; where they grow more, lines are read one by one
 PLANNED = re.compile(rb"iteration(?<!\witeration) +\d{1,9}/ *(\d{1,9}) *\|")  # a word to begin with is found fastest
 DIGITS_TO_0 = bytes.maketrans(b"123456789E", b"000000000e")
 NUMBERS, PADDED = (tuple(form % number for number in range(1000)) for form in (b"%d ", b"%03d "))
@@ -47,7 +48,7 @@ class Shape(NamedTuple):
     """What lines that are alike have in common."""
 
     bare: bytes  # the line without VARYING
-    number: re.Pattern[bytes]  # its number, between what stands there, with what is passed over up to the next one
+    number: re.Pattern[bytes]  # of a line with a time its number, with what is passed over up to the next one
     keys: Keys
     counts: bool  # whether the first cell ends with iteration 7/99
     constant: tuple[bytes, ...]  # cells that must be in every line as they are in the first
@@ -257,9 +258,9 @@ def whole_chunk(text: bytes) -> Chunk | None:
 
 
 def chunk_of(text: bytes, count: int, shape: Shape, *, even: bool) -> Chunk | None:
-    """The `count` lines of that shape as a chunk; None if their steps do not follow one another.
+    """The `count` lines of that shape as a chunk; None if their steps do not follow one another, or have no time.
 
-    The same numbers of each line have an exponent where they are `even`. Whether a step has a time is seen when it is read.
+    The same numbers of each line have an exponent where they are `even`.
     """
     numbers = shape.number.findall(text)
     if len(numbers) != count:
@@ -307,12 +308,10 @@ def _shape(line: bytes, key: bytes) -> Shape | None:
         return None
     else:
         numbers = rb" iteration +(\d{1,9})/ *\d{1,9} *\|"
-    found = list(re.finditer(numbers, line))
-    if len(found) != 1:
+    found = [(match.span(), part) for part in (numbers, _time(keys)) for match in re.finditer(part, line)]
+    if len(found) != 2:
         return None
-    # up to the next line's number nothing need be looked at: where lines are alike each has as much there besides digits
-    around = line[found[0].end() :] + line[: found[0].start()]
-    number = re.compile(numbers + rb"(?s:.{0,%d})" % (len(barest(around)) + around.count(b" ")))
+    number = _between(line, *sorted(found))
     said = tuple((name, tuple(Cell(*cell) for cell in several)) for name, several in cells_of(line, keys))
     cells = line.replace(b"\n", b"|").split(b"|")[:-1]
     constant = [cell for cell in cells if any(name + b":" in cell for name in keys.spoiled)]
@@ -325,3 +324,18 @@ def _shape(line: bytes, key: bytes) -> Shape | None:
     shape = Shape(key, number, keys, counts, tuple(constant), exponents, len(cells), said)
     span = _span(shape, cells, range(read.number, read.number + 1))
     return shape if span and span[read.number] == read.step else None
+
+
+def _time(keys: Keys) -> bytes:
+    return rb"\| %s: " % re.escape(keys.names["time"][0])
+
+
+def _between(line: bytes, one: tuple[tuple[int, int], bytes], other: tuple[tuple[int, int], bytes]) -> re.Pattern[bytes]:
+    """Two patterns, found in a line, and what is passed over between them and up to the next line's first.
+
+    There nothing need be looked at: where lines are alike each has as much there, besides the digits of numbers.
+    """
+    (begin, start), (stop, end) = one[0], other[0]
+    inner, outer = line[start:stop], line[end:] + line[:begin]
+    least, after = (len(barest(part)) + part.count(b" ") for part in (inner, outer))
+    return re.compile(one[1] + rb"(?s:.{%d,%d})" % (least, len(inner) + LONGER) + other[1] + rb"(?s:.{0,%d})" % after)
