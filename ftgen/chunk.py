@@ -5,10 +5,11 @@ that are equal once their digits are taken out need no more than a look at their
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import NamedTuple
 
+from ftgen.span import Column, Span
 from ftgen.step_line import (
     BRIDGE,
     MEGATRON,
@@ -17,13 +18,11 @@ from ftgen.step_line import (
     NEMO,
     NEMO_KEYS,
     Keys,
-    Step,
     cells_of,
     columns_of,
     is_damaged,
     number,
     parse,
-    steps_of,
 )
 
 DIGITS = b"0123456789."
@@ -37,13 +36,6 @@ DIGITS_TO_0 = bytes.maketrans(b"123456789E", b"000000000e")
 NUMBERS, PADDED = (tuple(form % number for number in range(1000)) for form in (b"%d ", b"%03d "))
 
 
-class Cell(NamedTuple):
-    """A cell, between two |, that may say something."""
-
-    place: int  # in the line, from 0
-    before: bytes  # what stands before its number
-
-
 class Shape(NamedTuple):
     """What lines that are alike have in common."""
 
@@ -54,7 +46,7 @@ class Shape(NamedTuple):
     constant: tuple[bytes, ...]  # cells that must be in every line as they are in the first
     exponents: bool  # whether a loss or a gradient norm has one
     cells: int  # of a line
-    said: tuple[tuple[str, tuple[Cell, ...]], ...]  # by name: the first counts that does not say 0
+    said: tuple[tuple[str, int, bytes], ...]  # in which cell, from 0, and behind what; the first counts that does not say 0
 
 
 class Chunk(NamedTuple):
@@ -65,50 +57,15 @@ class Chunk(NamedTuple):
     text: bytes  # the lines; empty where they are to be read again from the file
     alike: bool = True  # the lines, all of them
 
-    def steps(self, start: int, stop: int) -> Mapping[int, Step]:
+    def steps(self, start: int, stop: int) -> Span:
         """The steps from `start` to before `stop`, read."""
         after = self.last + 1 - start
         span = _read_alike(self.text, after, range(start, min(stop, self.last + 1)), checked=self.alike)
         if span is None:
             lines = self.text.rsplit(b"\n", after + 1)[-after - 1 : -1]  # behind the last newline there is nothing
             read = (parse(line + b"\n") for line in lines[: stop - start])
-            return {line.number: line.step for line in read if line and line.number is not None}
+            span = Span.of({line.number: line.step for line in read if line and line.number is not None})
         return span
-
-
-class Span(Mapping[int, Step]):
-    """Steps that follow one another, by what they say of each thing: a `Step` is put together when it is asked for."""
-
-    def __init__(
-        self, numbers: range, columns: dict[str, Sequence[Any]], later: dict[str, tuple[Sequence[bytes], bytes]]
-    ) -> None:
-        self._numbers = numbers
-        self._columns = columns
-        self._later = later  # cells that are not read yet, and what stands before their numbers
-        self._steps: dict[int, Step] = {}
-
-    def said(self, name: str) -> Sequence[Any]:
-        """What the steps say of one thing, by its name in `Step`."""
-        if name in self._later:
-            cells, before = self._later.pop(name)
-            column = _what_numbers(cells, before)
-            self._columns[name] = [*column] * (len(cells) // len(column))
-        return self._columns.get(name) or (None,) * len(self._numbers)
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._numbers)
-
-    def __contains__(self, number: object) -> bool:
-        return number in self._numbers
-
-    def __getitem__(self, number: int) -> Step:
-        if not self._steps:
-            columns = {name: self.said(name) for name in Step._fields}
-            self._steps = dict(zip(self._numbers, steps_of(columns, len(self)), strict=True))
-        return self._steps[number]
 
 
 def _read_alike(text: bytes, after: int, numbers: range, *, checked: bool) -> Span | None:
@@ -121,44 +78,56 @@ def _read_alike(text: bytes, after: int, numbers: range, *, checked: bool) -> Sp
     if not shape or not (checked or barest(text) == barest(first) * text.count(b"\n")):
         return None
     width = after * shape.cells
-    cells = text.replace(b"\n", b"|").rsplit(b"|", width + 1)[-width - 1 : -1]
+    end = text[-after * (len(first) + LONGER) :]
+    cells = _last_cells(end, width)
+    if len(cells) < width + 2 and len(end) < len(text):  # its first cell may not be whole
+        cells = _last_cells(text, width)
+    cells = cells[-width - 1 : -1]
     return _span(shape, cells[: len(numbers) * shape.cells], numbers) if len(cells) == width else None
+
+
+def _last_cells(text: bytes, count: int) -> list[bytes]:
+    """So many cells, between whatever is before them and nothing."""
+    return text.replace(b"\n", b"|").rsplit(b"|", count + 1)
 
 
 def _span(shape: Shape, cells: Sequence[bytes], numbers: range) -> Span | None:
     """The steps whose cells these are, all that the lines have; None where one is no plain number."""
     said: dict[str, Sequence[float]] = {}
-    later: dict[str, tuple[Sequence[bytes], bytes]] = {}
+    columns: dict[str, Column] = {}
     try:
-        for name, several in shape.said:
-            for place, before in several:
-                column = cells[place :: shape.cells]
-                if name in LATER:
-                    later[name] = column, before
-                elif not said.get(name, (0.0,))[0]:
-                    said[name] = _numbers(column, before, often=name in OFTEN)
+        for name, place, before in shape.said:
+            column = cells[place :: shape.cells]
+            if name in LATER:
+                columns[name] = partial(_what_numbers, column, before)
+            elif not said.get(name, (0.0,))[0]:
+                said[name] = _numbers(column, before, often=name in OFTEN)
     except ValueError:
         return None
     if "time" not in said:
         return None
-    columns = columns_of(said, shape.keys)
+    columns |= columns_of(said, shape.keys)
     if shape.counts:
-        counts = _counts(cells[:: shape.cells], numbers.start + shape.keys.first)
-        if len(counts) not in {1, len(numbers)}:
+        first = shape.keys.first
+        planned = _planned(b"|".join((*cells[:: shape.cells], b"")), numbers.start + first, numbers.stop + first, first)
+        if len(planned) not in {1, len(numbers)}:
             return None
-        columns["planned"] = [int(text) + 1 - shape.keys.first or None for text in counts]
-    every: dict[str, Sequence[Any]] = {name: [*column] * (len(numbers) // len(column)) for name, column in columns.items()}
-    return Span(numbers, every, later)
+        columns["planned"] = planned
+    return Span(numbers, columns)
 
 
-def _counts(cells: Sequence[bytes], first: int) -> Sequence[bytes]:
-    """What the cells count to, as far as they do; once, where they count from `first` on to the same number."""
-    text = b"|".join((*cells, b""))
-    number = b"%d" % first
-    before, _, after = cells[0].rpartition(number + b"/")
+@lru_cache(maxsize=100)  # the same steps of many runs are counted alike
+def _planned(text: bytes, start: int, stop: int, first: int) -> Sequence[int | None]:
+    """The steps that cells say there will be, as far as they do, each before a |, numbered from `first`.
+
+    Once for all, where they count from `start` to before `stop` of the same number.
+    """
+    number = b"%d" % start
+    before, _, after = text[: text.find(b"|")].rpartition(number + b"/")
     behind = b"/" + after + b"|"
-    alike = text + before == before + counted(first, first + len(cells)).replace(b" ", behind + before)
-    return PLANNED.findall(before + number + behind if alike else text)
+    alike = text + before == before + counted(start, stop).replace(b" ", behind + before)
+    found = PLANNED.findall(before + number + behind if alike else text)
+    return [int(count) + 1 - first or None for count in found]
 
 
 def _what_numbers(cells: Sequence[bytes], before: bytes) -> Sequence[float | None]:
@@ -312,18 +281,18 @@ def _shape(line: bytes, key: bytes) -> Shape | None:
     if len(found) != 2:
         return None
     number = _between(line, *sorted(found))
-    said = tuple((name, tuple(Cell(*cell) for cell in several)) for name, several in cells_of(line, keys))
+    said = tuple(cells_of(line, keys))
     cells = line.replace(b"\n", b"|").split(b"|")[:-1]
     constant = [cell for cell in cells if any(name + b":" in cell for name in keys.spoiled)]
     if keys is MEGATRON_KEYS:  # which leaves a loss out that is no number
-        constant += [b"|" + cell.before for name, several in said if name == "loss" for cell in several]
+        constant += [b"|" + before for name, _, before in said if name == "loss"]
     judged = {*keys.names["loss"], *keys.names["grad_norm"]}
     values = [cell.partition(b":")[2] for cell in cells if cell.partition(b":")[0].strip() in judged]
     exponents = any(b"e" in value.lower() for value in values)
     counts = barest(cells[0]).endswith(barest(b"iteration/"))
     shape = Shape(key, number, keys, counts, tuple(constant), exponents, len(cells), said)
     span = _span(shape, cells, range(read.number, read.number + 1))
-    return shape if span and span[read.number] == read.step else None
+    return shape if span is not None and span[read.number] == read.step else None
 
 
 def _time(keys: Keys) -> bytes:

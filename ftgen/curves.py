@@ -12,7 +12,7 @@ from statistics import median
 from typing import NamedTuple
 
 from ftgen.step_line import Step
-from ftgen.steps import Steps, said
+from ftgen.steps import Steps
 from ftgen.units import number, significant
 
 MOST_POINTS = 400  # of a curve; more are drawn by the lowest and highest of each part
@@ -48,9 +48,9 @@ def curves(steps: Steps) -> Curves:
     seconds = array("d")
     rows: list[tuple[str, ...]] = []
     for piece in steps.pieces():
-        timed = times.add(piece, said(piece, "time_s"))
+        timed = times.add(piece, piece.said("time_s"))
         seconds.extend(time_s for _, time_s in timed)
-        losses.add(piece, said(piece, "loss"))
+        losses.add(piece, piece.said("loss"))
         rows += map(_row, piece.items()) if total <= MOST_STEPS else ()
     middle = median(seconds) if seconds else None
     beyond = sum(time_s > OFF_SCALE * middle for time_s in seconds) if middle else 0

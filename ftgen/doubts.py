@@ -5,12 +5,11 @@ Where the two do not fit, one of them is wrong, and the reader should know. The 
 wider than what healthy runs show.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from ftgen.identity import Identity
 from ftgen.log_lines import Log
-from ftgen.step_line import Step
+from ftgen.span import Span
 from ftgen.window import Timed, count
 
 OUTLIER = 0.05  # a step's time from the window's median
@@ -24,18 +23,15 @@ MEMORY = 0.01  # a peak that one step alone tells of, from all the others'
 SECOND_DIGIT_S = 0.0051  # Megatron-Bridge's second line has two decimals
 
 
-Said = Callable[[str], Sequence[Any]]  # of a thing's name: what each of the steps says of it
-
-
 def doubts(what: Identity, log: Log, window: Timed, tflops_per_gpu: float | None) -> Iterator[str]:
     """Every doubt; `tflops_per_gpu` is recomputed from the window's mean, in TFLOP/s."""
     yield from log.problems
     if log.damaged:
         yield f"{count(log.damaged, 'step line')} damaged beyond reading"
-    said = window.said
-    yield from _other_plan(what, log, said)
-    yield from _samples(what, window.steps, said)
-    yield from _memory(window.steps, said)
+    steps = window.steps
+    yield from _other_plan(what, log, steps)
+    yield from _samples(what, steps)
+    yield from _memory(steps)
     if not window.times_s:
         return
     if window.every > 1 and len(window.times_s) < FEW:
@@ -44,30 +40,30 @@ def doubts(what: Identity, log: Log, window: Timed, tflops_per_gpu: float | None
     if most - least > min(OUTLIER, SPREAD, TREND) * least:  # else no two of them, nor their means, are further apart
         yield from _outliers(window)
         yield from _trend(window)
-    if any(said("fastest_s")):
-        yield from _ranks(window.steps)
-    if log.step_times or any(said("tflops_per_gpu")):
+    if any(steps.told("fastest_s")):
+        yield from _ranks(steps)
+    if log.step_times or any(steps.told("tflops_per_gpu")):
         yield from _tflops(log, window, tflops_per_gpu)
 
 
-def _other_plan(what: Identity, log: Log, said: Said) -> Iterator[str]:
+def _other_plan(what: Identity, log: Log, steps: Span) -> Iterator[str]:
     """Sizes that are not the plan's, or not the same in all of the window."""
     batch = what.global_batch_size
-    others = {*said("global_batch_size")} - {batch, None}
+    others = steps.told("global_batch_size") - {batch, None}
     if batch and others:
         yield f"the log has steps of global_batch_size {min(filter(None, others))}, the figures are for {batch}"
     planned = what.max_steps or log.steps.planned
-    counted = {*said("planned")} - {planned, None}
+    counted = steps.told("planned") - {planned, None}
     if counted:
         yield f"step lines count to {count(min(filter(None, counted)), 'step')}, the run was to have {planned}"
 
 
-def _samples(what: Identity, steps: Mapping[int, Step], said: Said) -> Iterator[str]:
+def _samples(what: Identity, steps: Span) -> Iterator[str]:
     """Samples that are not those of so many steps."""
-    consumed, batch = said("consumed_samples"), what.global_batch_size
-    if batch and list(consumed) == [(number + 1) * batch for number in steps]:
+    consumed, batch = steps.said("consumed_samples"), what.global_batch_size
+    if batch and list(consumed) == [(number + 1) * batch for number in steps.numbers]:
         return
-    for number, samples, size in zip(steps, consumed, said("global_batch_size"), strict=True):
+    for number, samples, size in zip(steps, consumed, steps.said("global_batch_size"), strict=True):
         batch = what.global_batch_size or size
         if samples is not None and batch and samples != (number + 1) * batch:
             yield (
@@ -79,8 +75,8 @@ def _samples(what: Identity, steps: Mapping[int, Step], said: Said) -> Iterator[
         yield "consumed_samples do not tell the global batch size"
 
 
-def _memory(steps: Mapping[int, Step], said: Said) -> Iterator[str]:
-    if len({*said("peak_memory")}) < 2:
+def _memory(steps: Span) -> Iterator[str]:
+    if len(steps.told("peak_memory")) < 2:
         return
     peaks = sorted((step.peak_memory, number) for number, step in steps.items() if step.peak_memory)
     if len(peaks) > 1 and peaks[-2][0] < peaks[-1][0] * (1 - MEMORY):
@@ -119,7 +115,7 @@ def _trend(window: Timed) -> Iterator[str]:
         yield f"the window's second half is {abs(second / first - 1):.1%} {way} than its first"
 
 
-def _ranks(steps: Mapping[int, Step]) -> Iterator[str]:
+def _ranks(steps: Span) -> Iterator[str]:
     for number, step in steps.items():
         if step.fastest_s and step.time_s and step.time_s > step.fastest_s * (1 + RANKS):
             yield f"step {number} is told of more than once: {step.fastest_s:.4g} to {step.time_s:.4g} s; the slowest counts"

@@ -18,7 +18,6 @@ from ftgen.errors import LogError
 from ftgen.log_file import LogFileError, blocks
 from ftgen.log_lines import Item, Log, scan
 from ftgen.runs import Run, find_runs
-from ftgen.steps import said
 
 __all__ = ["Run", "find_runs", "read_log"]
 
@@ -120,7 +119,7 @@ def _same(plan: bytes, head: bytes) -> bool:
 def _batch(log: Log) -> int | None:
     """Samples a step: as most of the last step lines say, else by how many were consumed; None if that is no number."""
     last = log.steps.between(log.steps.last - LAST_LINES, log.steps.last + 1)
-    batches = list(filter(None, said(last, "global_batch_size")))
+    batches = list(filter(None, last.said("global_batch_size")))
     if not batches:
         sizes = ((step.consumed_samples or 0.0) / (number + 1) for number, step in last.items())
         batches = [int(size) for size in sizes if 1 <= size < 1e9 and size.is_integer()]

@@ -33,13 +33,13 @@ class Verdict(NamedTuple):
     reason: str | None
 
 
-def verdict_of(run: Run, log: Log, lines: Logged) -> Verdict:
+def verdict_of(run: Run, log: Log, planned: int | None, lines: Logged) -> Verdict:
     """Invalid before all else; complete only with every step that was planned, and nothing said against it."""
     if log.invalid or "not finite" in log.endings:
         return Verdict("invalid", log.invalid or _told(run, log.endings["not finite"]))
     if log.unread and not log.steps:
         return Verdict("incomplete", log.unread)
-    planned, there = planned_steps(log), lines.made
+    there = lines.made
     failure = _failure(run, log.endings, log.exit_status)
     if planned and _all_there(log, lines, planned):
         spoiled = log.exit_status or (log.exit_status is None and AFTER_TRAINING & log.endings.keys())

@@ -133,8 +133,7 @@ def columns_of(said: Mapping[str, Sequence[float]], keys: Keys) -> dict[str, Seq
     if "memory" in said:
         columns["peak_memory"] = _within(said["memory"], 0, MOST)  # 0 is said without a GPU
     if "batch" in said:
-        sizes = {batch: int(batch) if 1 <= batch < 1e9 else None for batch in {*said["batch"]}}
-        columns["global_batch_size"] = list(map(sizes.get, said["batch"]))
+        columns["global_batch_size"] = [int(batch) if 1 <= batch < 1e9 else None for batch in said["batch"]]
     return columns
 
 
@@ -151,16 +150,15 @@ def _within(numbers: Sequence[float], least: float, most: float) -> Sequence[flo
     return [number if least < number < most else None for number in numbers]
 
 
-def cells_of(line: bytes, keys: Keys) -> Iterator[tuple[str, list[tuple[int, bytes]]]]:
-    """What a line may say, by name: the numbers of the cells between |, from 0, and what stands before the number there.
+def cells_of(line: bytes, keys: Keys) -> Iterator[tuple[str, int, bytes]]:
+    """What a line may say: its name, the number of the cell between |, from 0, and what stands before the number there.
 
     Of several cells for one thing the first counts that does not say 0.
     """
     rows = [cell.partition(b":")[0] for cell in line.split(b"|")]
     cells = {before.strip(): (place, before + b":") for place, before in enumerate(rows)}
     for name, several in keys.names.items():
-        if there := [cells[key] for key in several if key in cells]:
-            yield name, there
+        yield from ((name, *cells[key]) for key in several if key in cells)
 
 
 def is_damaged(line: bytes, keys: Keys, varying: bytes) -> bool:

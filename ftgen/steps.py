@@ -5,15 +5,15 @@ so the memory that a log's steps need does not grow with the log.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
-from operator import attrgetter
-from typing import Any
 
-from ftgen.chunk import Chunk, Span
+from ftgen.chunk import Chunk
+from ftgen.span import Span
 from ftgen.step_line import Step, StepLine
 
 NOTHING = Step(None, None)
+NONE = range(0), Span.of({})
 KEPT = 8 << 20  # bytes of text: the last steps', where the window is
 
 
@@ -28,7 +28,7 @@ class Steps(Mapping[int, Step]):
         self._again: dict[int, Callable[[Chunk], Chunk]] = {}  # by a chunk's first step: how to read its text again
         self._kept = 0  # the chunks before it have no text
         self._text = 0  # bytes of the others
-        self._recent: tuple[range, Mapping[int, Step]] = (range(0), {})  # what was asked for last
+        self._recent = NONE  # what was asked for last
         self.last = max(self._single, default=-1)  # the highest number; -1 where there is no step
 
     def __repr__(self) -> str:
@@ -75,40 +75,40 @@ class Steps(Mapping[int, Step]):
         asked, found = self._recent
         if asked.stop != self.last + 1 or not asked:
             found = self.between(self.last, self.last + 1)
-        return said(found, "planned")[-1] if self.last in found else None
+        return found.said("planned")[-1] if self.last in found else None
 
-    def between(self, start: int, stop: int) -> Mapping[int, Step]:
+    def between(self, start: int, stop: int) -> Span:
         """The steps from `start` to before `stop` that are there, in ascending order; no others are read."""
         asked, found = self._recent
         if asked.start == start and asked.stop == stop:
             return found
         if start in asked and stop - 1 in asked:
-            return {number: step for number, step in found.items() if start <= number < stop}
+            return Span.of({number: step for number, step in found.items() if start <= number < stop})
         chunks = [chunk for chunk in self._chunks if chunk.first < stop and start <= chunk.last]
         spans = [self._whole(chunk).steps(max(start, chunk.first), min(stop, chunk.last + 1)) for chunk in chunks]
         if len(spans) == 1 and not self._single:
             found = spans[0]
         else:
             single = {number: step for number, step in self._single.items() if start <= number < stop}
-            found = dict(sorted(chain(single.items(), *(span.items() for span in spans))))
+            found = Span.of(dict(sorted(chain(single.items(), *(span.items() for span in spans)))))
         self._recent = range(start, stop), found
         return found
 
-    def pieces(self) -> Iterator[Mapping[int, Step]]:
+    def pieces(self) -> Iterator[Span]:
         """All the steps in ascending order, some at a time; each piece is read when it is asked for."""
         single, place = sorted(self._single), 0
         for chunk in list(self._chunks):
             end = bisect_left(single, chunk.first)
             if place < end:
-                yield {number: self._single[number] for number in single[place:end]}
+                yield Span.of({number: self._single[number] for number in single[place:end]})
             place = end
             yield self._whole(chunk).steps(chunk.first, chunk.last + 1)
         if place < len(single):
-            yield {number: self._single[number] for number in single[place:]}
+            yield Span.of({number: self._single[number] for number in single[place:]})
 
     def add_chunk(self, chunk: Chunk, again: Callable[[Chunk], Chunk]) -> None:
         """Take a chunk; `again` is how to read it once more."""
-        self._recent = range(0), {}
+        self._recent = NONE
         if chunk.first <= self.last:
             self._again[chunk.first] = again
             for number, step in self._whole(chunk).steps(chunk.first, chunk.last + 1).items():
@@ -127,7 +127,7 @@ class Steps(Mapping[int, Step]):
 
     def add(self, line: StepLine, number: int) -> None:
         """Take one line: a step that several lines tell of is as slow as the slowest of them says."""
-        self._recent = range(0), {}
+        self._recent = NONE
         if number in self._single:
             before, of_bar = self._single[number], number in self._of_bars
             if line.bar and not of_bar:
@@ -158,11 +158,6 @@ class Steps(Mapping[int, Step]):
         if place < self._kept:
             self._kept -= 1
         self._text -= len(chunk.text)
-
-
-def said(steps: Mapping[int, Step], name: str) -> Sequence[Any]:
-    """What the steps say of one thing, by its name in `Step`."""
-    return steps.said(name) if isinstance(steps, Span) else list(map(attrgetter(name), steps.values()))
 
 
 def _slower(one: Step, other: Step) -> Step:

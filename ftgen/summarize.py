@@ -75,13 +75,13 @@ def judge(run: Run, log: Log, *, window: Window | None = None) -> Summary:
     window = checked(what.window_steps or RECIPE_WINDOW if window is None else window)
     planned = planned_steps(log)
     lines = logged(log.steps, planned)
-    verdict = verdict_of(run, log, lines)
+    verdict = verdict_of(run, log, planned, lines)
     part = timed(log.steps, window, lines)
     time_s = None if verdict.status == "invalid" else part.mean_s
     tokens = tokens_per_s(what, time_s)
     utilization = model_flops_utilization(what, time_s)
     tflops = utilization * what.peak_flops / TERA if utilization and what.peak_flops else None
-    peaks = list(filter(None, part.said("peak_memory")))
+    peaks = list(filter(None, part.steps.told("peak_memory")))
     return Summary(
         experiment=what.experiment,
         run_id=run.run_id,

@@ -4,16 +4,16 @@ Steps are numbered from 0, as NeMo prints them, whatever the framework that wrot
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from math import fsum, sqrt
 from operator import mul
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ftgen.errors import LogError, Problem
 from ftgen.interval import Logged
-from ftgen.step_line import Step
-from ftgen.steps import Steps, said
+from ftgen.span import Span
+from ftgen.steps import Steps
 
 Window = int | range  # so many last steps, or from the first to before the end
 RECIPE_WINDOW = 20  # steps
@@ -26,16 +26,12 @@ class Timed(NamedTuple):
 
     first: int | None
     last: int | None
-    steps: Mapping[int, Step]  # those of the window that are there, in ascending order
+    steps: Span  # those of the window that are there, in ascending order
     times_s: tuple[float, ...] = ()
     why_not: str | None = None
     mean_s: float | None = None  # the mean step time in seconds: of all the window's steps or of none
     spread: float | None = None  # the standard deviation (of a sample) as a fraction of it; None of fewer than two steps
     every: int = 1  # steps from one time to the next
-
-    def said(self, name: str) -> Sequence[Any]:
-        """What the steps say of one thing, by its name in `Step`."""
-        return said(self.steps, name)
 
 
 def read_window(text: str) -> Window:
@@ -68,7 +64,7 @@ def timed(steps: Steps, window: Window, lines: Logged) -> Timed:
     found = steps.between(first, last + 1)
     if lines.every > 1:
         return _timed_at_intervals(found, window, lines)
-    times = said(found, "time_s")
+    times = found.said("time_s")
     if len(times) == len(window) and None not in times:
         mean_s = fsum(times) / len(times)
         return Timed(first, last, found, tuple(times), None, mean_s, _spread(times, mean_s))
@@ -79,12 +75,12 @@ def timed(steps: Steps, window: Window, lines: Logged) -> Timed:
     )
 
 
-def _timed_at_intervals(found: Mapping[int, Step], window: range, lines: Logged) -> Timed:
+def _timed_at_intervals(found: Span, window: range, lines: Logged) -> Timed:
     """Of steps that are not all logged: each time counts for the steps of the window that it stands for."""
     first, last, every = window[0], window[-1], lines.every
     part = Timed(first, last, found, every=every)
     numbers = list(found)
-    times = [time_s for time_s in said(found, "time_s") if time_s is not None]
+    times = [time_s for time_s in found.said("time_s") if time_s is not None]
     asked = f"the window needs {first} to {last}: no step time is reported"
     if not numbers:
         return part._replace(why_not=f"no step from {first} to {last} is logged: no step time is reported")
