@@ -14,7 +14,6 @@ from ftgen.step_line import (
     BRIDGE,
     MEGATRON,
     MEGATRON_KEYS,
-    MOST,
     NEMO,
     NEMO_KEYS,
     Keys,
@@ -28,7 +27,7 @@ from ftgen.step_line import (
 DIGITS = b"0123456789."
 VARYING = b"0123456789.+- "  # what a number is written with, and what pads it; exponents' e apart
 LATER = ("loss", "grad_norm")  # which no figure needs
-OFTEN = ("consumed",)  # what the same steps of many runs say alike
+OFTEN = ("consumed_samples",)  # what the same steps of many runs say alike
 FEW = 4  # lines: fewer are not worth the trouble
 LONGER = 24  # bytes by which numbers between two others may grow; where they grow more, lines are read one by one
 PLANNED = re.compile(rb"iteration(?<!\witeration) +\d{1,9}/ *(\d{1,9}) *\|")  # a word to begin with is found fastest
@@ -104,7 +103,7 @@ def _span(shape: Shape, cells: Sequence[bytes], numbers: range) -> Span | None:
                 said[name] = _numbers(column, before, often=name in OFTEN)
     except ValueError:
         return None
-    if "time" not in said:
+    if "time_s" not in said:
         return None
     columns |= columns_of(said, shape.keys)
     if shape.counts:
@@ -152,11 +151,11 @@ def _numbers(cells: Sequence[bytes], before: bytes, *, often: bool = False) -> S
 
 def _read_numbers(text: bytes, before: bytes, count: int) -> Sequence[float]:
     """So many numbers above 0, each behind a | and these words; ValueError."""
-    first, *texts = text.decode("ascii").split(f"|{before.decode()}")  # of texts floats are made sooner than of bytes
-    if first or len(texts) != count:
+    first, *parts = text.split(b"|" + before)
+    if first or len(parts) != count:
         raise ValueError
-    numbers = list(map(float, texts))
-    if not 0 < min(numbers) <= max(numbers) < MOST:
+    numbers = list(map(float, parts))
+    if min(numbers) <= 0:
         raise ValueError
     return numbers
 
@@ -167,7 +166,7 @@ _known_numbers = lru_cache(maxsize=100)(_read_numbers)
 @lru_cache(maxsize=1000)
 def _number(cell: bytes, before: bytes) -> float:
     """The number from 0 in a cell behind these words; ValueError."""
-    if not cell.startswith(before) or not 0 <= (found := float(cell[len(before) :])) < MOST:
+    if not cell.startswith(before) or (found := float(cell[len(before) :])) < 0:
         raise ValueError
     return found
 
@@ -245,8 +244,9 @@ def chunk_of(text: bytes, count: int, shape: Shape, *, even: bool) -> Chunk | No
 
 
 def may_overflow(text: bytes, *, exponents: bool) -> bool:
-    """Whether a number may be beyond what a float can be: by an exponent of three digits, or by 200 digits in a row."""
-    if b"0" * 9 in text[::20].translate(DIGITS_TO_0):  # a look at each byte would take as long as all the rest
+    """Whether a number may be beyond what a float can be, 1e308: by 300 digits in a row; by 200, or 3 of an exponent's."""
+    every = 20 if exponents else 30  # a look at each byte would take as long as all the rest
+    if b"0" * 9 in text[::every].translate(DIGITS_TO_0):
         return True
     digits = text.translate(DIGITS_TO_0) if exponents else b""
     return b"e000" in digits or b"e+000" in digits
@@ -296,7 +296,7 @@ def _shape(line: bytes, key: bytes) -> Shape | None:
 
 
 def _time(keys: Keys) -> bytes:
-    return rb"\| %s: " % re.escape(keys.names["time"][0])
+    return rb"\| %s: " % re.escape(keys.names["time_s"][0])
 
 
 def _between(line: bytes, one: tuple[tuple[int, int], bytes], other: tuple[tuple[int, int], bytes]) -> re.Pattern[bytes]:

@@ -7,7 +7,6 @@ was found together.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import groupby
 from typing import Any
@@ -28,26 +27,33 @@ HEAD = b"ftgen plan: {"  # ours: the plan, one line of JSON
 LONGEST_LINE = 1 << 16  # bytes that are looked at of a step line
 
 
-@dataclass
 class Log:
     """What one log says."""
 
-    identity: Identity
-    problems: list[str] = field(default_factory=list)  # why less is known than should be
-    unread: str | None = None  # why the file is not known to its end
-    steps: Steps = field(default_factory=Steps)
-    invalid: str | None = None  # the first thing that makes what was trained worthless
-    damaged: int = 0  # step lines that could not be read
-    endings: dict[str, Ending] = field(default_factory=dict)  # the first line of each kind
-    stopped_at: int | None = None  # the max_steps that training says it reached
-    exit_status: int | None = None
-    head: bytes = b""  # the plan's JSON
-    plan: dict[str, Any] | None = None  # all of it, as plan.json or the head line has it
-    environment: dict[str, Any] | None = None  # what the job found around it: versions, GPU, driver, nodes
-    attempts: int = 1  # in this one file
-    started: datetime | None = None  # the first and the last time that a line tells
-    ended: datetime | None = None
-    step_times: list[StepTime] = field(default_factory=list)  # Megatron-Bridge's, which do not say of which step
+    def __init__(self, identity: Identity, steps: Steps | None = None) -> None:
+        self.identity = identity
+        self.problems: list[str] = []  # why less is known than should be
+        self.unread: str | None = None  # why the file is not known to its end
+        self.attempts = 1  # in this one file
+        self.started: datetime | None = None  # the first and the last time that a line tells
+        self.ended: datetime | None = None
+        self._begin(steps or Steps())
+
+    def _begin(self, steps: Steps) -> None:
+        """What is known of an attempt before anything is."""
+        self.steps = steps
+        self.invalid: str | None = None  # the first thing that makes what was trained worthless
+        self.damaged = 0  # step lines that could not be read
+        self.endings: dict[str, Ending] = {}  # the first line of each kind
+        self.stopped_at: int | None = None  # the max_steps that training says it reached
+        self.exit_status: int | None = None
+        self.head = b""  # the plan's JSON
+        self.plan: dict[str, Any] | None = None  # all of it, as plan.json or the head line has it
+        self.environment: dict[str, Any] | None = None  # what the job found around it: versions, GPU, driver, nodes
+        self.step_times: list[StepTime] = []  # Megatron-Bridge's, which do not say of which step
+
+    def __repr__(self) -> str:
+        return f"Log({self.__dict__})"
 
     def take(self, item: Item, again: Callable[[Chunk], Chunk]) -> None:
         """The next thing that was found; `again` is how to read a chunk of its block once more."""
@@ -64,8 +70,11 @@ class Log:
 
     def copy(self) -> "Log":
         """A log of its own that has read as far: what one takes the other has not."""
-        own = {"problems": [*self.problems], "endings": {**self.endings}, "step_times": [*self.step_times]}
-        return replace(self, **own, steps=self.steps.copy())  # type: ignore[arg-type]
+        other = Log(self.identity)
+        other.__dict__.update(self.__dict__)
+        other.problems, other.endings, other.step_times = [*self.problems], {**self.endings}, [*self.step_times]
+        other.steps = self.steps.copy()
+        return other
 
     def other_lines(self, numbers: Iterable[int]) -> dict[int, StepTime]:
         """Megatron-Bridge's other lines of some steps: the n-th is the n-th step's, if there is one for each step."""
@@ -95,8 +104,8 @@ class Log:
     def _take_ending(self, ending: Ending) -> None:
         kind = ending.kind
         if kind == "plan":
-            attempts = self.attempts + bool(self.steps)
-            self.__dict__.update(Log(self.identity, self.problems, attempts=attempts, started=self.started).__dict__)
+            self.attempts += bool(self.steps)
+            self._begin(Steps())
             self.head = ending.json
         elif kind == "stopped":
             self.stopped_at = ending.number

@@ -6,16 +6,16 @@ the other, or in parallel.
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 from ftgen import identity
-from ftgen.chunk import Chunk
+from ftgen.chunk import Chunk, barest
 from ftgen.endings import Ending, endings
 from ftgen.errors import LogError
-from ftgen.log_file import LogFileError, blocks
+from ftgen.log_file import Block, LogFileError, blocks
 from ftgen.log_lines import Item, Log, scan
 from ftgen.runs import Run, find_runs
 
@@ -32,15 +32,20 @@ def read_log(run: Run) -> Log:
     first = last = None
     try:
         for block in blocks(run.log):
-            take(log, run.log, block.offset, block.offset + len(block.raw), scan(block))
-            first, last = first or block, block
+            items = scan(block)
+            take(log, run.log, block.offset, block.offset + len(block.raw), items)
+            last = block.raw if _may_tell_time(block, items) else b""
+            first = last if first is None else first
     except LogFileError as error:
         log.unread = str(error)
-    if first and last:
-        settle(run, log, first.raw[:CLOCK_BYTES], last.raw[-CLOCK_BYTES:])
-    else:
-        settle(run, log, b"", b"")
+    settle(run, log, (first or b"")[:CLOCK_BYTES], (last or b"")[-CLOCK_BYTES:])
     return log
+
+
+def _may_tell_time(block: Block, items: Sequence[Item]) -> bool:
+    """False for nothing but step lines that are alike: without their digits all have the colons of a time, or none."""
+    alike = len(items) == 1 and isinstance(items[0], Chunk) and len(items[0].text) == len(block.raw)
+    return not alike or b"::" in barest(block.raw[: block.raw.find(b"\n")])
 
 
 def take(log: Log, path: str, start: int, end: int, items: Iterable[Item]) -> None:
@@ -119,7 +124,9 @@ def _same(plan: bytes, head: bytes) -> bool:
 def _batch(log: Log) -> int | None:
     """Samples a step: as most of the last step lines say, else by how many were consumed; None if that is no number."""
     last = log.steps.between(log.steps.last - LAST_LINES, log.steps.last + 1)
-    batches = list(filter(None, last.said("global_batch_size")))
+    batches: list[int] = list(filter(None, last.told("global_batch_size")))
+    if len(batches) > 1:
+        batches = list(filter(None, last.said("global_batch_size")))
     if not batches:
         sizes = ((step.consumed_samples or 0.0) / (number + 1) for number, step in last.items())
         batches = [int(size) for size in sizes if 1 <= size < 1e9 and size.is_integer()]

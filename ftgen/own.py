@@ -1,6 +1,5 @@
 """A catalogue file of the user's: models and GPUs as in ftgen's own. In: a `Source` that names one. Out: `Own`."""
 
-from dataclasses import MISSING, fields
 from functools import cache
 from typing import Any
 
@@ -54,11 +53,8 @@ def tables() -> type[Table]:
     )
 
 
-def _table(record: type, **others: Any) -> type[Table]:
-    """The keys of a record of ftgen's own catalogue; its name is the table's."""
-    keys: dict[str, Any] = {}
-    for field in fields(record):
-        default = Field() if field.default is MISSING else field.default
-        keys[field.name] = (_TYPES.get(field.type, field.type), default)
-    keys.pop("name", None)
+def _table(record: Any, **others: Any) -> type[Table]:
+    """The keys of a record of ftgen's own catalogue, a `NamedTuple`; its name is the table's."""
+    types, defaults = record.__annotations__, record._field_defaults
+    keys = {key: (_TYPES.get(kind, kind), defaults.get(key, Field())) for key, kind in types.items() if key != "name"}
     return create_model(record.__name__, __base__=Table, **(keys | others))

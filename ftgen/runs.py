@@ -165,7 +165,7 @@ def _size(path: str, seen: set[tuple[int, int]], tell: Tell) -> int | None:
 
 def _experiment(folder: str, stem: str) -> str:
     """The directory's name where the file's ends with it, as the layout has it; else what looks like an experiment."""
-    directory = os.path.basename(folder)  # noqa: PTH119
+    directory = folder.rpartition(os.sep)[2]
     if directory and (stem == directory or stem.endswith(f".{directory}")):
         return directory
     for name in (stem, *reversed(Path(folder).parts)):

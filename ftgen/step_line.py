@@ -42,13 +42,6 @@ class Step(NamedTuple):
     fastest_s: float | None = None  # of the fastest rank, where several said so
 
 
-NAMES = {
-    "time": "time_s",
-    "memory": "peak_memory",
-    "tflops": "tflops_per_gpu",
-    "batch": "global_batch_size",
-    "consumed": "consumed_samples",
-}
 _step = partial(tuple.__new__, Step)  # Step._make without its check
 
 
@@ -74,7 +67,7 @@ class Keys(NamedTuple):
     second: float  # in the line's unit of time
     first: int  # the number of the first iteration
     number: bytes
-    names: dict[str, tuple[bytes, ...]]  # the first that says something counts
+    names: dict[str, tuple[bytes, ...]]  # by those in `Step`; the first that says something counts
     spoiled: tuple[bytes, ...] = ()  # counts of what must not happen
 
 
@@ -83,13 +76,13 @@ NEMO_KEYS = Keys(
     first=0,
     number=b"global_step",
     names={
-        "time": (NEMO,),
+        "time_s": (NEMO,),
         "loss": (b"reduced_train_loss",),
         "grad_norm": (b"grad_norm",),
-        "tflops": (b"TFLOPS_per_GPU",),
-        "batch": (b"global_batch_size",),
-        "consumed": (b"consumed_samples",),
-        "memory": (b"peak_memory_usage", b"max_memory_reserved", b"max_memory_allocated"),  # bytes
+        "tflops_per_gpu": (b"TFLOPS_per_GPU",),
+        "global_batch_size": (b"global_batch_size",),
+        "consumed_samples": (b"consumed_samples",),
+        "peak_memory": (b"peak_memory_usage", b"max_memory_reserved", b"max_memory_allocated"),  # bytes
     },
 )
 MEGATRON_KEYS = Keys(
@@ -97,12 +90,12 @@ MEGATRON_KEYS = Keys(
     first=1,
     number=b"",
     names={
-        "time": (MEGATRON,),
+        "time_s": (MEGATRON,),
         "loss": (b"lm loss",),
         "grad_norm": (b"grad norm",),
-        "tflops": (b"throughput per GPU (TFLOP/s/GPU)",),
-        "batch": (b"global batch size",),
-        "consumed": (b"consumed samples",),
+        "tflops_per_gpu": (b"throughput per GPU (TFLOP/s/GPU)",),
+        "global_batch_size": (b"global batch size",),
+        "consumed_samples": (b"consumed samples",),
     },
     spoiled=(b"number of skipped iterations", b"number of nan iterations"),
 )
@@ -120,20 +113,19 @@ def parse(line: bytes) -> StepLine | None:
     numbers = ((name, number(fields.get(key))) for name, key in _named(keys, fields))
     said = {name: (value,) for name, value in numbers if value is not None}
     planned = int(last) + 1 - keys.first if last else int(fields.get(b"of") or 0)
-    columns = columns_of({"time": (0.0,), **said}, keys) | ({"planned": (planned,)} if planned else {})
+    columns = columns_of({"time_s": (0.0,), **said}, keys) | ({"planned": (planned,)} if planned else {})
     (step,) = steps_of(columns, 1)
     return StepLine(_step_number(fields, keys), step, _invalid(fields, keys), bar)
 
 
 def columns_of(said: Mapping[str, Sequence[float]], keys: Keys) -> dict[str, Sequence[Any]]:
-    """What several steps say of each thing, in the framework's units, by the names in `Step`."""
-    columns: dict[str, Sequence[Any]] = {NAMES.get(name, name): numbers for name, numbers in said.items()}
-    times = said["time"] if keys.second == 1 else [time_s / keys.second for time_s in said["time"]]
-    columns["time_s"] = _within(times, SHORTEST_STEP_S, LONGEST_STEP_S)
-    if "memory" in said:
-        columns["peak_memory"] = _within(said["memory"], 0, MOST)  # 0 is said without a GPU
-    if "batch" in said:
-        columns["global_batch_size"] = [int(batch) if 1 <= batch < 1e9 else None for batch in said["batch"]]
+    """What several steps say of each thing, by the names in `Step`: in its units, and None for what cannot be."""
+    times = said["time_s"] if keys.second == 1 else [time_s / keys.second for time_s in said["time_s"]]
+    columns: dict[str, Sequence[Any]] = {**said, "time_s": _within(times, SHORTEST_STEP_S, LONGEST_STEP_S)}
+    if "peak_memory" in said:
+        columns["peak_memory"] = _within(said["peak_memory"], 0, MOST)  # 0 is said without a GPU
+    if "global_batch_size" in said:
+        columns["global_batch_size"] = [int(size) if 1 <= size < 1e9 else None for size in said["global_batch_size"]]
     return columns
 
 

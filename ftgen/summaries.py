@@ -25,7 +25,7 @@ from ftgen.runs import Folder, Run, order, runs_in
 from ftgen.summarize import Summary, judge
 from ftgen.window import Window, checked
 
-ALONE = 16 << 20  # bytes: less is read before another process has started
+ALONE = 8 << 20  # bytes: less is read before another process has started
 BIG = 64 << 20  # bytes of a log that several processes read
 PART = 16 << 20  # bytes of it that one of them reads at a time
 BATCH = 4 << 20  # bytes of logs that one of them reads at a time
@@ -141,6 +141,7 @@ def _at_once(folders: Iterable[Folder], make: Make[Made], progress: Progress, pr
             made += _got(*given.popleft(), make, progress)
         pool.close()
         pool.join()
+    gc.freeze()  # what was made is not looked through again until this process ends
     return made
 
 
@@ -163,17 +164,21 @@ def _begin(make: Make[Any]) -> None:
 def _tasks(folders: Iterable[Folder]) -> Iterator[Task]:
     """Big logs by themselves, all others in batches."""
     works: list[Folder | Run] = []
-    size = weight = 0
+    size = logs = 0
     for folder in folders:
-        runs = list(runs_in(folder)) if max(folder.logs.values()) > BIG else []
-        big = [run for run in runs if run.size > BIG and not _packed(run)]
-        yield from (Task([], run.size, run) for run in big)
-        works += [run for run in runs if run not in big] if big else [folder]
-        size += folder.size - sum(run.size for run in big)
-        weight += _weight(folder)
-        if weight > BATCH:
+        if (more := folder.size) > BIG:
+            runs = list(runs_in(folder))
+            big = [run for run in runs if run.size > BIG and not _packed(run)]
+            yield from (Task([], run.size, run) for run in big)
+            works += [run for run in runs if run not in big] if big else [folder]
+            more -= sum(run.size for run in big)
+        else:
+            works.append(folder)
+        size += more
+        logs += len(folder.logs)
+        if size + RUN_BYTES * logs > BATCH:
             yield Task(works, size)
-            works, size, weight = [], 0, 0
+            works, size, logs = [], 0, 0
     yield Task(works, size)
 
 

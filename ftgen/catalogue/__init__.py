@@ -1,18 +1,16 @@
 """Models, GPUs and published results as data: the TOML tables beside this file, read into frozen records."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tomli
 
 HERE = Path(__file__).parent
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """How a model is split over GPUs where the spec does not say: the first row that fits the run."""
 
     scheme: str  # sft, lora
@@ -24,8 +22,7 @@ class Split:
     sequence_parallel: bool = False
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(NamedTuple):
     """A model's architecture under Megatron's names, and where its weights come from."""
 
     name: str
@@ -82,8 +79,7 @@ class Model:
         return 6.0 * self.matrix_weights * seq_length
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(NamedTuple):
     """An accelerator: memory and dense peaks, as its maker publishes them."""
 
     name: str
@@ -99,8 +95,7 @@ class Gpu:
         return None if tflops is None else tflops * 1e12
 
 
-@dataclass(frozen=True)
-class Optimization:
+class Optimization(NamedTuple):
     """A change to NeMo's stock recipe: what it does, and where measurements put it on."""
 
     name: str
@@ -115,8 +110,7 @@ class Optimization:
         return all(value in self.default[key] for key, value in named)
 
 
-@dataclass(frozen=True)
-class Published:
+class Published(NamedTuple):
     """One column of the recipe's result tables, as printed there."""
 
     model: str
@@ -132,8 +126,7 @@ class Published:
     days_per_1t_tokens: float
 
 
-@dataclass(frozen=True)
-class Own:
+class Own(NamedTuple):
     """Models and GPUs of a catalogue file of the user's."""
 
     models: dict[str, Model]
