@@ -225,3 +225,26 @@ def test_reading_logs_imports_nothing_heavy():
     code = "import sys, ftgen.summarize, ftgen.export; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"pydantic", "numpy", "pandas", "rich", "torch", "nemo"} & set(modules)
+
+
+TIMES = [f"2025-12-22 15:{minute:02}:33" for minute in range(40)]
+BARE_LINE = "Training epoch 0, iteration {0}/39 | global_step: {0} | reduced_train_loss: 9.5 | train_step_timing in s: 2.5\n"
+MEGATRON_LINE = " [{1}] iteration {2:8}/      40 | elapsed time per iteration (ms): 2500.0 | lm loss: 9.5E+00 |\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "before", "told"),
+    [
+        (MEGATRON_LINE, "", (TIMES[0], TIMES[-1])),
+        ("{1} " + BARE_LINE, "", (TIMES[0], TIMES[-1])),
+        (BARE_LINE, "", (None, None)),
+        (BARE_LINE, "begins at 2025-12-22T15:00:33\n", ("2025-12-22 15:00:33", None)),  # at the end no line does
+    ],
+)
+def test_times_are_found_wherever_lines_tell_them(tmp_path, line, before, told):
+    path = tmp_path / "log-a.x_1_0.out"
+    path.write_text(before + "".join(line.format(step, time, step + 1) for step, time in enumerate(TIMES)))
+    (run,) = find_runs([tmp_path])
+    log = read_log(run)
+    assert len(log.steps) == 40
+    assert tuple(str(time) if time else None for time in (log.started, log.ended)) == told
