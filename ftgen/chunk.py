@@ -109,7 +109,7 @@ def _span(shape: Shape, cells: Sequence[bytes], numbers: range) -> Span | None:
     if shape.counts:
         first = shape.keys.first
         planned = _planned(b"|".join((*cells[:: shape.cells], b"")), numbers.start + first, numbers.stop + first, first)
-        if len(planned) not in {1, len(numbers)}:
+        if not planned:
             return None
         columns["planned"] = planned
     return Span(numbers, columns)
@@ -117,7 +117,7 @@ def _span(shape: Shape, cells: Sequence[bytes], numbers: range) -> Span | None:
 
 @lru_cache(maxsize=100)  # the same steps of many runs are counted alike
 def _planned(text: bytes, start: int, stop: int, first: int) -> Sequence[int | None]:
-    """The steps that cells say there will be, as far as they do, each before a |, numbered from `first`.
+    """How many steps cells say there will be, each before a |, numbered from `first`; nothing if one does not say so.
 
     Once for all, where they count from `start` to before `stop` of the same number.
     """
@@ -126,7 +126,8 @@ def _planned(text: bytes, start: int, stop: int, first: int) -> Sequence[int | N
     behind = b"/" + after + b"|"
     alike = text + before == before + counted(start, stop).replace(b" ", behind + before)
     found = PLANNED.findall(before + number + behind if alike else text)
-    return [int(count) + 1 - first or None for count in found]
+    whole = len(found) == (1 if alike else stop - start)
+    return [int(count) + 1 - first or None for count in found] if whole else []
 
 
 def _what_numbers(cells: Sequence[bytes], before: bytes) -> Sequence[float | None]:
