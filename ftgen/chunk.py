@@ -81,8 +81,8 @@ def _read_alike(text: bytes, after: int, numbers: range, *, checked: bool) -> Sp
     cells = _last_cells(end, width)
     if len(cells) < width + 2 and len(end) < len(text):  # its first cell may not be whole
         cells = _last_cells(text, width)
-    cells = cells[-width - 1 : -1]
-    return _span(shape, cells[: len(numbers) * shape.cells], numbers) if len(cells) == width else None
+    start = len(cells) - width - 1
+    return _span(shape, cells[start : start + len(numbers) * shape.cells], numbers) if start >= 0 else None
 
 
 def _last_cells(text: bytes, count: int) -> list[bytes]:

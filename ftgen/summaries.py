@@ -10,14 +10,16 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
-from multiprocessing.pool import AsyncResult, Pool
 from typing import Any, NamedTuple, TypeVar
 
 from ftgen import catalogue, identity
 from ftgen.chunk import Chunk
+from ftgen.errors import LogError, Problem
 from ftgen.log_file import LogFileError, blocks, edges, is_packed
 from ftgen.log_lines import Item, Log, scan
 from ftgen.logs import CLOCK_BYTES, read_log, settle, take
@@ -129,18 +131,20 @@ def _at_once(folders: Iterable[Folder], make: Make[Made], progress: Progress, pr
     """With what sorts it; tasks are given out while there are more folders to come."""
     made: list[tuple[Any, Made]] = []
     catalogue.models(), catalogue.gpus(), catalogue.published()  # read once, not in every process
-    with _context().Pool(processes, _begin, (make,)) as pool:
-        given: deque[tuple[Task, list[AsyncResult[Any]]]] = deque()
+    pool = ProcessPoolExecutor(processes, _context(), _begin, (make,))
+    try:
+        given: deque[tuple[Task, list[Future[Any]]]] = deque()
         for task in _tasks(folders):
             given.append((task, _give(pool, task)))
-            while all(result.ready() for result in given[0][1]):
+            while given and all(result.done() for result in given[0][1]):
                 made += _got(*given.popleft(), make, progress)
-                if not given:
-                    break
         while given:
             made += _got(*given.popleft(), make, progress)
-        pool.close()
-        pool.join()
+    except BrokenProcessPool:
+        killed = "a process that read logs was killed: nothing is reported"
+        raise LogError(Problem((), killed, "the kernel does so where memory runs out; dmesg says which")) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
     gc.freeze()  # what was made is not looked through again until this process ends
     return made
 
@@ -189,23 +193,23 @@ def _packed(run: Run) -> bool:
         return True
 
 
-def _give(pool: Pool, task: Task) -> list[AsyncResult[Any]]:
+def _give(pool: ProcessPoolExecutor, task: Task) -> list[Future[Any]]:
     if not task.big:
-        return [pool.apply_async(_read_some, (task.works,))]
+        return [pool.submit(_read_some, task.works)]
     path, size = task.big.log, task.big.size
     ends = [*range(PART, size, PART), None]  # the last part goes as far as the log by then
-    return [pool.apply_async(_read_part, (path, start, end)) for start, end in zip(range(0, size, PART), ends, strict=True)]
+    return [pool.submit(_read_part, path, start, end) for start, end in zip(range(0, size, PART), ends, strict=True)]
 
 
-def _got(task: Task, results: list[AsyncResult[Any]], make: Make[Made], progress: Progress) -> list[tuple[Any, Made]]:
+def _got(task: Task, results: list[Future[Any]], make: Make[Made], progress: Progress) -> list[tuple[Any, Made]]:
     """What became of a task."""
     if not task.big:
-        made: list[tuple[Any, Made]] | Columns = results[0].get()
+        made: list[tuple[Any, Made]] | Columns = results[0].result()
         progress(task.size)
         return _rows(made) if isinstance(made, Columns) else made
     parts = []
     for result in results:
-        parts.append(result.get())
+        parts.append(result.result())
         progress(min(PART, task.size - PART * (len(parts) - 1)))
     return [(order(task.big), make(task.big, _joined(task.big, parts)))]
 

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from ftgen.errors import LogError
 from ftgen.log_file import LogFileError, blocks
 from ftgen.logs import read_log
 from ftgen.runs import find_folders, find_runs
-from ftgen.summaries import summarize_all
+from ftgen.summaries import read_all, summarize_all
 from ftgen.summarize import summarize
 from ftgen.window import read_window
 
@@ -116,6 +117,17 @@ def test_several_processes_find_what_one_does(tmp_path, monkeypatch):
     found = summarize_all(folders, processes=2, progress=seen.append)
     assert repr(found) == repr(summarize_all(folders, processes=1)) == repr([*map(summarize, find_runs([CASES]))])
     assert sum(seen) == sum(folder.size for folder in folders)
+
+
+def killed(run, log):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_is_told_of(monkeypatch):
+    """As the kernel does where memory runs out."""
+    monkeypatch.setattr(summaries, "ALONE", 2000)
+    with pytest.raises(LogError, match="a process that read logs was killed"):
+        read_all(find_folders([CASES]), killed, processes=2)
 
 
 def test_the_steps_of_a_long_log_are_there_in_full(tmp_path, monkeypatch):
