@@ -51,12 +51,12 @@ AT_ONCE = 32 << 10  # bytes: in less, word by word is as fast
 GUARDED = tuple((next((bytes([byte]) for byte in RARE if byte in word), b""), word) for word in WORDS)
 ENDING = re.compile(b"|".join(KINDS.values()))
 PATTERNS = {kind: re.compile(pattern) for kind, pattern in KINDS.items()}
-# The line that ends a traceback, behind srun's and torch's labels.
+# The line that ends a traceback, behind srun's, torch's and our own labels.
 EXCEPTION = re.compile(
-    rb"(?m)^(?: *\d+: )?(?:\[rank\d+\]: ?)?"
+    rb"(?m)^(?: *\d+: )?(?:\[rank\d+\]: ?|\[rank \d+ on [^]\n]{1,255}\] )?"
     rb"((?:\w{1,80}\.){0,20}\w{0,80}(?:Error|Exception|Interrupt|Exit|Expired)(?::[^\n]*)?)$"
 )
-RANK = re.compile(rb"\[rank(\d{1,6})\]|^ *(\d{1,6}): ")
+RANK = re.compile(rb"\[rank ?(\d{1,6})(?:\]| on )|^ *(\d{1,6}): ")
 
 LAST_COUNTS = frozenset({"plan", "exit", "job exit", "stopped"})
 MOST_JSON = 1 << 20  # bytes
@@ -71,7 +71,7 @@ class Ending(NamedTuple):
     note: str
     line: bytes  # what of it was kept, as it stands in the log
     number: int | None = None  # an exit status, or the steps that training says it made
-    rank: int | None = None  # whose line it is, by srun's label or torch's
+    rank: int | None = None  # whose line it is, by srun's label, torch's or our own
     json: bytes = b""  # of the kinds plan and environment
     at: int | None = None  # byte of the file
     file: str = ""  # another than the log

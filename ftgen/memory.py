@@ -2,8 +2,9 @@
 
 The peak is the highest of three moments: the checkpoint being loaded (FP8 alone is large there), the end of a forward pass,
 and the optimizer's step. What a layer keeps for its backward pass is counted tensor by tensor. Against the peaks that
-PyTorch measured (tests/logs/h100, h200 and h200_pair, `max_memory_allocated`) the sum is within 3.5%; splits were not
-measured, and with pipeline stages, which keep several micro-batches, it is a lower bound.
+PyTorch measured (tests/logs/h100, h200, h200_pair and h200_parallel, `max_memory_allocated`) the sum is within 3.5%, with
+tensor parallelism too; with pipeline stages, which keep several micro-batches, it is a lower bound (18% below what one such
+run took).
 """
 
 from dataclasses import asdict, dataclass

@@ -87,6 +87,10 @@ def _split(spec: Spec) -> Iterator[Problem]:
         yield Problem(("parallelism", "sequence_parallel"), "needs tensor parallelism: TP is 1", also=(TP,))
     if cp > 1 and spec.seq_length % (2 * cp):
         yield Problem(("seq_length",), f"must be a multiple of 2 x CP: {spec.seq_length} is none of {2 * cp}", also=(CP,))
+    if cp > 1 and spec.gpu != "cpu" and spec.data.packed is not False:
+        # NeMo 2.7.3 cuts all that a batch has into CP parts, and so the lengths of what is packed in it
+        packed: KeyPath = ("data", "packed")
+        yield Problem(CP, f"needs sequences that are not packed: CP is {cp}", "set data.packed = false", also=(packed,))
 
 
 def global_batch_size(spec: Spec) -> int:

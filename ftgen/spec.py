@@ -59,7 +59,7 @@ class Parallelism(Table):
 
     tensor_model_parallel_size: Positive = Field(1, description="GPUs that share each layer (TP).")
     pipeline_model_parallel_size: Positive = Field(1, description="GPUs that share the stack of layers (PP).")
-    context_parallel_size: Positive = Field(1, description="GPUs that share each sequence (CP).")
+    context_parallel_size: Positive = Field(1, description="GPUs that share each sequence (CP); needs data.packed = false.")
     virtual_pipeline_model_parallel_size: Positive | None = Field(
         None, description="Chunks of layers for each pipeline stage (VP); needs PP > 1."
     )
