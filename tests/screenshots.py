@@ -1,4 +1,4 @@
-"""Pictures of a report for its page in the docs: python tests/screenshots.py docs/reports/h200.html docs/images."""
+"""Pictures of a report for its page in the docs: python tests/screenshots.py docs/reports/gpus.html docs/images."""
 
 import base64
 import subprocess
