@@ -248,3 +248,10 @@ def test_times_are_found_wherever_lines_tell_them(tmp_path, line, before, told):
     log = read_log(run)
     assert len(log.steps) == 40
     assert tuple(str(time) if time else None for time in (log.started, log.ended)) == told
+
+
+@pytest.mark.parametrize("label", ["", "1: ", "[rank1]: ", "[rank 1 on node-7.example] "])
+def test_an_exception_is_known_behind_every_label(label):
+    lines = ("Traceback (most recent call last):", '  File "x.py", line 1, in <module>', "IndexError: out of range")
+    found = read("".join(f"{label}{line}\n" for line in lines).encode()).endings["exception"]
+    assert (found.note, found.rank) == ("IndexError: out of range", 1 if label else None)
