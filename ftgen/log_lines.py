@@ -7,6 +7,7 @@ was found together.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from copy import copy
 from datetime import datetime
 from itertools import groupby
 from typing import Any
@@ -70,8 +71,7 @@ class Log:
 
     def copy(self) -> "Log":
         """A log of its own that has read as far: what one takes the other has not."""
-        other = Log(self.identity)
-        other.__dict__.update(self.__dict__)
+        other = copy(self)
         other.problems, other.endings, other.step_times = [*self.problems], {**self.endings}, [*self.step_times]
         other.steps = self.steps.copy()
         return other

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ftgen import identity
 from ftgen.chunk import Chunk, barest
-from ftgen.endings import Ending, endings
+from ftgen.endings import LONGEST_TRACEBACK, Ending, endings
 from ftgen.errors import LogError
 from ftgen.log_file import Block, LogFileError, blocks
 from ftgen.log_lines import Item, Log, scan
@@ -83,7 +83,24 @@ def settle(run: Run, log: Log, head: bytes, tail: bytes) -> None:
     began, ended = CLOCK.search(head), list(CLOCK.finditer(tail))
     log.started = _datetime(head[began.start() - 4 : began.end()]) if began else None
     log.ended = _datetime(tail[ended[-1].start() - 4 : ended[-1].end()]) if ended else None
+    _end_traceback(run, log)
     _identify(run, log)
+
+
+def _end_traceback(run: Run, log: Log) -> None:
+    """The line that ends the first traceback, where that goes over the end of a block: within one it has been found."""
+    begin, end = (ending and ending.at for ending in map(log.endings.get, ("traceback", "exception")))
+    if begin is None or (end is not None and end - begin <= LONGEST_TRACEBACK):
+        return
+    try:
+        around = list(blocks(run.log, begin, begin + LONGEST_TRACEBACK))
+    except LogFileError:
+        return  # what is known stays
+    items = scan(Block(around[0].offset, b"".join(block.raw for block in around))) if around else []
+    if found := next((item for item in items if isinstance(item, Ending) and item.kind == "exception"), None):
+        kinds = [kind for kind in log.endings if kind != "exception"]
+        kinds.insert(kinds.index("traceback") + 1, "exception")
+        log.endings = {kind: found if kind == "exception" else log.endings[kind] for kind in kinds}
 
 
 def _datetime(text: bytes) -> datetime | None:

@@ -12,7 +12,7 @@ from typing import Any
 from ftgen import __version__, catalogue
 from ftgen.catalogue import Gpu, Model
 from ftgen.errors import SpecError
-from ftgen.rules import broken_rules, forbids, global_batch_size
+from ftgen.rules import broken_rules, forbids, global_batch_size, is_packed
 from ftgen.site import Site
 from ftgen.spec import Spec
 from ftgen.units import parse_walltime
@@ -259,7 +259,7 @@ def resolve(
         seq_length=spec.seq_length,
         seed=spec.seed,
         parallelism=_parallelism(spec),
-        data=_data(spec, gpu),
+        data=_data(spec),
         optimizer=OptimizerPlan(
             spec.optimizer.learning_rate or RECIPE_LEARNING_RATE[spec.scheme], spec.optimizer.warmup_steps
         ),
@@ -311,9 +311,8 @@ def _parallelism(spec: Spec) -> ParallelismPlan:
     return ParallelismPlan(**dict(split), data_parallel_size=spec.gpus // shared)
 
 
-def _data(spec: Spec, gpu: Gpu) -> DataPlan:
-    packed = spec.data.packed if spec.data.packed is not None else gpu.name != "cpu"
-    return DataPlan(spec.data.kind, spec.data.path, spec.data.examples, packed)
+def _data(spec: Spec) -> DataPlan:
+    return DataPlan(spec.data.kind, spec.data.path, spec.data.examples, is_packed(spec))
 
 
 def _python(site: Site) -> PythonPlan:

@@ -87,7 +87,7 @@ def _split(spec: Spec) -> Iterator[Problem]:
         yield Problem(("parallelism", "sequence_parallel"), "needs tensor parallelism: TP is 1", also=(TP,))
     if cp > 1 and spec.seq_length % (2 * cp):
         yield Problem(("seq_length",), f"must be a multiple of 2 x CP: {spec.seq_length} is none of {2 * cp}", also=(CP,))
-    if cp > 1 and spec.gpu != "cpu" and spec.data.packed is not False:
+    if cp > 1 and is_packed(spec):
         # NeMo 2.7.3 cuts all that a batch has into CP parts, and so the lengths of what is packed in it
         packed: KeyPath = ("data", "packed")
         yield Problem(CP, f"needs sequences that are not packed: CP is {cp}", "set data.packed = false", also=(packed,))
@@ -96,6 +96,11 @@ def _split(spec: Spec) -> Iterator[Problem]:
 def global_batch_size(spec: Spec) -> int:
     """Sequences of a step: the spec's, or as many for each GPU as the recipe has."""
     return spec.global_batch_size or RECIPE_SEQUENCES_PER_GPU * spec.gpus
+
+
+def is_packed(spec: Spec) -> bool:
+    """Whether examples are packed into full sequences: as the spec says, or on GPUs."""
+    return spec.gpu != "cpu" if spec.data.packed is None else spec.data.packed
 
 
 def _batch(spec: Spec, data_parallel_size: int) -> Iterator[Problem]:
@@ -149,7 +154,7 @@ def forbids(name: str, spec: Spec) -> str:
     tp, pp, cp = split.tensor_model_parallel_size, split.pipeline_model_parallel_size, split.context_parallel_size
     frozen = {'scheme = "lora" (weights that are trained became NaN)': spec.scheme == "lora"}
     needs = {
-        "cuda_graphs": {"packed sequences": spec.data.packed is not False, "PP = CP = 1": pp * cp == 1},
+        "cuda_graphs": {"packed sequences": is_packed(spec), "PP = CP = 1": pp * cp == 1},
         "fused_cross_entropy": {"micro_batch_size = 1 (else its gradients are wrong)": spec.micro_batch_size == 1},
         "loss_tokens_only": {"TP = PP = CP = 1": tp * pp * cp == 1},
         "scale_small_tensor": {
@@ -158,14 +163,14 @@ def forbids(name: str, spec: Spec) -> str:
         },
         "fused_wgrad_accumulation": {'scheme = "sft"': spec.scheme == "sft"},
         "skip_shard_transposes": {'scheme = "sft" and precision = "fp8"': (spec.scheme, spec.precision) == ("sft", "fp8")},
-        "short_padding": {"packed sequences": spec.data.packed is not False, "CP = 1": cp == 1},
+        "short_padding": {"packed sequences": is_packed(spec), "CP = 1": cp == 1},
         "fused_swiglu": {
             **frozen,
             "no adapters on linear_fc1 and linear_fc2": not {"linear_fc1", "linear_fc2"} & set(spec.lora.targets),
             "TP = 1": tp == 1,
         },
         "op_fuser": frozen,
-        "merge_micro_batches": {"packed sequences": spec.data.packed is not False, "PP = CP = 1": pp * cp == 1},
+        "merge_micro_batches": {"packed sequences": is_packed(spec), "PP = CP = 1": pp * cp == 1},
     }
     missing = [what for what, there in {"a GPU": spec.gpu != "cpu", **needs.get(name, {})}.items() if not there]
     return f"needs {missing[0]}" if missing else ""

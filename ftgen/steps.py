@@ -6,6 +6,7 @@ so the memory that a log's steps need does not grow with the log.
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from itertools import chain
 
 from ftgen.chunk import Chunk
@@ -58,8 +59,7 @@ class Steps(Mapping[int, Step]):
 
     def copy(self) -> "Steps":
         """The same steps, to which others can be added."""
-        other = Steps()
-        other.__dict__.update(self.__dict__)
+        other = copy(self)
         other._single, other._of_bars = dict(self._single), set(self._of_bars)
         other._chunks, other._again = list(self._chunks), dict(self._again)
         return other
