@@ -26,7 +26,7 @@ def main() -> int:
     """Train and profile; the training's exit status."""
     options = _options()
     module = load(options.entrypoint, options.random)
-    from runtime import finetune, recipe
+    from runtime.engines.nemo import recipe, train
 
     build = recipe.build
 
@@ -40,7 +40,7 @@ def main() -> int:
         return built
 
     recipe.build = build_and_profile
-    return finetune.finetune(module.PLAN)
+    return train.finetune(module.PLAN)
 
 
 def _options() -> argparse.Namespace:

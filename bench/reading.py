@@ -48,8 +48,8 @@ for log in sorted(Path(sys.argv[1]).rglob("log-*.out")):
 # ftgen's process: what `ftgen tabulate` does, but for printing the table
 FTGEN = """
 import sys
-from ftgen.runs import find_folders
-from ftgen.summaries import summarize_all
+from ftgen.logs.find import find_folders
+from ftgen.results.summary import summarize_all
 for summary in summarize_all(find_folders(sys.argv[1:])):
     print(summary.step_time_s)
 """

@@ -24,7 +24,7 @@ def main() -> int:
     """Train and record; the training's exit status."""
     options = _options()
     module = load(options.entrypoint, options.random)
-    from runtime import finetune, recipe
+    from runtime.engines.nemo import recipe, train
 
     build = recipe.build
 
@@ -40,7 +40,7 @@ def main() -> int:
         return built
 
     recipe.build = build_and_watch
-    return finetune.finetune(module.PLAN)
+    return train.finetune(module.PLAN)
 
 
 def _options() -> argparse.Namespace:
@@ -60,9 +60,10 @@ def load(entrypoint: Path, random: bool = False) -> Any:
     module.find_runtime()
     module.set_environment()
     module.set_ranks()
-    from runtime import checkpoint, optimizations
+    from runtime.engines.nemo import checkpoint
+    from runtime.engines.nemo.optimizations import apply
 
-    optimizations.before_imports(module.PLAN)
+    apply.before_imports(module.PLAN)
     if random:
         checkpoint.converted = lambda _plan: True
     return module

@@ -20,8 +20,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ftgen.logs import Run, find_runs, read_log
-from ftgen.summarize import judge
+from ftgen.logs.read import Run, find_runs, read_log
+from ftgen.results.summary import judge
 
 HERE = Path(__file__).parent
 VARIANTS = {"stock": ["--set", "optimizations.preset=stock"], "ftgen": []}

@@ -12,8 +12,8 @@ from mkdocs.structure.files import File, Files
 from pydantic import BaseModel
 
 from ftgen import catalogue
-from ftgen.site import Site
-from ftgen.spec import Spec
+from ftgen.spec.site import Site
+from ftgen.spec.spec import Spec
 from ftgen.units import format_flops
 
 

@@ -1,5 +1,5 @@
 """`python -m ftgen`."""
 
-from ftgen.cli import main
+from ftgen.cli.main import main
 
 main()

@@ -1,10 +1,12 @@
-"""Compiled files and the disk: written atomically, or compared. In: {file name: text}. Out: paths, or differences."""
+"""Files of ftgen and files it writes: written atomically, or compared. In: {file name: text}. Out: paths, or differences."""
 
 import difflib
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+HERE = Path(__file__).parent
 
 
 def write(folder: Path, texts: Mapping[str, str | Iterable[str]]) -> list[Path]:
@@ -38,3 +40,15 @@ def _difference(path: Path, text: str) -> str:
         there.splitlines(keepends=True), text.splitlines(keepends=True), str(path), f"{path} (compiled now)", n=1
     )
     return "".join(line if line.endswith("\n") else line + "\n" for line in lines)
+
+
+def source_folder(name: str) -> Path:
+    """`templates` or `runtime`: inside the installed package, or beside it in a checkout."""
+    installed = HERE / f"_{name}"
+    return installed if installed.is_dir() else HERE.parent / name
+
+
+def source_file(name: str) -> str:
+    """The text of a file such as `constraints.txt`, which an installed package has as `_constraints.txt`."""
+    installed = HERE / f"_{name}"
+    return (installed if installed.is_file() else HERE.parent / name).read_text(encoding="utf-8")

@@ -156,7 +156,7 @@ HERE = Path(__file__).resolve().parent
 def find_runtime() -> None:
     """Put the folder that holds runtime/ on the path: beside this file in a run directory, above it in ftgen's sources."""
     for folder in (HERE, HERE.parent):
-        if (folder / "runtime" / "finetune.py").is_file():
+        if (folder / "runtime" / "check.py").is_file():
             sys.path.insert(0, str(folder))
             return
     sys.exit(f"ftgen: error: no runtime/ beside {__file__}\n  hint: bash {PLAN['name']}.sh --unpack FOLDER writes both")
@@ -196,11 +196,11 @@ def set_ranks() -> None:
 
 def finetune() -> int:
     """Train; where several ranks do, a failure says whose it is, on each line, however many fail at once."""
-    from runtime import finetune
-    from runtime.errors import JobError
+    from runtime.engines.nemo import train
+    from runtime.job.errors import JobError
 
     try:
-        return finetune.finetune(PLAN)
+        return train.train(PLAN)
     except Exception as error:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
@@ -215,7 +215,7 @@ def main(command: str) -> int:
     find_runtime()
     set_environment()
     find_sources()
-    from runtime.errors import JobError
+    from runtime.job.errors import JobError
 
     try:
         if command == "finetune":
@@ -230,11 +230,11 @@ def main(command: str) -> int:
 
             return check.packages(PLAN)
         if command in {"converted", "convert", "verify"}:
-            from runtime import checkpoint
+            from runtime.engines.nemo import convert
 
             if command == "converted":
-                return 0 if checkpoint.converted(PLAN) else 1
-            return checkpoint.convert(PLAN) if command == "convert" else checkpoint.verify(PLAN)
+                return 0 if convert.converted(PLAN) else 1
+            return convert.convert(PLAN) if command == "convert" else convert.verify(PLAN)
     except JobError as error:
         print(f"ftgen: error: {error}", file=sys.stderr, flush=True)
         return 1

@@ -391,31 +391,19 @@ first_failure() {
 
 # The entrypoint and the runtime, verbatim.
 unpack() {
-    mkdir -p "$1/runtime"
+    mkdir -p "$1"/runtime
+    mkdir -p "$1"/runtime/data
+    mkdir -p "$1"/runtime/engines
+    mkdir -p "$1"/runtime/engines/nemo
+    mkdir -p "$1"/runtime/engines/nemo/optimizations
+    mkdir -p "$1"/runtime/guard
+    mkdir -p "$1"/runtime/job
+    mkdir -p "$1"/runtime/weights
     cat >"$1"/runtime/__init__.py <<'END_OF_FTGEN_FILE'
-"""What runs inside the job: the standard library and the framework, never ftgen."""
-END_OF_FTGEN_FILE
-    cat >"$1"/runtime/adapters.py <<'END_OF_FTGEN_FILE'
-"""LoRA's adapters with less to do. In: nothing. Out: NeMo's adapter class, changed for this process."""
+"""What runs inside the job. It uses the standard library and the framework, never ftgen.
 
-from typing import Any
-
-import torch
-
-
-def scale_small_tensor() -> None:
-    """Multiply by alpha / rank between the two matrices, [tokens, rank], rather than behind them, [tokens, features].
-
-    The same bits where alpha / rank is a power of two. For one tensor-parallel rank and no dropout.
-    """
-    from nemo.collections.llm.peft.utils import ParallelLinearAdapter
-
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        x, _ = self.linear_in(x)
-        x, _ = self.linear_out(self.activation(x) * (self.alpha / self.dim))
-        return x
-
-    ParallelLinearAdapter.forward = forward
+In: the plan, in the job's entrypoint. Out: a checkpoint, data, step lines. Start with `check.py`, then `engines/nemo/train.py`.
+"""
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/check.py <<'END_OF_FTGEN_FILE'
 """The job's first seconds: what is missing, all of it, before anything is done. In: a plan. Out: an exit status.
@@ -434,9 +422,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from runtime import checkpoint, data
-from runtime.errors import JobError
-from runtime.progress import say
+from runtime.data import jsonl
+from runtime.engines.nemo import convert
+from runtime.job.errors import JobError
+from runtime.job.progress import say
 
 Plan = dict[str, Any]
 # Package, the versions that work (a prefix), why others do not.
@@ -495,9 +484,9 @@ def _packages(plan: Plan) -> Iterator[JobError]:
 
 def _weights(plan: Plan) -> Iterator[JobError]:
     asked = plan["checkpoint"]
-    if checkpoint.converted(plan):
+    if convert.converted(plan):
         return
-    if asked["source"] == "directory" and not (folder := checkpoint.user_directory(plan)).is_dir():
+    if asked["source"] == "directory" and not (folder := convert.user_directory(plan)).is_dir():
         yield JobError(f"checkpoint.path: there is no folder {folder}", "give the path of a Hugging Face checkpoint")
     if asked["gated"] and not _has_token():
         yield JobError(
@@ -518,7 +507,7 @@ def _has_token() -> bool:
 def _data(plan: Plan) -> Iterator[JobError]:
     if plan["data"]["kind"] == "jsonl":
         try:
-            data.user_file(plan)
+            jsonl.user_file(plan)
         except JobError as problem:
             yield problem
 
@@ -549,7 +538,370 @@ def gpu_count() -> int | None:
         return None
     return answer.stdout.count("UUID: GPU") if answer.returncode == 0 else None
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/checkpoint.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/data/__init__.py <<'END_OF_FTGEN_FILE'
+"""Training data: SQuAD, synthetic examples, JSONL; packing.
+
+In: a plan and a tokenizer. Out: folders below $STAGE_PATH/data. Start with `prepare.py`.
+"""
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/data/jsonl.py <<'END_OF_FTGEN_FILE'
+"""The user's own examples, one {"input", "output"} a line. In: a plan. Out: training.jsonl and validation.jsonl."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from runtime.data.split import split
+from runtime.guard.manifest import sha256_of
+from runtime.job.errors import JobError
+
+Plan = dict[str, Any]
+SHOWN = 5  # faulty lines that an error shows
+
+
+def identity(plan: Plan) -> dict[str, Any]:
+    """The hash of the file."""
+    return {"sha256": sha256_of(user_file(plan))}
+
+
+def write(plan: Plan, folder: Path) -> None:
+    """Read the file and split it."""
+    split(read_jsonl(user_file(plan)), plan["seed"], folder)
+
+
+def user_file(plan: Plan) -> Path:
+    """The file of kind "jsonl"; a relative path is one below STAGE_PATH. JobError: it cannot be read."""
+    path = Path(os.environ.get("STAGE_PATH") or Path.cwd(), plan["data"]["path"])
+    if not path.is_file() or not os.access(path, os.R_OK):
+        raise JobError(f"data.path: there is no file {path} that can be read", "give the path of a file on every node")
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict[str, str]]:
+    """The examples of a file; JobError with the first faulty lines, numbered."""
+    found = list(_lines(path))
+    if faults := [example for example in found if isinstance(example, str)]:
+        more = f", and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        raise JobError("; ".join(faults[:SHOWN]) + more, 'each line is {"input": "...", "output": "..."}')
+    examples = [example for example in found if isinstance(example, dict)]
+    if len(examples) < 2:
+        raise JobError(f"{path}: {len(examples)} examples, at least 2 are needed", "one to train on, one to validate")
+    return examples
+
+
+def _lines(path: Path) -> Iterator[dict[str, str] | str]:
+    """Of each line that is not empty its example, or what is wrong with it."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _example(line, f"{path}:{number}")
+
+
+def _example(line: bytes, where: str) -> dict[str, str] | str:
+    try:
+        document = json.loads(line)
+    except ValueError as error:
+        return f"{where}: not JSON: {error}"
+    if not isinstance(document, dict):
+        return f"{where}: not an object"
+    for key in ("input", "output"):
+        if not isinstance(document.get(key), str) or not document[key].strip():
+            return f'{where}: no text under "{key}"'
+    return {key: document[key] for key in ("input", "output")}
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/data/packing.py <<'END_OF_FTGEN_FILE'
+"""Examples to packed sequences, by NeMo. In: a folder of examples and a tokenizer. Out: files that NeMo's data module reads."""
+
+from pathlib import Path
+from typing import Any
+
+from runtime.job.progress import timed
+
+
+def index(folder: Path) -> None:
+    """Write NeMo's line index of each .jsonl file now; if training wrote it, several jobs would write one file at once."""
+    from nemo.collections.llm.gpt.data.utils import build_index_files
+
+    build_index_files([str(path) for path in sorted(folder.glob("*.jsonl"))], newline_int=ord("\n"), workers=1)
+
+
+def pack(plan: dict[str, Any], examples: Path, tokenizer: Path, staging: Path) -> None:
+    """Tokenize and pack training.jsonl and validation.jsonl into sequences of plan["seq_length"] tokens."""
+    from nemo.collections.common.tokenizers import AutoTokenizer
+    from nemo.collections.llm.gpt.data.packed_sequence import prepare_packed_sequence_data
+
+    with timed(f"packing the data into sequences of {plan['seq_length']} tokens"):
+        for name in ("training", "validation"):
+            prepare_packed_sequence_data(
+                input_path=examples / f"{name}.jsonl",
+                output_path=staging / f"{name}.npy",
+                output_metadata_path=staging / "metadata.json",
+                packed_sequence_size=plan["seq_length"],
+                tokenizer=AutoTokenizer(str(tokenizer)),
+                max_seq_length=plan["seq_length"],
+                seed=plan["seed"],
+                dataset_kwargs={"pad_to_max_length": True},
+            )
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/data/prepare.py <<'END_OF_FTGEN_FILE'
+"""The training data, made once for all jobs.
+
+In: a plan and a tokenizer. Out: a folder with training.jsonl and validation.jsonl, one {"input", "output"} a line; and, if the
+plan packs, a folder with the same examples tokenized and packed into sequences of seq_length tokens.
+
+The guard publishes both below $STAGE_PATH/data, so ranks, nodes and jobs that start together make them once. Each kind of data
+is a file of this folder with its name: `identity(plan)` gives what identifies its examples, `write(plan, folder)` writes them.
+"""
+
+import json
+import os
+from hashlib import sha256
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from runtime.data import packing
+from runtime.guard import publish
+from runtime.guard.manifest import sha256_of
+from runtime.job.progress import timed
+
+Plan = dict[str, Any]
+FORMAT = 1  # of the files that are written
+
+
+class Files(NamedTuple):
+    """Where the data is."""
+
+    examples: Path  # training.jsonl, validation.jsonl
+    packed: Path | None  # training.npy, validation.npy, metadata.json
+
+
+def prepare(plan: Plan, tokenizer: Path) -> Files:
+    """Make what is missing. `tokenizer` is the folder of a Hugging Face tokenizer. JobError: a faulty file."""
+    examples = identity(plan)
+    folder = _folder(plan["data"]["kind"], examples)
+    publish.ensure(folder, examples, lambda staging: _build(plan, staging))
+    if not plan["data"]["packed"]:
+        return Files(folder, None)
+    packed = {
+        "kind": "packed examples",
+        "examples": examples,
+        "tokenizer": sha256_of(tokenizer / "tokenizer.json"),
+        "seq_length": plan["seq_length"],
+        "seed": plan["seed"],
+    }
+    packed_folder = _folder(f"{plan['data']['kind']}-packed-{plan['seq_length']}", packed)
+    publish.ensure(packed_folder, packed, lambda staging: packing.pack(plan, folder, tokenizer, staging))
+    return Files(folder, packed_folder)
+
+
+def identity(plan: Plan) -> dict[str, Any]:
+    """What identifies the examples."""
+    kind = plan["data"]["kind"]
+    own: dict[str, Any] = _module(kind).identity(plan)
+    return {"kind": f"{kind} examples", "format": FORMAT, "seed": plan["seed"]} | own
+
+
+def _folder(name: str, identity: dict[str, Any]) -> Path:
+    short = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(os.environ.get("STAGE_PATH") or Path.cwd(), "data", f"{name}-{short}")
+
+
+def _build(plan: Plan, staging: Path) -> None:
+    kind = plan["data"]["kind"]
+    with timed(f"preparing the data: {kind}"):
+        _module(kind).write(plan, staging)
+        packing.index(staging)
+
+
+def _module(kind: str) -> Any:
+    return import_module(f"runtime.data.{kind}")
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/data/split.py <<'END_OF_FTGEN_FILE'
+"""Examples to training and validation. In: a list of examples. Out: training.jsonl and validation.jsonl."""
+
+import json
+import random
+from pathlib import Path
+
+VALIDATION = 0.05  # of all examples, as NeMo's SQuAD module splits them
+
+
+def split(examples: list[dict[str, str]], seed: int, folder: Path) -> None:
+    """Write both files; the order of the examples is kept in each."""
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)  # noqa: S311
+    count = max(1, round(len(examples) * VALIDATION))
+    for name, numbers in (("validation", order[:count]), ("training", order[count:])):
+        with (folder / f"{name}.jsonl").open("w") as file:
+            file.writelines(json.dumps(examples[number]) + "\n" for number in sorted(numbers))
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/data/squad.py <<'END_OF_FTGEN_FILE'
+"""SQuAD, as NeMo downloads and splits it. In: a plan. Out: training.jsonl and validation.jsonl."""
+
+from pathlib import Path
+from typing import Any
+
+from runtime.job.errors import JobError
+
+
+def identity(_plan: dict[str, Any]) -> dict[str, Any]:
+    """Nothing beside the kind and the seed."""
+    return {}
+
+
+def write(plan: dict[str, Any], folder: Path) -> None:
+    """Download and split; JobError without network."""
+    from nemo.collections.llm import SquadDataModule
+
+    try:
+        SquadDataModule(dataset_root=folder, seed=plan["seed"]).prepare_data()
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise JobError(
+            f"SQuAD cannot be downloaded: {reason}", 'set data.kind = "synthetic" in the spec: it needs no network'
+        ) from error
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/data/synthetic.py <<'END_OF_FTGEN_FILE'
+"""Made-up examples with the statistics of SQuAD. In: a plan. Out: training.jsonl and validation.jsonl."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+from runtime.data import synthetic_text
+from runtime.data.split import split
+
+
+def identity(plan: dict[str, Any]) -> dict[str, Any]:
+    """How many examples there are."""
+    return {"examples": plan["data"]["examples"]}
+
+
+def write(plan: dict[str, Any], folder: Path) -> None:
+    """Make plan["data"]["examples"] examples from the seed."""
+    rng = random.Random(plan["seed"])  # noqa: S311
+    split([synthetic_text.example(rng) for _ in range(plan["data"]["examples"])], plan["seed"], folder)
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/data/synthetic_text.py <<'END_OF_FTGEN_FILE'
+"""Made-up text with the statistics of SQuAD: contexts, questions, answers. In: a random.Random. Out: words.
+
+Most words are the commonest English ones, drawn by Zipf's law, so that a real tokenizer cuts the text into about as
+many tokens as real text; the rest are invented names, so that a tokenizer can be trained to any vocabulary on it.
+"""
+
+import random
+from itertools import accumulate
+
+ENGLISH = """
+the of and to in a is that for it was on are as with his they at be this from have or by one had not but what all were
+when we there can an your which their said if do will each about how up out them then she many some so these would
+other into has more her two like him see time could no make than first been its who now people my made over did down
+only way find use may water long little very after words called just where most know get through back much before also
+around another came come work three word must because does part even place well such here take why things help put
+years different away again off went old number great tell men say small every found still between name should home big
+give air line set own under read last never us left end along while might next sound below saw something thought both
+few those always looked show large often together asked house world going want school important until form food keep
+children feet land side without boy once animals life enough took four head above kind began almost live page got
+earth need far hand high year mother light parts country father let night following picture being study second eyes
+soon times story boys since white days ever paper hard near sentence better best across during today others however
+sure means knew try told young miles sun ways thing whole hear example heard several change answer room sea against
+top turned learn point city play toward five using himself usually century government university war state system
+music church river
+"""
+COMMON = ENGLISH.split()
+ONSETS = [
+    "b",
+    "br",
+    "c",
+    "ch",
+    "cl",
+    "d",
+    "dr",
+    "f",
+    "fl",
+    "g",
+    "gr",
+    "h",
+    "j",
+    "k",
+    "l",
+    "m",
+    "n",
+    "p",
+    "pl",
+    "qu",
+    "r",
+    "s",
+    "sh",
+    "st",
+    "t",
+    "th",
+    "tr",
+    "v",
+    "w",
+    "z",
+]
+VOWELS = ["a", "e", "i", "o", "u", "ai", "ea", "io", "ou", "y"]
+CODAS = ["", "", "", "n", "r", "s", "l", "t", "nd", "rk", "m", "st"]
+QUESTIONS = ["What", "Who", "Where", "When", "Which", "How"]
+NAME_SHARE = 0.06  # of the words of a context
+CONTEXT_WORDS, CONTEXT_SPREAD = 140, 45  # with question and answer an example has about 160
+_WEIGHTS = list(accumulate(1 / (rank + 2) for rank in range(len(COMMON))))
+
+
+def name(rng: random.Random) -> str:
+    """An invented name of one to four syllables."""
+    syllables = rng.choice((1, 2, 2, 3, 3, 4))
+    letters = "".join(rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(syllables))
+    return letters.capitalize()
+
+
+def words(rng: random.Random, count: int, names: list[str]) -> list[str]:
+    """Common words by frequency, now and then one of `names`."""
+    drawn = rng.choices(COMMON, cum_weights=_WEIGHTS, k=count)
+    return [rng.choice(names) if rng.random() < NAME_SHARE else word for word in drawn]
+
+
+def context(rng: random.Random, names: list[str]) -> list[str]:
+    """A paragraph's words, in sentences."""
+    count = max(20, round(rng.gauss(CONTEXT_WORDS, CONTEXT_SPREAD)))
+    drawn = words(rng, count, names)
+    start = 0
+    while start < count:
+        end = min(count, start + rng.randint(8, 24))
+        drawn[start] = drawn[start][0].upper() + drawn[start][1:]
+        drawn[end - 1] += "."
+        start = end
+    return drawn
+
+
+def example(rng: random.Random) -> dict[str, str]:
+    """One example in the form that NeMo gives SQuAD: the answer is a span of the context."""
+    paragraph = context(rng, [name(rng) for _ in range(3)])
+    length = rng.choice((1, 1, 2, 2, 3, 4, 6))
+    start = rng.randrange(len(paragraph) - length)
+    question = f"{rng.choice(QUESTIONS)} {' '.join(words(rng, rng.randint(6, 12), paragraph[start : start + 1]))}?"
+    return {
+        "input": f"Context: {' '.join(paragraph)} Question: {question} Answer:",
+        "output": " ".join(paragraph[start : start + length]).rstrip("."),
+    }
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/__init__.py <<'END_OF_FTGEN_FILE'
+"""One folder for each framework that trains; each has the same file names.
+
+In: a plan, weights, data. Out: step lines and checkpoints. Start with `nemo/train.py`.
+"""
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/__init__.py <<'END_OF_FTGEN_FILE'
+"""NeMo 2 with Megatron-Core.
+
+In: a plan. Out: a converted checkpoint (`convert.py`), training (`train.py`). Start with `train.py`, then `recipe.py`.
+"""
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/convert.py <<'END_OF_FTGEN_FILE'
 """The converted checkpoint, made once for all jobs. In: a plan. Out: $NEMO_HOME/models/<place>/{context,weights}.
 
 Where the weights come from: "hub" (Hugging Face, downloaded into $HF_HOME's cache, where a broken download goes on),
@@ -567,9 +919,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from runtime import guard, hub, imports, manifest, random_llama
-from runtime.errors import JobError
-from runtime.progress import say, timed
+from runtime.engines.nemo import imports
+from runtime.guard import manifest, publish
+from runtime.job.errors import JobError
+from runtime.job.progress import say, timed
+from runtime.weights import hub, random_llama
 
 Plan = dict[str, Any]
 ARCHITECTURE = (
@@ -591,7 +945,7 @@ def convert(plan: Plan) -> int:
     if converted(plan):
         say(f"the converted checkpoint is there: {place} (looked for {time.monotonic() - begin:.1f} s)")
         return 0
-    guard.ensure(place, source(plan), lambda staging: _build(plan, staging), need_bytes=lambda: _need_bytes(plan))
+    publish.ensure(place, source(plan), lambda staging: _build(plan, staging), need_bytes=lambda: _need_bytes(plan))
     say(f"the converted checkpoint is in {place} (after {time.monotonic() - begin:.0f} s)")
     return 0
 
@@ -607,7 +961,7 @@ def verify(plan: Plan) -> int:
         flaw = manifest.flaw(directory(plan), source(plan), thorough=True)
     if flaw:
         say(f"the checkpoint in {directory(plan)} cannot be used: {flaw}. The next job makes it anew")
-        guard.set_aside(directory(plan), source(plan), thorough=True)
+        publish.set_aside(directory(plan), source(plan), thorough=True)
     return 1 if flaw else 0
 
 
@@ -633,7 +987,7 @@ def _build(plan: Plan, staging: Path) -> dict[str, Any]:
     _refuse_unfit(plan, weights)
     with timed("importing NeMo"):
         imports.defer()
-        from runtime.importer import import_directory
+        from runtime.engines.nemo.importer import import_directory
     with timed(f"converting {weights}"):
         origin["layers"] = import_directory(weights, staging, staging / "tokenizer")
     shutil.rmtree(staging / "from", ignore_errors=True)
@@ -702,7 +1056,1232 @@ def _version(name: str) -> str:
     except PackageNotFoundError:
         return ""
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/claim.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/engines/nemo/cpu.py <<'END_OF_FTGEN_FILE'
+"""Megatron-Core and NeMo on a machine without a GPU: for trying things, not for measuring.
+
+In: nothing; `stand_in()` is called once, before NeMo is used. Out: torch.cuda's calls that the two make without asking
+do nothing, tensors meant for "cuda" land on the CPU, and `PLAIN` is what a model's config needs beside that: no fused
+kernels, and Megatron's own layers in place of Transformer Engine's. Both kinds of layers keep the same names in a
+checkpoint, so what is converted here can be trained on GPUs.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+FUSIONS = (
+    "apply_rope_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "cross_entropy_loss_fusion",
+    "gradient_accumulation_fusion",
+    "masked_softmax_fusion",
+    "persist_layer_norm",
+)
+# Where the norms are that Transformer Engine fuses into the linear layer behind them, and Megatron's own layers do not.
+NORMS = {
+    "model.layers.*.input_layernorm.weight": "decoder.layers.*.input_layernorm.weight",
+    "model.layers.*.post_attention_layernorm.weight": "decoder.layers.*.pre_mlp_layernorm.weight",
+}
+
+
+def plain() -> dict[str, Any]:
+    """The fields of a model's config that run anywhere."""
+    from nemo.collections.llm.gpt.model.base import local_layer_spec
+
+    return dict.fromkeys(FUSIONS, False) | {"transformer_layer_spec": local_layer_spec}
+
+
+def stand_in() -> None:
+    """Make torch.cuda's calls harmless, once; the rest of this process has no GPU."""
+    if torch.cuda.is_available() or torch.cuda.Stream is _Idle:
+        return
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron asks for it before it looks for a GPU
+    for name, value in _stand_ins().items():
+        setattr(torch.cuda, name, value)
+    torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
+    torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
+    torch.Tensor.cuda = _same
+    torch.nn.Module.cuda = _same
+    import megatron.core.tensor_parallel.random as megatron_random
+    from nemo.collections.llm.peft import lora
+    from nemo.collections.llm.peft import utils as lora_layers
+    from nemo.lightning import megatron_init
+    from nemo.lightning.io import pl as nemo_checkpoints
+
+    megatron_random._set_cuda_rng_state = torch.cuda.set_rng_state
+    megatron_random._get_cuda_rng_state = torch.cuda.get_rng_state
+    if not lora.HAVE_TE:
+        lora.te = types.SimpleNamespace(Linear=None)  # it asks of each layer whether it is Transformer Engine's
+        lora_layers.HAVE_TE = False  # NeMo 2.7 takes it for installed here when it is not
+    megatron_init._set_random_seed = _with_a_device(megatron_init._set_random_seed)
+    nemo_checkpoints._fix_tensors_device = _same  # it moves what was loaded between GPUs
+    # The CPU's random numbers are the GPU's here, and Megatron warns each time that it sees them change.
+    logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
+    _OnTheCpu().__enter__()  # for good
+
+
+@contextlib.contextmanager
+def plain_import() -> Iterator[None]:
+    """Within it, NeMo's importers of Hugging Face checkpoints make a plain model and find its norms."""
+    from nemo.collections.llm.gpt.model import llama, mistral, qwen2
+    from nemo.lightning import io
+
+    with contextlib.ExitStack() as stack:
+        for config in (llama.LlamaConfig, llama.Llama31Config, mistral.MistralConfig7B, qwen2.Qwen2Config):
+            stack.enter_context(_replaced(config, "__init__", _with_defaults(config.__init__, plain())))
+        stack.enter_context(_replaced(io, "apply_transforms", _with_norms(io.apply_transforms)))
+        yield
+
+
+class _Idle:
+    """A stream or an event of a device that is not there."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, _name: str) -> Callable[..., None]:
+        return _nothing
+
+
+class _OnTheCpu(TorchFunctionMode):  # type: ignore[misc]
+    """Tensors that are made for, or moved to, "cuda" stay on the CPU."""
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        if isinstance(kwargs.get("pin_memory"), bool):
+            kwargs["pin_memory"] = False
+        if getattr(func, "__name__", "") == "to":
+            args = tuple("cpu" if _is_cuda(value) else value for value in args)
+        return func(*args, **kwargs)
+
+
+def _stand_ins() -> dict[str, Any]:
+    names = ("ByteTensor", "IntTensor", "LongTensor", "HalfTensor", "BFloat16Tensor", "FloatTensor", "DoubleTensor")
+    return {
+        **{name: getattr(torch, name) for name in names},
+        "Event": _Idle,
+        "Stream": _Idle,
+        "current_device": lambda: torch.device("cpu"),
+        "current_stream": _Idle,
+        "get_rng_state": lambda *_args, **_kwargs: torch.get_rng_state(),
+        "manual_seed": _nothing,
+        "set_device": _nothing,
+        "set_rng_state": lambda state, *_args, **_kwargs: torch.set_rng_state(state),
+        "stream": lambda _stream: contextlib.nullcontext(),
+        "synchronize": _nothing,
+        "_lazy_call": _nothing,
+        "_lazy_init": _nothing,
+    }
+
+
+def _nothing(*_args: Any, **_kwargs: Any) -> None:
+    return None
+
+
+def _same(self: Any, *_args: Any, **_kwargs: Any) -> Any:
+    return self
+
+
+def _is_cuda(value: Any) -> bool:
+    return isinstance(value, str | torch.device) and str(value).startswith("cuda")
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _with_defaults(init: Callable[..., None], defaults: dict[str, Any]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def with_defaults(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **(defaults | kwargs))
+
+    return with_defaults
+
+
+def _with_a_device(set_random_seed: Callable[[int], None]) -> Callable[[int], None]:
+    """NeMo seeds the generator of its weights only where it counts a GPU."""
+
+    def with_a_device(seed: int) -> None:
+        with _replaced(torch.cuda, "device_count", lambda: 1):
+            set_random_seed(seed)
+
+    return with_a_device
+
+
+def _with_norms(apply_transforms: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(apply_transforms)
+    def with_norms(source: Any, target: Any, mapping: dict[str, str], *args: Any, **kwargs: Any) -> Any:
+        return apply_transforms(source, target, mapping | NORMS, *args, **kwargs)
+
+    return with_norms
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/importer.py <<'END_OF_FTGEN_FILE'
+"""NeMo's own importers of Hugging Face checkpoints, kept to one directory. In: a Hugging Face one. Out: a NeMo checkpoint.
+
+This module imports NeMo (15-40 s): only a conversion does.
+"""
+
+import ctypes
+import json
+import os
+import queue
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from nemo.collections.llm.gpt.model.llama import HFLlamaImporter
+from nemo.collections.llm.gpt.model.mistral import HFMistralImporter
+from nemo.collections.llm.gpt.model.qwen2 import HFQwen2Importer
+from transformers import AutoTokenizer
+
+from runtime.engines.nemo import cpu
+from runtime.job.errors import JobError
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+LIBC = ctypes.CDLL(None)
+
+
+# NeMo's importers by the `model_type` of a config.json.
+IMPORTERS = {"llama": HFLlamaImporter, "mistral": HFMistralImporter, "qwen2": HFQwen2Importer}
+
+
+class OurHabits:
+    """Of the stock importer's habits two are left out: a shared folder in /tmp, and a second process for saving."""
+
+    tokenizer_directory: Path
+
+    def save_hf_tokenizer_assets(self, tokenizer_name_or_path: str, save_path: str = "") -> str:
+        """Keep the tokenizer in a folder of our own; the checkpoint gets a copy under the folder's name."""
+        target = save_path or str(self.tokenizer_directory)
+        AutoTokenizer.from_pretrained(tokenizer_name_or_path).save_pretrained(target)  # and no code of the model's
+        return target
+
+    def nemo_setup(self, model: Any, trainer: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Save in this process: another one would import everything again, and may outlive us."""
+        return super().nemo_setup(model, trainer, *args, ckpt_async_save=False, **kwargs)  # type: ignore[misc]
+
+
+def importer_of(source: Path) -> Any:
+    """NeMo's importer of this Hugging Face directory, with our habits; JobError: NeMo has none that ftgen knows."""
+    kind = json.loads((source / "config.json").read_text()).get("model_type")
+    if kind not in IMPORTERS:
+        raise JobError(f"a checkpoint of type {kind} cannot be converted", f"one of {', '.join(IMPORTERS)}")
+    return type("Importer", (OurHabits, IMPORTERS[kind]), {})(str(source))
+
+
+def import_directory(source: Path, output: Path, scratch: Path) -> str:
+    """Convert the Hugging Face directory `source` to `output`/{context,weights}; the kind of layers it was made with.
+
+    `scratch` is a new directory's name beside them; it is removed again.
+    """
+    _keep_to_this_process()
+    importer = importer_of(source)
+    importer.tokenizer_directory = scratch / "nemo_tokenizer"  # the name that NeMo looks for in a checkpoint
+    try:
+        if torch.cuda.is_available():
+            importer.apply(output)
+            return "transformer_engine"
+        cpu.stand_in()
+        with cpu.plain_import():
+            importer.apply(output)
+        return "local"
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _keep_to_this_process() -> None:
+    """Nothing that Megatron starts to save outlives us when we are killed: it would keep our memory and our output.
+
+    The queue of results needs no server process of its own (two seconds to start) where saving is not asynchronous.
+    """
+    filesystem_async._results_queue = queue.Queue()
+    os.register_at_fork(after_in_child=_die_with_the_parent)
+
+
+def _die_with_the_parent() -> None:
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/imports.py <<'END_OF_FTGEN_FILE'
+"""Packages that a fine-tune does not use, imported only once something does use them. Out: NeMo is imported sooner.
+
+NeMo, Megatron-Core and what they stand on import much at their top that a training never calls: other clouds' clients,
+other loggers, quantization. Of what `DEFERRED` names, `import` gives a stand-in, whose names are classes: to import, to
+annotate with, to derive from. The real package is imported when one of them is called, asked about or iterated over, so
+what is used after all is only imported later. A package that is not installed cannot be imported, as ever.
+
+Environment: FTGEN_IMPORT_ALL=1 turns this off.
+"""
+
+import contextlib
+import importlib
+import os
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+OFF = "FTGEN_IMPORT_ALL"
+# Who imports each for what. Only what nothing compares with can stand here: a stand-in equals itself alone.
+DEFERRED = {
+    "accelerate": "transformers: models over several devices, where Megatron does that here",
+    "datasets": "NeMo: downloads of data sets, where runtime/data.py makes the files; with aiohttp",
+    "leptonai": "nemo_run: a cloud's client; with fastapi, httpx, trio",
+    "modelopt": "NeMo: quantization, pruning and distillation; with transformers' trainer",
+    "nemo.collections.llm.modelopt": "NeMo: the same",
+    "pandas": "NeMo: a tokenizer of tables",
+    "paramiko": "nemo_run: tunnels to other machines; with cryptography",
+    "pytorch_lightning": "NeMo: a reranker; it is `lightning` once more",
+    "scipy": "torchmetrics, transformers: metrics of audio, the loss of object detection",
+    "sklearn": "transformers: a metric of assisted decoding",
+    "torch.utils.tensorboard": "Megatron-Core: a logger; with tensorboard",
+    "wandb": "Megatron-Core: a logger",
+}
+# What every training asks NeMo's modelopt for, and what it then does: no checkpoint of ftgen's holds a state of modelopt,
+# and none of its models is distilled.
+NOTHING_TO_DO = {
+    "nemo.collections.llm.modelopt.set_modelopt_spec_if_exists_in_ckpt",
+    "nemo.collections.llm.modelopt.model_utils.restore_modelopt_state",
+    "nemo.collections.llm.modelopt.model_utils.save_modelopt_state",
+    "nemo.collections.llm.modelopt.distill.utils.get_tensor_shapes_adjust_fn_for_distillation",
+}
+
+
+# Megatron-Core's memory for inference: its import compiles a CUDA extension, in every process, and starts CUDA.
+MANAGED_MEMORY = "megatron.core.inference.unified_memory"
+
+
+def defer() -> None:
+    """From now on what `DEFERRED` names is imported when it is used; what has been imported stays."""
+    if os.environ.get(OFF, "0") in {"", "0"} and not any(isinstance(finder, Deferring) for finder in sys.meta_path):
+        sys.meta_path.insert(0, Deferring(DEFERRED))
+        without = ModuleType(MANAGED_MEMORY)
+        vars(without).update(has_unified_memory=False, create_unified_mempool=None)
+        sys.modules.setdefault(MANAGED_MEMORY, without)
+
+
+class Deferring(MetaPathFinder, Loader):
+    """Finds stand-ins for the modules of packages that are there and not wanted yet."""
+
+    def __init__(self, packages: Iterable[str]) -> None:
+        self.waiting = {package for package in packages if package not in sys.modules}
+        self.written: list[tuple[str, str, Any]] = []  # to names of modules, while they were stand-ins
+        self.lock = threading.Lock()
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The real one's, but for its loader."""
+        package = next((package for package in self.waiting if _is_in(package, name)), None)
+        if package is None:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        real = next((spec for finder in others if (spec := finder.find_spec(name, path, target))), None)
+        if real is None:
+            return None
+        spec = ModuleSpec(name, self, origin=real.origin, loader_state=package)
+        spec.submodule_search_locations = real.submodule_search_locations
+        spec.has_location = real.has_location
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """A stand-in."""
+        return StandIn(spec.name, self, str(spec.loader_state))
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing: that is what takes time."""
+
+    def real(self, package: str, module: str, key: str) -> Any:
+        """What `key` ("a" or "a.b") of the module stands for: from now on the package is the real one."""
+        with self.lock:
+            if was_waiting := package in self.waiting:
+                self.waiting.remove(package)
+                for name in [name for name in sys.modules if _is_in(package, name)]:
+                    del sys.modules[name]
+        if was_waiting:
+            self._write(package)
+        found: Any = importlib.import_module(module)
+        for part in key.split("."):
+            found = _attribute(found, part)
+        return found
+
+    def _write(self, package: str) -> None:
+        for module, key, value in self.written:
+            if _is_in(package, module):
+                owner, _, name = key.rpartition(".")
+                setattr(self.real(package, module, owner), name, value)
+
+
+def _attribute(owner: Any, key: str) -> Any:
+    """As getattr; what was imported below a stand-in is not imported below the real one yet."""
+    if isinstance(owner, ModuleType) and not hasattr(owner, key):
+        with contextlib.suppress(ModuleNotFoundError):
+            return importlib.import_module(f"{owner.__name__}.{key}")
+    return getattr(owner, key)
+
+
+def _is_in(package: str, name: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+class StandIn(ModuleType):
+    """Stands for a module; every name can be had from it."""
+
+    def __init__(self, name: str, finder: Deferring, package: str) -> None:
+        super().__init__(name)
+        self.__dict__["_deferred"] = (finder, package)
+
+    def __getattr__(self, key: str) -> Any:
+        finder, package = self.__dict__["_deferred"]
+        if package in finder.waiting:
+            if f"{self.__name__}.{key}" in NOTHING_TO_DO:
+                return _nothing
+            if not _is_special(key):
+                return _name(finder, package, self.__name__, key)
+            if key not in {"__version__", "__all__"}:  # asked by inspect and warnings of every module
+                raise AttributeError(f"module {self.__name__!r} has no attribute {key!r}")
+        return finder.real(package, self.__name__, key)
+
+
+def _nothing(*_args: Any, **_kwargs: Any) -> None:
+    """Do what the real one does here."""
+
+
+def _is_special(key: str) -> bool:
+    return key.startswith("__") and key.endswith("__")
+
+
+def _name(finder: Deferring, package: str, module: str, key: str) -> type:
+    return Name(key.rpartition(".")[2], (), {"__module__": module, "_stands_for": (finder, package, module, key)})
+
+
+class Name(type):
+    """The type of the classes that stand for a deferred package's names, and of those that are derived from them."""
+
+    def _real(cls) -> Any:
+        if "_stands_for" not in cls.__dict__:
+            base = next(base for base in cls.__mro__ if "_stands_for" in base.__dict__)
+            raise RuntimeError(
+                f"{cls.__module__}.{cls.__name__} cannot be used: it is derived from {base.__module__}.{base.__name__}, "
+                f"which is not imported for a fine-tune. export {OFF}=1 imports it"
+            )
+        finder, package, module, key = cls.__dict__["_stands_for"]
+        return finder.real(package, module, key)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Call what it stands for; RuntimeError: a class derived from a stand-in."""
+        return cls._real()(*args, **kwargs)
+
+    def __getattr__(cls, key: str) -> Any:
+        if "_stands_for" not in cls.__dict__ or _is_special(key):
+            raise AttributeError(f"type object {cls.__name__!r} has no attribute {key!r}")
+        finder, package, module, own = cls.__dict__["_stands_for"]
+        if package in finder.waiting:
+            return _name(finder, package, module, f"{own}.{key}")
+        return finder.real(package, module, f"{own}.{key}")
+
+    def __setattr__(cls, key: str, value: Any) -> None:
+        if "_stands_for" not in cls.__dict__ or _is_special(key):
+            super().__setattr__(key, value)
+            return
+        finder, package, module, own = cls.__dict__["_stands_for"]
+        if package in finder.waiting:
+            finder.written.append((module, f"{own}.{key}", value))
+        else:
+            setattr(finder.real(package, module, own), key, value)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, cls._real()) if "_stands_for" in cls.__dict__ else super().__instancecheck__(instance)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, cls._real()) if "_stands_for" in cls.__dict__ else super().__subclasscheck__(subclass)
+
+    def __iter__(cls) -> Iterator[Any]:
+        return iter(cls._real())
+
+    def __getitem__(cls, key: Any) -> Any:
+        return cls._real()[key]
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/optimizations/__init__.py <<'END_OF_FTGEN_FILE'
+"""What makes a step faster than the stock recipe: one file for each optimization.
+
+In: a recipe and a plan. Out: the recipe, changed. Start with `switch.py`.
+"""
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/optimizations/cuda_graphs.py <<'END_OF_FTGEN_FILE'
+"""Capture each layer in local CUDA graphs of Megatron-Core, and make them right for FP8.
+
+In: a recipe. Out: the recipe with graphs on, and Megatron-Core's class changed for this process.
+
+Replays of a captured layer would get two things wrong.
+
+Transposed weights: Transformer Engine keeps a transposed copy of each FP8 weight for the backward pass. The forward pass renews
+it when the optimizer has marked it as old. A captured forward pass contains only what ran during capture, when the copy was
+fresh, so replays would keep the transposes of the first step and the gradients would be wrong. Here the copies are renewed in
+place, before the graph of a layer is replayed: once a step, when they are old.
+
+Scales of a fused MLP: before Megatron-Core captures a layer, it runs the layer on whatever is in its buffers, and then restores
+the amax history and scales of Transformer Engine. It misses those of a fused MLP, which is not a submodule. Here they are
+restored too.
+"""
+
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+
+def apply(recipe: Any, _plan: dict[str, Any]) -> None:
+    """Switch local graphs on."""
+    if "expandable_segments" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
+        os.environ.pop("PYTORCH_CUDA_ALLOC_CONF")  # Megatron-Core refuses graphs with it
+    recipe.model.config.cuda_graph_impl = "local"
+    recipe.trainer.strategy.use_te_rng_tracker = True
+    recipe.data.packed_sequence_specs.pad_cu_seqlens = True
+    mend_fp8()
+
+
+def mend_fp8() -> None:
+    """Make captured layers right in FP8; call it once, before the model is built."""
+    from megatron.core.transformer.cuda_graphs import _CudaGraphRunner
+
+    _CudaGraphRunner.replay_graph_capture = _with_fresh_transposes(_CudaGraphRunner.replay_graph_capture)
+    _CudaGraphRunner.create_fwd_graph = _with_scales_kept(_CudaGraphRunner.create_fwd_graph)
+
+
+def _with_fresh_transposes(replay: Any) -> Any:
+    @functools.wraps(replay)
+    def replay_fresh(self: Any, *args: Any, **kwargs: Any) -> Any:
+        weights = self.__dict__.get("_ftgen_fp8_weights")
+        if weights is None:
+            weights = self.__dict__["_ftgen_fp8_weights"] = _fp8_weights(self.base_module)
+        for weight in weights:
+            if weight._transpose_invalid:
+                weight._create_transpose()
+        return replay(self, *args, **kwargs)
+
+    return replay_fresh
+
+
+def _fp8_weights(module: Any) -> list[Any]:
+    """The module's weights in FP8 that have a transposed copy."""
+    return [weight for weight in module.parameters() if getattr(weight, "_transpose", None) is not None]
+
+
+def _with_scales_kept(create: Any) -> Any:
+    @functools.wraps(create)
+    def create_and_restore(self: Any, *args: Any, **kwargs: Any) -> None:
+        kept = [(operation, operation._save_fp8_metas()) for operation in _fused_operations(self.base_module)]
+        create(self, *args, **kwargs)
+        for operation, scales in kept:
+            operation._load_fp8_metas(scales)
+
+    return create_and_restore
+
+
+def _fused_operations(layer: Any) -> Iterator[Any]:
+    """The basic operations of a layer's fused MLP, which Megatron-Core keeps in a tuple of its own."""
+    for module in layer.modules():
+        for fused in getattr(module, "_fused_impl", None) or ():
+            yield from (operation for operation in fused.modules() if hasattr(operation, "_save_fp8_metas"))
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/optimizations/fused_cross_entropy.py <<'END_OF_FTGEN_FILE'
+"""Use Transformer Engine's fused cross entropy. In: a recipe. Out: the recipe, with its model's config changed."""
+
+from typing import Any
+
+
+def apply(recipe: Any, _plan: dict[str, Any]) -> None:
+    """Switch the loss; right for micro_batch_size = 1 only (Transformer Engine 2.9)."""
+    recipe.model.config.cross_entropy_loss_fusion = True
+    recipe.model.config.cross_entropy_fusion_impl = "te"
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/optimizations/fused_swiglu.py <<'END_OF_FTGEN_FILE'
+"""Use Transformer Engine's fused SwiGLU, in FP8 with the cast in it. In: a recipe. Out: the recipe, changed."""
+
+from typing import Any
+
+
+def apply(recipe: Any, plan: dict[str, Any]) -> None:
+    """Switch the op fuser on for the MLP alone, unless the plan has all of it on."""
+    recipe.model.config.use_transformer_engine_op_fuser = True
+    if not plan["optimizations"]["op_fuser"]:
+        from nemo.collections.llm.peft import lora
+
+        lora.HAVE_TE_FUSED_LORA = False  # the same setting would also fuse the adapters, which rounds their input
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/optimizations/fused_wgrad_accumulation.py <<'END_OF_FTGEN_FILE'
+"""Accumulate weight gradients in the GEMM that computes them, without APEX.
+
+In: a recipe. Out: the recipe with the fusion on. This module also stands in for APEX's extension
+`fused_weight_gradient_mlp_cuda`: Megatron-Core and NeMo fuse only if that can be imported. Transformer Engine's GEMMs then
+accumulate into main_grad, and the two functions below do so for Megatron's LM head.
+"""
+
+import sys
+from typing import Any
+
+import torch
+
+
+def before_imports() -> None:
+    """Be importable under the extension's name before Megatron-Core looks for it."""
+    sys.modules.setdefault("fused_weight_gradient_mlp_cuda", sys.modules[__name__])
+
+
+def apply(recipe: Any, _plan: dict[str, Any]) -> None:
+    """Switch the fusion on."""
+    recipe.model.config.gradient_accumulation_fusion = True
+
+
+def wgrad_gemm_accum_fp16(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+    """main_grad [out, in] += grad_outputᵀ [out, n] @ inputs [n, in], all of one 16-bit type."""
+    main_grad.addmm_(grad_output.t(), inputs)
+
+
+def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+    """main_grad [out, in] (float32) += grad_outputᵀ [out, n] @ inputs [n, in]."""
+    main_grad.add_(grad_output.t() @ inputs)
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/optimizations/loss_tokens_only.py <<'END_OF_FTGEN_FILE'
+"""Compute the LM head and the loss only for tokens that have a loss.
+
+In: a recipe. Out: the recipe, with steps that pick those tokens.
+
+A fine-tune has a loss on the answers alone; for every other token the stock recipe computes the head and the cross entropy and
+multiplies them by zero. The loss mask is read while the batch is still on the CPU, so that nothing waits for the GPU. Each row
+is the same sum as before, but a GEMM of another height may add in another order.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+ROWS = 128  # row counts are rounded up to it, so that few shapes occur
+
+
+def apply(recipe: Any, _plan: dict[str, Any]) -> None:
+    """Make the recipe's steps pick the tokens with a loss."""
+    install(recipe.model.config)
+
+
+def install(config: Any) -> None:
+    """Make a GPTConfig's steps pick the tokens with a loss. For one tensor-, pipeline- and context-parallel rank."""
+    from megatron.core.models.gpt import GPTModel
+
+    config.data_step_fn = data_step
+    config.forward_step_fn = forward_step
+    GPTModel._postprocess = _postprocess_with(GPTModel._postprocess)
+
+
+def data_step(dataloader_iter: Iterator[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """NeMo's, with `loss_rows` [n] in the batch: where in [batch, sequence] the loss counts; and `loss_count`."""
+    from nemo.collections.llm.gpt.model.base import gpt_data_step
+
+    batch = next(dataloader_iter)
+    rows = (batch[0] if isinstance(batch, tuple) else batch)["loss_mask"].flatten().nonzero().flatten()
+    step: dict[str, Any] = gpt_data_step(iter([batch]), *args, **kwargs)
+    height = max(1, -(-len(rows) // ROWS)) * ROWS
+    padded = torch.zeros(height, dtype=torch.long, pin_memory=torch.cuda.is_available())
+    padded[: len(rows)] = rows
+    return step | {"loss_rows": padded.cuda(non_blocking=True), "loss_count": len(rows)}
+
+
+def forward_step(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """NeMo's, after telling the head which rows it is to work on."""
+    from nemo.collections.llm.gpt.model.base import gpt_forward_step
+
+    head = model
+    while hasattr(head, "module"):
+        head = head.module
+    head.loss_rows, head.loss_count = batch["loss_rows"], batch["loss_count"]
+    return gpt_forward_step(model, batch)
+
+
+def _postprocess_with(whole: Any) -> Any:
+    def postprocess(self: Any, hidden_states: torch.Tensor, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
+        """Loss [batch, sequence], zero where it does not count, from hidden states [sequence, batch, hidden]."""
+        rows = getattr(self, "loss_rows", None)
+        if labels is None or rows is None or not self.post_process:
+            return whole(self, hidden_states, *args, labels=labels, **kwargs)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        picked = hidden_states.transpose(0, 1).flatten(0, 1).index_select(0, rows).unsqueeze(1)
+        logits, _ = self.output_layer(picked, weight=weight)
+        loss = self.compute_language_model_loss(labels.flatten().index_select(0, rows).unsqueeze(0), logits).flatten()
+        count = self.loss_count
+        return loss.new_zeros(labels.numel()).index_copy(0, rows[:count], loss[:count]).view_as(labels)
+
+    return postprocess
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/optimizations/merge_micro_batches.py <<'END_OF_FTGEN_FILE'
+"""Run all packs of a step as one micro-batch.
+
+In: a recipe with packed data. Out: the recipe, with a data module that gives a step's whole batch and a step that merges it.
+
+The stock recipe runs one micro-batch of one pack after the other. Here the batch of a step, [packs, length], is laid end to end
+as [1, packs * length]; the boundaries of the examples (cu_seqlens) come along, so attention stays inside each example. The
+gradient equals the stock one: the loss of every token is weighted so that the means of the packs are averaged, as they are
+when each pack is a micro-batch of its own. The logged loss is the mean over all tokens, as before.
+"""
+
+from typing import Any
+
+import torch
+
+from runtime.engines.nemo.optimizations.packs import ChangedStep, cu_seqlens, ends_of
+
+
+def apply(recipe: Any, plan: dict[str, Any]) -> None:
+    """Merge the micro-batches of a step. For packed data, CP = PP = 1."""
+    packs = plan["global_batch_size"] // plan["parallelism"]["data_parallel_size"]
+    install(recipe.data, recipe.model.config, packs)
+
+
+def install(data: Any, config: Any, packs: int) -> None:
+    """Make NeMo's data module give `packs` packs at a time, and a GPTConfig's steps merge them."""
+    from nemo.collections.llm.gpt.data.fine_tuning import FineTuningDataModule
+    from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
+
+    FineTuningDataModule.validate_batch_size_for_packed_sequence = lambda _self: None  # NeMo allows one pack only
+    data.micro_batch_size = packs
+    config.data_step_fn = ChangedStep(config.data_step_fn, merge)
+    MaskedTokenLossReduction.forward = _weighted(MaskedTokenLossReduction.forward)
+
+
+def merge(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch [packs, length] of NeMo's packed dataset as one of [1, packs * length], with `loss_weights` of that shape."""
+    _, length = batch["tokens"].shape
+    rows = ends_of(batch)
+    ends = sorted({0} | {pack * length + end for pack, row in enumerate(rows) for end in row})
+    count = sum(len(row) - 1 for row in rows) + 1  # the same for every batch where NeMo pads cu_seqlens
+    ends += [ends[-1]] * (count - len(ends))
+    flat = {key: batch[key].reshape(1, -1) for key in ("tokens", "labels", "loss_mask", "position_ids")}
+    return {
+        **flat,
+        **cu_seqlens(ends),
+        "attention_mask": batch["attention_mask"][:1],
+        "max_seqlen": batch["max_seqlen"].max().reshape(1, 1),
+        "loss_weights": _loss_weights(batch["loss_mask"]).reshape(1, -1),
+    }
+
+
+def _loss_weights(loss_mask: torch.Tensor) -> torch.Tensor:
+    """[packs, length], float32: the weight of each token's loss that makes the mean over all tokens that of the packs' means."""
+    tokens = loss_mask.sum(dim=1, keepdim=True, dtype=torch.float32)
+    return (tokens.sum() / (len(loss_mask) * tokens.clamp(min=1))).expand(loss_mask.shape)
+
+
+def _weighted(stock: Any) -> Any:
+    def forward(self: Any, batch: dict[str, Any], loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """The weighted sum of the losses for the gradient; the logged loss is not weighted."""
+        total, tokens, logged = stock(self, batch, loss)
+        if batch.get("loss_weights") is not None:
+            total = (loss.float() * batch["loss_mask"] * batch["loss_weights"]).sum()
+        return total, tokens, logged
+
+    return forward
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/optimizations/op_fuser.py <<'END_OF_FTGEN_FILE'
+"""Use Transformer Engine's op fuser everywhere, which rounds differently. In: a recipe. Out: the recipe, changed."""
+
+from typing import Any
+
+
+def apply(recipe: Any, _plan: dict[str, Any]) -> None:
+    """Switch it on."""
+    recipe.model.config.use_transformer_engine_op_fuser = True
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/optimizations/packs.py <<'END_OF_FTGEN_FILE'
+"""What the optimizations of packed sequences share: a data step that changes the batch, and the boundaries of sequences.
+
+In: NeMo's data step and its batches on the CPU. Out: the same, changed.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+class ChangedStep:
+    """A data step that changes each batch on the CPU and then calls the step that it replaces."""
+
+    def __init__(self, step: Any, change: Any) -> None:
+        self.step, self.change = step, change
+
+    def __call__(self, dataloader_iter: Iterator[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        batch = next(dataloader_iter)
+        changed = self.change(batch[0] if isinstance(batch, tuple) else batch)
+        step: dict[str, Any] = self.step(iter([changed]), *args, **kwargs)
+        if "loss_weights" in changed and step.get("loss_weights") is None:  # NeMo's step drops the keys it does not know
+            step["loss_weights"] = changed["loss_weights"].cuda(non_blocking=True)
+        return step
+
+
+def ends_of(batch: dict[str, Any]) -> list[list[int]]:
+    """For each row the boundaries of its sequences, from 0 on; in NeMo's cu_seqlens they are followed by -1."""
+    lengths = batch["cu_seqlens_argmin"].flatten().tolist()
+    return [row[:length] for row, length in zip(batch["cu_seqlens"].tolist(), lengths, strict=True)]
+
+
+def cu_seqlens(ends: list[int]) -> dict[str, torch.Tensor]:
+    """The boundaries of one row, in the form that NeMo's forward step reads."""
+    return {
+        "cu_seqlens": torch.tensor([[*ends, -1]], dtype=torch.int32),
+        "cu_seqlens_argmin": torch.tensor([[len(ends)]]),
+    }
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/optimizations/scale_small_tensor.py <<'END_OF_FTGEN_FILE'
+"""Apply LoRA's scale to the small tensor between the adapter's two matrices.
+
+In: nothing of the recipe. Out: NeMo's adapter class, changed for this process.
+"""
+
+from typing import Any
+
+import torch
+
+
+def apply(_recipe: Any, _plan: dict[str, Any]) -> None:
+    """Change the adapters of this process."""
+    scale_small_tensor()
+
+
+def scale_small_tensor() -> None:
+    """Multiply [tokens, rank] by alpha / rank, instead of the adapter's output [tokens, features].
+
+    The same bits where alpha / rank is a power of two. For one tensor-parallel rank and no dropout.
+    """
+    from nemo.collections.llm.peft.utils import ParallelLinearAdapter
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        x, _ = self.linear_in(x)
+        x, _ = self.linear_out(self.activation(x) * (self.alpha / self.dim))
+        return x
+
+    ParallelLinearAdapter.forward = forward
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/optimizations/short_padding.py <<'END_OF_FTGEN_FILE'
+"""Cut the padding of each pack into several short sequences.
+
+In: a recipe with packed data. Out: the recipe, with a data step that cuts.
+
+To attention and rotary embedding, the padding at the end of a pack is one more sequence, and it can be as long as the emptiest
+pack leaves it. With padded cu_seqlens, the kernels then treat every sequence as if it were that long. This cuts the padding
+into sequences that are no longer than the longest example.
+"""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runtime.engines.nemo.optimizations.packs import ChangedStep, cu_seqlens, ends_of
+
+MULTIPLE = 64  # tokens that an attention kernel works on at a time: the longest sequence is rounded up to a multiple
+
+
+def apply(recipe: Any, _plan: dict[str, Any]) -> None:
+    """Make the recipe's data step cut the padding. For packed data and one context-parallel rank."""
+    install(recipe.data, recipe.model.config)
+
+
+def install(data: Any, config: Any) -> None:
+    """Change a GPTConfig's data step; the length of the longest example is read from the packs' metadata."""
+    metadata = json.loads(Path(data.packed_sequence_specs.packed_metadata_path).read_text())
+    longest = max(split["dataset_max_seqlen"] for split in metadata)
+    limit = -(-longest // MULTIPLE) * MULTIPLE
+    config.data_step_fn = ChangedStep(config.data_step_fn, lambda batch: cut_padding(batch, limit))
+
+
+def cut_padding(batch: dict[str, Any], longest: int) -> dict[str, Any]:
+    """A batch of one row without sequences of more than `longest` tokens; no example is that long, so only padding is cut.
+
+    cu_seqlens [1, n] always grows by as much as the longest possible padding needs: CUDA graphs need one shape.
+    """
+    ends = ends_of(batch)[0]
+    cut = [0]
+    for begin, end in pairwise(ends):
+        cut += [*range(begin + longest, end, longest), end]
+    count = len(ends) + ends[-1] // longest
+    cut += [ends[-1]] * (count - len(cut))
+    return batch | cu_seqlens(cut) | {"max_seqlen": torch.tensor([[longest]], dtype=torch.int32)}
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/optimizations/skip_nan_check.py <<'END_OF_FTGEN_FILE'
+"""Do not look for NaN in the gradients of each step. In: a recipe. Out: the recipe, with its data parallelism changed."""
+
+from typing import Any
+
+from runtime.engines.nemo.recipe import ddp
+
+
+def apply(recipe: Any, _plan: dict[str, Any]) -> None:
+    """Switch the check off."""
+    recipe.trainer.strategy.ddp = ddp(recipe, check_for_nan_in_grad=False)
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/optimizations/skip_shard_transposes.py <<'END_OF_FTGEN_FILE'
+"""Do not transpose the shards of FP8 weights after the optimizer's step.
+
+In: nothing of the recipe. Out: Transformer Engine, changed for this process.
+
+With a distributed optimizer, each rank casts its shard of every weight to FP8 as a matrix of one row. Transformer Engine also
+writes a transpose of that row. Nobody reads it (the transpose of the whole weight is made when all shards are there), and it
+takes far longer than the cast.
+"""
+
+from typing import Any
+
+
+def apply(_recipe: Any, _plan: dict[str, Any]) -> None:
+    """Change the cast of this process."""
+    skip_transposes()
+
+
+def skip_transposes() -> None:
+    """Leave the transposes of shards out; call it once, before the optimizer is built. The weights are the same bits."""
+    from transformer_engine.pytorch.tensor import utils
+
+    utils._cast_master_weights_to_fp8_delayed_scaling = _without_transposes(
+        utils._cast_master_weights_to_fp8_delayed_scaling
+    )
+
+
+def _without_transposes(cast: Any) -> Any:
+    def cast_rows(weights: list[Any], *args: Any, **kwargs: Any) -> None:
+        quantizers = [weight._get_quantizer() for weight, *_ in weights]
+        wanted = [quantizer.columnwise_usage for quantizer in quantizers]
+        for quantizer in quantizers:
+            quantizer.set_usage(columnwise=False)
+        cast(weights, *args, **kwargs)
+        for quantizer, columnwise in zip(quantizers, wanted, strict=True):
+            quantizer.set_usage(columnwise=columnwise)
+
+    return cast_rows
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/optimizations/switch.py <<'END_OF_FTGEN_FILE'
+"""Switch on the optimizations that the plan names. In: a recipe and a plan. Out: the recipe, changed.
+
+Each optimization is a file of this folder with its name and a function `apply(recipe, plan)`. One that is off leaves the stock
+recipe as it is. The catalogue's optimizations.toml has the measured effect and the numerics of each.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from runtime.job.progress import say
+
+Plan = dict[str, Any]
+BEFORE_IMPORTS = ("fused_wgrad_accumulation",)  # Megatron-Core decides about these while it is imported
+
+
+def before_imports(plan: Plan) -> None:
+    """What must be done before NeMo and Megatron-Core are imported."""
+    for name in BEFORE_IMPORTS:
+        if plan["optimizations"][name]:
+            _module(name).before_imports()
+
+
+def apply(recipe: Any, plan: Plan) -> None:
+    """Apply every optimization that is on."""
+    on = [name for name, is_on in plan["optimizations"].items() if is_on]
+    say(f"optimizations: {', '.join(on) or 'none, the stock recipe'}")
+    for name in on:
+        _module(name).apply(recipe, plan)
+
+
+def _module(name: str) -> Any:
+    return import_module(f"{__package__}.{name}")
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/recipe.py <<'END_OF_FTGEN_FILE'
+"""NeMo's own fine-tuning recipe with the plan's numbers. In: plan, checkpoint, data. Out: what trains when called.
+
+This module imports NeMo (15-40 s): only a training does.
+"""
+
+import functools
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import nemo_run as run
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from megatron.core.distributed import DistributedDataParallelConfig
+from nemo import lightning as nl
+from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
+from nemo.collections.llm.recipes.precision.mixed_precision import bf16_with_fp8_mixed
+from nemo.lightning import _strategy_lib
+
+from runtime.data.prepare import Files
+from runtime.job.progress import say
+
+Plan = dict[str, Any]
+ARCHITECTURE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+
+
+def build(plan: Plan, checkpoint: Path, files: Files, log_directory: Path) -> Any:
+    """The recipe as a `run.Partial`; `fdl.build(recipe)()` trains. Nothing is written outside `log_directory`."""
+    recipe = stock(plan, log_directory)
+    set_model(recipe, plan)
+    _set_scheme(recipe, plan)
+    _set_optimizer(recipe, plan)
+    _set_parallelism(recipe, plan)
+    _set_precision(recipe, plan)
+    _set_data(recipe, plan, files)
+    _set_trainer(recipe, plan)
+    recipe.log.ckpt = recipe.log.tensorboard = None
+    recipe.log.use_datetime_version = False
+    recipe.resume = run.Config(nl.AutoResume, restore_config=run.Config(nl.RestoreConfig, path=str(checkpoint)))
+    if plan["gpu"]["name"] == "cpu":
+        _for_the_cpu(recipe)
+    # The seed of adapters and dropout is no setting of NeMo's: its default stands in this function's signature.
+    _strategy_lib.init_parallel_ranks = functools.partial(_strategy_lib.init_parallel_ranks, seed=plan["seed"])
+    return recipe
+
+
+def stock(plan: Plan, log_directory: Path) -> Any:
+    """NeMo's own recipe of the model, with as much of the plan as it takes; not every model's takes all of it."""
+    library = importlib.import_module(f"nemo.collections.llm.recipes.{plan['model']['nemo_recipe']}")
+    arguments = {
+        "dir": str(log_directory),
+        "name": "nemo",
+        "num_nodes": plan["nodes"],
+        "num_gpus_per_node": plan["gpus_per_node"],
+        "peft_scheme": "lora" if plan["scheme"] == "lora" else "none",
+        "seq_length": plan["seq_length"],
+        "packed_sequence": plan["data"]["packed"],
+        "performance_mode": True,
+    }
+    taken = inspect.signature(library.finetune_recipe).parameters
+    return library.finetune_recipe(**{key: value for key, value in arguments.items() if key in taken})
+
+
+def set_model(recipe: Any, plan: Plan) -> None:
+    """The plan's architecture, over that of the recipe's model."""
+    config, model = recipe.model.config, plan["model"]
+    for key in ARCHITECTURE:
+        setattr(config, key, model[key])
+    config.rotary_base = int(model["rope_theta"])
+    config.kv_channels = model["head_size"]
+    config.share_embeddings_and_output_weights = model["tied_embeddings"]
+    config.add_qkv_bias = model["qkv_bias"]
+    if model["rope_scaling_factor"]:
+        config.scale_factor = model["rope_scaling_factor"]
+    config.seq_length = recipe.data.seq_length = plan["seq_length"]
+    # some of NeMo's recipes count embedding and loss as layers of the pipeline; the plan counts the layers alone
+    config.account_for_embedding_in_pipeline_split = config.account_for_loss_in_pipeline_split = False
+
+
+def _set_scheme(recipe: Any, plan: Plan) -> None:
+    if plan["scheme"] == "lora":
+        recipe.peft.dim = plan["lora"]["rank"]
+        recipe.peft.alpha = plan["lora"]["alpha"]
+        recipe.peft.dropout = plan["lora"]["dropout"]
+        recipe.peft.target_modules = plan["lora"]["targets"]
+
+
+def _set_optimizer(recipe: Any, plan: Plan) -> None:
+    recipe.optim.config.lr = plan["optimizer"]["learning_rate"]
+    warmup = min(plan["optimizer"]["warmup_steps"], plan["max_steps"] - 1)  # the schedule refuses a longer one
+    if warmup != plan["optimizer"]["warmup_steps"]:
+        say(f"warmup: {warmup} steps, because max_steps = {plan['max_steps']}")
+    recipe.optim.lr_scheduler.warmup_steps = warmup
+
+
+def _set_parallelism(recipe: Any, plan: Plan) -> None:
+    strategy, split = recipe.trainer.strategy, plan["parallelism"]
+    for key in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+        "virtual_pipeline_model_parallel_size",
+        "sequence_parallel",
+    ):
+        setattr(strategy, key, split[key])
+    if split["context_parallel_size"] > 1:
+        # A rank whose part of the sequence holds no answer has no loss of its own: NeMo insists on these two.
+        recipe.model.config.calculate_per_token_loss = True
+        strategy.ddp = ddp(recipe, average_in_collective=False)
+
+
+def ddp(recipe: Any, **changes: Any) -> Any:
+    """The recipe's settings of data parallelism, which may be a word, with changes."""
+    settings = recipe.trainer.strategy.ddp
+    if isinstance(settings, str):
+        settings = run.Config(DistributedDataParallelConfig, check_for_nan_in_grad=True)
+    for key, value in changes.items():
+        setattr(settings, key, value)
+    return settings
+
+
+def _set_precision(recipe: Any, plan: Plan) -> None:
+    if plan["precision"] == "fp8":
+        recipe.trainer.plugins = bf16_with_fp8_mixed()
+    recipe.trainer.plugins.grad_reduce_in_fp32 = False
+
+
+def _set_data(recipe: Any, plan: Plan, files: Files) -> None:
+    # The module is called SquadDataModule, and downloads nothing where training.jsonl exists.
+    recipe.data.dataset_root = str(files.examples)
+    recipe.data.seed = plan["seed"]
+    recipe.data.global_batch_size = plan["global_batch_size"]
+    recipe.data.micro_batch_size = plan["micro_batch_size"]
+    if files.packed:
+        recipe.data.packed_sequence_specs = run.Config(
+            PackedSequenceSpecs,
+            packed_sequence_size=plan["seq_length"],
+            packed_train_data_path=str(files.packed / "training.npy"),
+            packed_val_data_path=str(files.packed / "validation.npy"),
+            packed_metadata_path=str(files.packed / "metadata.json"),
+        )
+
+
+def _set_trainer(recipe: Any, plan: Plan) -> None:
+    trainer = recipe.trainer
+    trainer.max_steps = plan["max_steps"]
+    trainer.limit_val_batches = 0
+    trainer.val_check_interval = None
+    trainer.enable_checkpointing = False
+    trainer.logger = False
+    # Launchers differ in the variables that they set; the job's script sets torchrun's, whatever started it.
+    trainer.plugins = [trainer.plugins, run.Config(TorchElasticEnvironment)]
+
+
+def _for_the_cpu(recipe: Any) -> None:
+    from runtime.engines.nemo import cpu
+
+    for key, value in cpu.plain().items():
+        setattr(recipe.model.config, key, value)
+    trainer, optimizer = recipe.trainer, recipe.optim.config
+    trainer.accelerator = "cpu"
+    trainer.plugins = trainer.plugins[1:]  # no mixed precision
+    trainer.callbacks = [callback for callback in trainer.callbacks if "CommOverlap" not in str(callback)]
+    trainer.strategy.ddp = ddp(recipe, overlap_grad_reduce=False, overlap_param_gather=False)
+    trainer.strategy.pipeline_dtype = None
+    optimizer.bf16 = False
+    optimizer.use_distributed_optimizer = False
+    optimizer.clip_grad = 0.0  # its kernel is CUDA's
+    recipe.data.num_workers = 0
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/train.py <<'END_OF_FTGEN_FILE'
+"""The training: one process of it. In: a plan, and this process's rank in the environment. Out: NeMo's own step lines.
+
+Environment: RANK, LOCAL_RANK, WORLD_SIZE, NODE_RANK, MASTER_ADDR, MASTER_PORT (alone: 0, 0, 1, 0, this machine, a free
+port), FTGEN_RUN_DIR for what NeMo writes (default $STAGE_PATH/logs).
+"""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from runtime.data.prepare import prepare
+from runtime.engines.nemo import convert, imports
+from runtime.engines.nemo.optimizations import switch
+from runtime.job import environment, profile
+from runtime.job.errors import JobError
+from runtime.job.progress import say, timed
+from runtime.weights import read_ahead
+
+Plan = dict[str, Any]
+
+
+def train(plan: Plan) -> int:
+    """Train plan["max_steps"] steps; 0. JobError: no checkpoint, the wrong number of processes, faulty data."""
+    _settle_ranks(plan)
+    profile.enter(plan)
+    weights = convert.directory(plan)
+    if not convert.converted(plan):
+        raise JobError(f"there is no converted checkpoint in {weights}", "run the command convert first")
+    read_ahead.begin(weights / "weights")
+    with timed("importing NeMo"):
+        _set_switches(plan)
+        switch.before_imports(plan)
+        imports.defer()
+        import fiddle
+        import torch
+
+        from runtime.engines.nemo import recipe
+    if plan["gpu"]["name"] == "cpu":
+        from runtime.engines.nemo import cpu
+
+        cpu.stand_in()
+    elif not torch.cuda.is_available():
+        raise JobError("PyTorch finds no GPU in this process", 'see nvidia-smi; gpu = "cpu" in the spec runs without')
+    environment.tell(plan)
+    files = prepare(plan, weights / "context" / "nemo_tokenizer")
+    recipe_of_run = recipe.build(plan, weights, files, _log_directory())
+    switch.apply(recipe_of_run, plan)
+    profile.add(recipe_of_run, plan)
+    training = fiddle.build(recipe_of_run)
+    say(f"training: {plan['experiment']}, {plan['max_steps']} steps")
+    training()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+def _settle_ranks(plan: Plan) -> None:
+    """Defaults for a process that is alone; PyTorch's name for the node's rank."""
+    env = os.environ
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
+        env.setdefault(name, value)
+    if "MASTER_PORT" not in env:
+        env["MASTER_PORT"] = str(_free_port())
+    env["GROUP_RANK"] = env["NODE_RANK"]
+    if int(env["WORLD_SIZE"]) != plan["gpus"]:
+        raise JobError(
+            f"{env['WORLD_SIZE']} processes train, and the plan has {plan['gpus']} GPUs",
+            "start one process for each GPU: the job's script does",
+        )
+
+
+def _set_switches(plan: Plan) -> None:
+    """What NeMo and Lightning read from the environment when they are imported or built."""
+    os.environ["PL_GLOBAL_SEED"] = str(plan["seed"])
+    if plan["gpu"]["name"] != "cpu":
+        os.environ.setdefault("NEMO_LOG_MEMORY_USAGE", "1")
+
+
+def _log_directory() -> Path:
+    return Path(os.environ.get("FTGEN_RUN_DIR") or Path(os.environ.get("STAGE_PATH") or Path.cwd(), "logs"))
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/guard/__init__.py <<'END_OF_FTGEN_FILE'
+"""A folder is published once, whole, for all who ask.
+
+In: a place, what identifies its content, and a function that builds it. Out: the folder. Start with `publish.py`.
+"""
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/guard/claim.py <<'END_OF_FTGEN_FILE'
 """Who may build a thing: numbered claims on a shared file system. In: a directory of claims. Out: the right to build.
 
 Claim n is the directory `<claims>/<n>`; the highest number is the current one, and taking over from n is `mkdir n+1`,
@@ -907,568 +2486,107 @@ def _write(path: Path, text: str, *, in_place: bool = False) -> None:
     except OSError:
         pass  # a full or absent file system: others will go by the heartbeat
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/cpu.py <<'END_OF_FTGEN_FILE'
-"""Megatron-Core and NeMo on a machine without a GPU: for trying things, not for measuring.
+    cat >"$1"/runtime/guard/manifest.py <<'END_OF_FTGEN_FILE'
+"""What a published directory is made of. In: a directory and what identifies it. Out: its manifest, or its first flaw.
 
-In: nothing; `stand_in()` is called once, before NeMo is used. Out: torch.cuda's calls that the two make without asking
-do nothing, tensors meant for "cuda" land on the CPU, and `PLAIN` is what a model's config needs beside that: no fused
-kernels, and Megatron's own layers in place of Transformer Engine's. Both kinds of layers keep the same names in a
-checkpoint, so what is converted here can be trained on GPUs.
+manifest.json holds {"format", "source", "origin", "files": {path: {"size": bytes, "mtime": seconds, "sha256": hex}}}:
+`source` identifies what was asked for and is compared, `origin` is what the build met and is not. A file is
+taken for unchanged when it is small and its hash is right, or when its size and its time (in whole seconds: some file
+systems forget the rest) are those of the manifest; a large file with another time is hashed again, so that a copied
+directory stays good. `thorough` hashes every file. Files that the manifest does not name do not matter: frameworks
+leave caches beside their data.
 """
 
-import contextlib
-import functools
-import logging
+import json
 import os
-import types
-from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch.overrides import TorchFunctionMode
+FORMAT = 1
+NAME = "manifest.json"
+SMALL = 1 << 20  # bytes; reading less costs about as much as asking for its size on a shared file system
 
-FUSIONS = (
-    "apply_rope_fusion",
-    "bias_activation_fusion",
-    "bias_dropout_fusion",
-    "cross_entropy_loss_fusion",
-    "gradient_accumulation_fusion",
-    "masked_softmax_fusion",
-    "persist_layer_norm",
-)
-# Where the norms are that Transformer Engine fuses into the linear layer behind them, and Megatron's own layers do not.
-NORMS = {
-    "model.layers.*.input_layernorm.weight": "decoder.layers.*.input_layernorm.weight",
-    "model.layers.*.post_attention_layernorm.weight": "decoder.layers.*.pre_mlp_layernorm.weight",
-}
+Source = dict[str, Any]
 
 
-def plain() -> dict[str, Any]:
-    """The fields of a model's config that run anywhere."""
-    from nemo.collections.llm.gpt.model.base import local_layer_spec
-
-    return dict.fromkeys(FUSIONS, False) | {"transformer_layer_spec": local_layer_spec}
-
-
-def stand_in() -> None:
-    """Make torch.cuda's calls harmless, once; the rest of this process has no GPU."""
-    if torch.cuda.is_available() or torch.cuda.Stream is _Idle:
-        return
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron asks for it before it looks for a GPU
-    for name, value in _stand_ins().items():
-        setattr(torch.cuda, name, value)
-    torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
-    torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
-    torch.Tensor.cuda = _same
-    torch.nn.Module.cuda = _same
-    import megatron.core.tensor_parallel.random as megatron_random
-    from nemo.collections.llm.peft import lora
-    from nemo.collections.llm.peft import utils as lora_layers
-    from nemo.lightning import megatron_init
-    from nemo.lightning.io import pl as nemo_checkpoints
-
-    megatron_random._set_cuda_rng_state = torch.cuda.set_rng_state
-    megatron_random._get_cuda_rng_state = torch.cuda.get_rng_state
-    if not lora.HAVE_TE:
-        lora.te = types.SimpleNamespace(Linear=None)  # it asks of each layer whether it is Transformer Engine's
-        lora_layers.HAVE_TE = False  # NeMo 2.7 takes it for installed here when it is not
-    megatron_init._set_random_seed = _with_a_device(megatron_init._set_random_seed)
-    nemo_checkpoints._fix_tensors_device = _same  # it moves what was loaded between GPUs
-    # The CPU's random numbers are the GPU's here, and Megatron warns each time that it sees them change.
-    logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
-    _OnTheCpu().__enter__()  # for good
+def write(directory: Path, source: Source, origin: Source) -> None:
+    """Put a manifest into a finished directory, and everything in it onto the disk."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter
+        entries = list(pool.map(_entry, paths))
+    files = {path.relative_to(directory).as_posix(): entry for path, entry in zip(paths, entries, strict=True)}
+    text = json.dumps({"format": FORMAT, "source": source, "origin": origin, "files": files}, indent=1, sort_keys=True)
+    partial = directory / f".{NAME}"
+    partial.write_text(text + "\n")
+    sync(partial)
+    partial.rename(directory / NAME)
+    for folder in [directory, *(path for path in directory.rglob("*") if path.is_dir())]:
+        sync(folder)
 
 
-@contextlib.contextmanager
-def plain_import() -> Iterator[None]:
-    """Within it, NeMo's importers of Hugging Face checkpoints make a plain model and find its norms."""
-    from nemo.collections.llm.gpt.model import llama, mistral, qwen2
-    from nemo.lightning import io
-
-    with contextlib.ExitStack() as stack:
-        for config in (llama.LlamaConfig, llama.Llama31Config, mistral.MistralConfig7B, qwen2.Qwen2Config):
-            stack.enter_context(_replaced(config, "__init__", _with_defaults(config.__init__, plain())))
-        stack.enter_context(_replaced(io, "apply_transforms", _with_norms(io.apply_transforms)))
-        yield
-
-
-class _Idle:
-    """A stream or an event of a device that is not there."""
-
-    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
-        pass
-
-    def __getattr__(self, _name: str) -> Callable[..., None]:
-        return _nothing
+def flaw(directory: Path, source: Source, *, thorough: bool = False) -> str | None:
+    """What is wrong with a published directory, None when it can be used; never raises for what it finds there."""
+    try:
+        document = json.loads((directory / NAME).read_text())
+        if document["format"] != FORMAT or not document["files"]:
+            return f"{NAME} is of another format"
+        if difference := _difference(document["source"], json.loads(json.dumps(source))):
+            return difference
+        with ThreadPoolExecutor(4) as pool:
+            flaws = pool.map(lambda item: _file_flaw(directory / item[0], item[1], thorough), document["files"].items())
+        return next((found for found in flaws if found), None)
+    except FileNotFoundError:
+        return f"there is no {NAME}" if directory.exists() else "it does not exist"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{NAME} cannot be read: {error}"
 
 
-class _OnTheCpu(TorchFunctionMode):  # type: ignore[misc]
-    """Tensors that are made for, or moved to, "cuda" stay on the CPU."""
-
-    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = "cpu"
-        if isinstance(kwargs.get("pin_memory"), bool):
-            kwargs["pin_memory"] = False
-        if getattr(func, "__name__", "") == "to":
-            args = tuple("cpu" if _is_cuda(value) else value for value in args)
-        return func(*args, **kwargs)
+def sync(path: Path) -> None:
+    """Wait until a file's content or a directory's entries are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def _stand_ins() -> dict[str, Any]:
-    names = ("ByteTensor", "IntTensor", "LongTensor", "HalfTensor", "BFloat16Tensor", "FloatTensor", "DoubleTensor")
-    return {
-        **{name: getattr(torch, name) for name in names},
-        "Event": _Idle,
-        "Stream": _Idle,
-        "current_device": lambda: torch.device("cpu"),
-        "current_stream": _Idle,
-        "get_rng_state": lambda *_args, **_kwargs: torch.get_rng_state(),
-        "manual_seed": _nothing,
-        "set_device": _nothing,
-        "set_rng_state": lambda state, *_args, **_kwargs: torch.set_rng_state(state),
-        "stream": lambda _stream: contextlib.nullcontext(),
-        "synchronize": _nothing,
-        "_lazy_call": _nothing,
-        "_lazy_init": _nothing,
-    }
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's content."""
+    digest = sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
-def _nothing(*_args: Any, **_kwargs: Any) -> None:
+def _entry(path: Path) -> dict[str, Any]:
+    sync(path)
+    digest, status = sha256_of(path), path.stat()
+    return {"size": status.st_size, "mtime": int(status.st_mtime), "sha256": digest}
+
+
+def _difference(found: Source, wanted: Source) -> str | None:
+    for key in sorted(found.keys() | wanted.keys()):
+        if found.get(key) != wanted.get(key):
+            return f"it was made with {key} = {found.get(key)!r}, not {wanted.get(key)!r}"
     return None
 
 
-def _same(self: Any, *_args: Any, **_kwargs: Any) -> Any:
-    return self
-
-
-def _is_cuda(value: Any) -> bool:
-    return isinstance(value, str | torch.device) and str(value).startswith("cuda")
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
+def _file_flaw(path: Path, entry: dict[str, Any], thorough: bool) -> str | None:
     try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-def _with_defaults(init: Callable[..., None], defaults: dict[str, Any]) -> Callable[..., None]:
-    @functools.wraps(init)
-    def with_defaults(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **(defaults | kwargs))
-
-    return with_defaults
-
-
-def _with_a_device(set_random_seed: Callable[[int], None]) -> Callable[[int], None]:
-    """NeMo seeds the generator of its weights only where it counts a GPU."""
-
-    def with_a_device(seed: int) -> None:
-        with _replaced(torch.cuda, "device_count", lambda: 1):
-            set_random_seed(seed)
-
-    return with_a_device
-
-
-def _with_norms(apply_transforms: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(apply_transforms)
-    def with_norms(source: Any, target: Any, mapping: dict[str, str], *args: Any, **kwargs: Any) -> Any:
-        return apply_transforms(source, target, mapping | NORMS, *args, **kwargs)
-
-    return with_norms
+        status = path.stat()
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    if status.st_size != entry["size"]:
+        return f"{path.name} has {status.st_size} bytes, not {entry['size']}"
+    unchanged = status.st_size > SMALL and int(status.st_mtime) == entry["mtime"]
+    if (thorough or not unchanged) and sha256_of(path) != entry["sha256"]:
+        return f"{path.name} has another content than when it was made"
+    return None
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/data.py <<'END_OF_FTGEN_FILE'
-"""The training data, made once for all jobs. In: a plan and a tokenizer. Out: files that NeMo's data module reads.
-
-`files` gives a directory with training.jsonl and validation.jsonl, one {"input", "output"} on each line, and where the
-plan packs, one with the same tokenized and packed into sequences of seq_length tokens. Both are published by the guard
-below $STAGE_PATH/data, so that ranks, nodes and jobs that start together make them once, wherever they run.
-"""
-
-import json
-import os
-import random
-from collections.abc import Callable, Iterator
-from hashlib import sha256
-from pathlib import Path
-from typing import Any, NamedTuple
-
-from runtime import guard, text
-from runtime.errors import JobError
-from runtime.manifest import sha256_of
-from runtime.progress import timed
-
-Plan = dict[str, Any]
-FORMAT = 1  # of what this module writes
-VALIDATION = 0.05  # of all examples, as NeMo's SQuAD module splits them
-SHOWN = 5  # faulty lines that an error shows
-
-
-class Files(NamedTuple):
-    """Where the data is."""
-
-    examples: Path  # training.jsonl, validation.jsonl
-    packed: Path | None  # training.npy, validation.npy, metadata.json
-
-
-def files(plan: Plan, tokenizer: Path) -> Files:
-    """Make what is not there yet. `tokenizer` is a Hugging Face tokenizer's directory. JobError: a faulty file."""
-    examples = source(plan)
-    place = _place(plan["data"]["kind"], examples)
-    guard.ensure(place, examples, lambda staging: _build(plan, staging))
-    if not plan["data"]["packed"]:
-        return Files(place, None)
-    packed = {
-        "kind": "packed examples",
-        "examples": examples,
-        "tokenizer": sha256_of(tokenizer / "tokenizer.json"),
-        "seq_length": plan["seq_length"],
-        "seed": plan["seed"],
-    }
-    packed_place = _place(f"{plan['data']['kind']}-packed-{plan['seq_length']}", packed)
-    guard.ensure(packed_place, packed, lambda staging: _pack(plan, place, tokenizer, staging))
-    return Files(place, packed_place)
-
-
-def source(plan: Plan) -> dict[str, Any]:
-    """What identifies the examples."""
-    data = plan["data"]
-    identity = {"kind": f"{data['kind']} examples", "format": FORMAT, "seed": plan["seed"]}
-    if data["kind"] == "synthetic":
-        return identity | {"examples": data["examples"]}
-    if data["kind"] == "jsonl":
-        return identity | {"sha256": sha256_of(user_file(plan))}
-    return identity
-
-
-def user_file(plan: Plan) -> Path:
-    """The file of kind "jsonl"; a relative path is one below STAGE_PATH. JobError: it cannot be read."""
-    path = Path(os.environ.get("STAGE_PATH") or Path.cwd(), plan["data"]["path"])
-    if not path.is_file() or not os.access(path, os.R_OK):
-        raise JobError(f"data.path: there is no file {path} that can be read", "give the path of a file on every node")
-    return path
-
-
-def _place(name: str, identity: dict[str, Any]) -> Path:
-    short = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    return Path(os.environ.get("STAGE_PATH") or Path.cwd(), "data", f"{name}-{short}")
-
-
-def _build(plan: Plan, staging: Path) -> None:
-    makers: dict[str, Callable[[Plan, Path], None]] = {"squad": _squad, "synthetic": _synthetic, "jsonl": _jsonl}
-    with timed(f"preparing the data: {plan['data']['kind']}"):
-        makers[plan["data"]["kind"]](plan, staging)
-        _index(staging)
-
-
-def _squad(plan: Plan, staging: Path) -> None:
-    from nemo.collections.llm import SquadDataModule
-
-    try:
-        SquadDataModule(dataset_root=staging, seed=plan["seed"]).prepare_data()
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise JobError(
-            f"SQuAD cannot be downloaded: {reason}", 'set data.kind = "synthetic" in the spec: it needs no network'
-        ) from error
-
-
-def _synthetic(plan: Plan, staging: Path) -> None:
-    rng = random.Random(plan["seed"])  # noqa: S311
-    _split([text.example(rng) for _ in range(plan["data"]["examples"])], plan["seed"], staging)
-
-
-def _jsonl(plan: Plan, staging: Path) -> None:
-    _split(read_jsonl(user_file(plan)), plan["seed"], staging)
-
-
-def read_jsonl(path: Path) -> list[dict[str, str]]:
-    """The examples of a file; JobError with the first faulty lines, numbered."""
-    found = list(_lines(path))
-    if faults := [example for example in found if isinstance(example, str)]:
-        more = f", and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        raise JobError("; ".join(faults[:SHOWN]) + more, 'each line is {"input": "...", "output": "..."}')
-    examples = [example for example in found if isinstance(example, dict)]
-    if len(examples) < 2:
-        raise JobError(f"{path}: {len(examples)} examples, at least 2 are needed", "one to train on, one to validate")
-    return examples
-
-
-def _lines(path: Path) -> Iterator[dict[str, str] | str]:
-    """Of each line that is not empty its example, or what is wrong with it."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _example(line, f"{path}:{number}")
-
-
-def _example(line: bytes, where: str) -> dict[str, str] | str:
-    try:
-        document = json.loads(line)
-    except ValueError as error:
-        return f"{where}: not JSON: {error}"
-    if not isinstance(document, dict):
-        return f"{where}: not an object"
-    for key in ("input", "output"):
-        if not isinstance(document.get(key), str) or not document[key].strip():
-            return f'{where}: no text under "{key}"'
-    return {key: document[key] for key in ("input", "output")}
-
-
-def _split(examples: list[dict[str, str]], seed: int, directory: Path) -> None:
-    order = list(range(len(examples)))
-    random.Random(seed).shuffle(order)  # noqa: S311
-    count = max(1, round(len(examples) * VALIDATION))
-    for name, numbers in (("validation", order[:count]), ("training", order[count:])):
-        with (directory / f"{name}.jsonl").open("w") as file:
-            file.writelines(json.dumps(examples[number]) + "\n" for number in sorted(numbers))
-
-
-def _index(directory: Path) -> None:
-    """Make NeMo's line index now: left to the training, several jobs would write the same file at once."""
-    from nemo.collections.llm.gpt.data.utils import build_index_files
-
-    build_index_files([str(path) for path in sorted(directory.glob("*.jsonl"))], newline_int=ord("\n"), workers=1)
-
-
-def _pack(plan: Plan, examples: Path, tokenizer: Path, staging: Path) -> None:
-    from nemo.collections.common.tokenizers import AutoTokenizer
-    from nemo.collections.llm.gpt.data.packed_sequence import prepare_packed_sequence_data
-
-    with timed(f"packing the data into sequences of {plan['seq_length']} tokens"):
-        for name in ("training", "validation"):
-            prepare_packed_sequence_data(
-                input_path=examples / f"{name}.jsonl",
-                output_path=staging / f"{name}.npy",
-                output_metadata_path=staging / "metadata.json",
-                packed_sequence_size=plan["seq_length"],
-                tokenizer=AutoTokenizer(str(tokenizer)),
-                max_seq_length=plan["seq_length"],
-                seed=plan["seed"],
-                dataset_kwargs={"pad_to_max_length": True},
-            )
-END_OF_FTGEN_FILE
-    cat >"$1"/runtime/environment.py <<'END_OF_FTGEN_FILE'
-"""What the training found around it: versions, machine, job. Out: one line of JSON in the log, which the report shows."""
-
-import json
-import os
-import platform
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
-
-PACKAGES = ("torch", "nemo_toolkit", "megatron-core", "transformer-engine", "lightning", "transformers", "numpy")
-DRIVER = Path("/sys/module/nvidia/version")
-JOB = {"job": "SLURM_JOB_ID", "nodes": "SLURM_JOB_NODELIST", "partition": "SLURM_JOB_PARTITION"}
-
-
-def tell(plan: dict[str, Any]) -> None:
-    """One line, of the first rank alone."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"ftgen environment: {json.dumps(found(plan))}", flush=True)
-
-
-def found(plan: dict[str, Any]) -> dict[str, Any]:
-    """Names and versions; what is not there is left out."""
-    facts: dict[str, Any] = {
-        "python": platform.python_version(),
-        "packages": {name: number for name in PACKAGES if (number := _version(name))},
-        "system": platform.platform(),
-        "cpus": os.cpu_count(),
-        **{name: os.environ[variable] for name, variable in JOB.items() if os.environ.get(variable)},
-    }
-    return facts | (_gpu() if plan["gpu"]["name"] != "cpu" else {})
-
-
-def _gpu() -> dict[str, Any]:
-    import torch
-
-    here = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return {
-        "gpu": here.name,
-        "gpu_memory_gib": round(here.total_memory / 2**30, 2),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-        "driver": DRIVER.read_text().strip() if DRIVER.is_file() else None,
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-END_OF_FTGEN_FILE
-    cat >"$1"/runtime/errors.py <<'END_OF_FTGEN_FILE'
-"""Errors that the user can mend, as data: what is wrong, and what to do about it."""
-
-
-class JobError(Exception):
-    """One thing the user must change; as text it is that line, and the hint on a line of its own. Exit status 1."""
-
-    def __init__(self, what: str, hint: str = "") -> None:
-        """`what` and `hint` are one line each."""
-        super().__init__(what, hint)
-        self.what = what
-        self.hint = hint
-
-    def __str__(self) -> str:
-        """Show the rule, then the hint."""
-        return self.what + (f"\n  hint: {self.hint}" if self.hint else "")
-END_OF_FTGEN_FILE
-    cat >"$1"/runtime/finetune.py <<'END_OF_FTGEN_FILE'
-"""The training: one process of it. In: a plan, and this process's rank in the environment. Out: NeMo's own step lines.
-
-Environment: RANK, LOCAL_RANK, WORLD_SIZE, NODE_RANK, MASTER_ADDR, MASTER_PORT (alone: 0, 0, 1, 0, this machine, a free
-port), FTGEN_RUN_DIR for what NeMo writes (default $STAGE_PATH/logs).
-"""
-
-import os
-import socket
-from pathlib import Path
-from typing import Any
-
-from runtime import checkpoint, data, environment, imports, optimizations, profile, read_ahead
-from runtime.errors import JobError
-from runtime.progress import say, timed
-
-Plan = dict[str, Any]
-
-
-def finetune(plan: Plan) -> int:
-    """Train plan["max_steps"] steps; 0. JobError: no checkpoint, the wrong number of processes, faulty data."""
-    _settle_ranks(plan)
-    profile.enter(plan)
-    weights = checkpoint.directory(plan)
-    if not checkpoint.converted(plan):
-        raise JobError(f"there is no converted checkpoint in {weights}", "run the command convert first")
-    read_ahead.begin(weights / "weights")
-    with timed("importing NeMo"):
-        _set_switches(plan)
-        optimizations.before_imports(plan)
-        imports.defer()
-        import fiddle
-        import torch
-
-        from runtime import recipe
-    if plan["gpu"]["name"] == "cpu":
-        from runtime import cpu
-
-        cpu.stand_in()
-    elif not torch.cuda.is_available():
-        raise JobError("PyTorch finds no GPU in this process", 'see nvidia-smi; gpu = "cpu" in the spec runs without')
-    environment.tell(plan)
-    files = data.files(plan, weights / "context" / "nemo_tokenizer")
-    training = fiddle.build(recipe.build(plan, weights, files, _log_directory()))
-    say(f"training: {plan['experiment']}, {plan['max_steps']} steps")
-    training()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    return 0
-
-
-def _settle_ranks(plan: Plan) -> None:
-    """Defaults for a process that is alone; PyTorch's name for the node's rank."""
-    env = os.environ
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in alone.items():
-        env.setdefault(name, value)
-    if "MASTER_PORT" not in env:
-        env["MASTER_PORT"] = str(_free_port())
-    env["GROUP_RANK"] = env["NODE_RANK"]
-    if int(env["WORLD_SIZE"]) != plan["gpus"]:
-        raise JobError(
-            f"{env['WORLD_SIZE']} processes train, and the plan has {plan['gpus']} GPUs",
-            "start one process for each GPU: the job's script does",
-        )
-
-
-def _set_switches(plan: Plan) -> None:
-    """What NeMo and Lightning read from the environment when they are imported or built."""
-    os.environ["PL_GLOBAL_SEED"] = str(plan["seed"])
-    if plan["gpu"]["name"] != "cpu":
-        os.environ.setdefault("NEMO_LOG_MEMORY_USAGE", "1")
-
-
-def _log_directory() -> Path:
-    return Path(os.environ.get("FTGEN_RUN_DIR") or Path(os.environ.get("STAGE_PATH") or Path.cwd(), "logs"))
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-END_OF_FTGEN_FILE
-    cat >"$1"/runtime/graphs.py <<'END_OF_FTGEN_FILE'
-"""Megatron-Core's local CUDA graphs, made right for FP8. In: nothing. Out: Megatron-Core's class, changed for this process.
-
-Two things that a captured layer's replays would get wrong. Transformer Engine keeps a transposed copy of each FP8 weight for
-the backward pass, and renews it in the forward pass when the optimizer has marked it as old. A captured forward pass holds
-only what was done while it was captured, when the copy was fresh: replays would go on with the transposes of the first
-step, and the model would learn from wrong gradients. Here the copies are renewed, in place, before a layer's graph is
-replayed: once a step, when they are old.
-
-Before it captures a layer, Megatron-Core runs it on whatever is in its buffers, and then puts back the largest values that
-Transformer Engine saw (amax history and scales), but not those of a fused MLP, which is no submodule. Here they are too.
-"""
-
-import functools
-from collections.abc import Iterator
-from typing import Any
-
-
-def mend_fp8() -> None:
-    """Make captured layers right in FP8; call it once, before the model is built."""
-    from megatron.core.transformer.cuda_graphs import _CudaGraphRunner
-
-    _CudaGraphRunner.replay_graph_capture = _with_fresh_transposes(_CudaGraphRunner.replay_graph_capture)
-    _CudaGraphRunner.create_fwd_graph = _with_scales_kept(_CudaGraphRunner.create_fwd_graph)
-
-
-def _with_fresh_transposes(replay: Any) -> Any:
-    @functools.wraps(replay)
-    def replay_fresh(self: Any, *args: Any, **kwargs: Any) -> Any:
-        weights = self.__dict__.get("_ftgen_fp8_weights")
-        if weights is None:
-            weights = self.__dict__["_ftgen_fp8_weights"] = _fp8_weights(self.base_module)
-        for weight in weights:
-            if weight._transpose_invalid:
-                weight._create_transpose()
-        return replay(self, *args, **kwargs)
-
-    return replay_fresh
-
-
-def _fp8_weights(module: Any) -> list[Any]:
-    """The module's weights in FP8 that have a transposed copy."""
-    return [weight for weight in module.parameters() if getattr(weight, "_transpose", None) is not None]
-
-
-def _with_scales_kept(create: Any) -> Any:
-    @functools.wraps(create)
-    def create_and_restore(self: Any, *args: Any, **kwargs: Any) -> None:
-        kept = [(operation, operation._save_fp8_metas()) for operation in _fused_operations(self.base_module)]
-        create(self, *args, **kwargs)
-        for operation, scales in kept:
-            operation._load_fp8_metas(scales)
-
-    return create_and_restore
-
-
-def _fused_operations(layer: Any) -> Iterator[Any]:
-    """The basic operations of a layer's fused MLP, which Megatron-Core keeps in a tuple of its own."""
-    for module in layer.modules():
-        for fused in getattr(module, "_fused_impl", None) or ():
-            yield from (operation for operation in fused.modules() if hasattr(operation, "_save_fp8_metas"))
-END_OF_FTGEN_FILE
-    cat >"$1"/runtime/guard.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/guard/publish.py <<'END_OF_FTGEN_FILE'
 """A directory that is published once, for all who ask. In: its place and how to build it. Out: the directory, finished.
 
     ensure(place, source, build)
@@ -1493,11 +2611,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from runtime import manifest
-from runtime.claim import Claim, Watch
-from runtime.errors import JobError
-from runtime.manifest import Source
-from runtime.progress import say
+from runtime.guard import manifest
+from runtime.guard.claim import Claim, Watch
+from runtime.guard.manifest import Source
+from runtime.job.errors import JobError
+from runtime.job.progress import say
 
 REMIND_S = 60.0  # between two lines of one who waits
 POLL_S = 2.0  # between two looks at the claim, once the first seconds are over
@@ -1686,7 +2804,226 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         yield error
         error = error.__cause__ or error.__context__
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/hub.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/job/__init__.py <<'END_OF_FTGEN_FILE'
+"""The job itself: errors, progress, the environment it found, profiling.
+
+In: a plan and the process environment. Out: lines in the log. Start with `progress.py` and `errors.py`.
+"""
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/job/environment.py <<'END_OF_FTGEN_FILE'
+"""What the training found around it: versions, machine, job. Out: one line of JSON in the log, which the report shows."""
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "nemo_toolkit", "megatron-core", "transformer-engine", "lightning", "transformers", "numpy")
+DRIVER = Path("/sys/module/nvidia/version")
+JOB = {"job": "SLURM_JOB_ID", "nodes": "SLURM_JOB_NODELIST", "partition": "SLURM_JOB_PARTITION"}
+
+
+def tell(plan: dict[str, Any]) -> None:
+    """One line, of the first rank alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"ftgen environment: {json.dumps(found(plan))}", flush=True)
+
+
+def found(plan: dict[str, Any]) -> dict[str, Any]:
+    """Names and versions; what is not there is left out."""
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "packages": {name: number for name in PACKAGES if (number := _version(name))},
+        "system": platform.platform(),
+        "cpus": os.cpu_count(),
+        **{name: os.environ[variable] for name, variable in JOB.items() if os.environ.get(variable)},
+    }
+    return facts | (_gpu() if plan["gpu"]["name"] != "cpu" else {})
+
+
+def _gpu() -> dict[str, Any]:
+    import torch
+
+    here = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu": here.name,
+        "gpu_memory_gib": round(here.total_memory / 2**30, 2),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "driver": DRIVER.read_text().strip() if DRIVER.is_file() else None,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/job/errors.py <<'END_OF_FTGEN_FILE'
+"""Errors that the user can mend, as data: what is wrong, and what to do about it."""
+
+
+class JobError(Exception):
+    """One thing the user must change; as text it is that line, and the hint on a line of its own. Exit status 1."""
+
+    def __init__(self, what: str, hint: str = "") -> None:
+        """`what` and `hint` are one line each."""
+        super().__init__(what, hint)
+        self.what = what
+        self.hint = hint
+
+    def __str__(self) -> str:
+        """Show the rule, then the hint."""
+        return self.what + (f"\n  hint: {self.hint}" if self.hint else "")
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/job/profile.py <<'END_OF_FTGEN_FILE'
+"""Profiling some steps of some ranks. In: plan["profile"]. Out: a file for each rank in $FTGEN_RUN_DIR/profile.
+
+"nsys": the process becomes a child of Nsight Systems, which records between cudaProfilerStart and cudaProfilerStop.
+"pytorch": torch.profiler, written as a Chrome trace. Steps are counted as in the log, from 0.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from runtime.job.errors import JobError
+from runtime.job.progress import say
+
+Plan = dict[str, Any]
+INSIDE = "FTGEN_INSIDE_NSYS"  # set for the process that Nsight Systems started
+
+
+def wanted(plan: Plan) -> bool:
+    """Whether this process is one of those to profile."""
+    return bool(plan.get("profile")) and int(os.environ.get("RANK", "0")) in plan["profile"]["ranks"]
+
+
+def file(plan: Plan) -> Path:
+    """Where the profile of this rank goes, without its suffix."""
+    run = os.environ.get("FTGEN_RUN_DIR") or Path(os.environ.get("STAGE_PATH") or Path.cwd(), "logs")
+    steps = f"steps_{plan['profile']['first_step']}-{plan['profile']['last_step']}"
+    return Path(run, "profile", f"{steps}_rank_{os.environ.get('RANK', '0')}")
+
+
+def enter(plan: Plan) -> None:
+    """Start this process again under Nsight Systems, if that is wanted and not done yet. JobError: there is no nsys."""
+    if not wanted(plan) or plan["profile"]["tool"] != "nsys" or INSIDE in os.environ:
+        return
+    nsys = shutil.which("nsys")
+    if not nsys:
+        raise JobError("there is no nsys on this node", 'install Nsight Systems, or set profile.tool = "pytorch"')
+    file(plan).parent.mkdir(parents=True, exist_ok=True)
+    os.environ[INSIDE] = "1"
+    options = ["--trace=cuda,nvtx", "--capture-range=cudaProfilerApi", "--capture-range-end=stop", "--force-overwrite=true"]
+    command = [nsys, "profile", *options, f"--output={file(plan)}", sys.executable, *sys.argv]
+    say("profiling: " + " ".join(command))
+    sys.stdout.flush()
+    os.execv(nsys, command)  # noqa: S606 - the profiler takes this process's place
+
+
+def add(recipe: Any, plan: Plan) -> None:
+    """Let the recipe's trainer start and stop the profiler."""
+    if not wanted(plan):
+        return
+    import nemo_run as run
+
+    asked = plan["profile"]
+    callback = run.Config(_callback(), asked["tool"], asked["first_step"], asked["last_step"], str(file(plan)))
+    recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), callback]
+
+
+def _callback() -> Any:
+    from runtime.job.profiler import Profiler
+
+    return Profiler
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/job/profiler.py <<'END_OF_FTGEN_FILE'
+"""The callback that records some steps. In: the tool, the steps, a file. Out: what the tool writes.
+
+This module imports torch and Lightning: only a training that is profiled does.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from runtime.job.progress import say
+
+
+class Profiler(Callback):  # type: ignore[misc]
+    """Records from the start of `first_step` to the end of `last_step`, counted from 0."""
+
+    def __init__(self, tool: str, first_step: int, last_step: int, file: str) -> None:
+        self.tool, self.first_step, self.last_step, self.file = tool, first_step, last_step, Path(file)
+        self.profile: Any = None
+
+    def on_train_batch_start(self, trainer: Any, *_args: Any) -> None:
+        """Start before the first step."""
+        if trainer.global_step != self.first_step:
+            return
+        if self.tool == "nsys":
+            torch.cuda.synchronize()
+            torch.cuda.profiler.start()
+            return
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self.profile = torch.profiler.profile(activities=activities, record_shapes=True)
+        self.profile.start()
+
+    def on_train_batch_end(self, trainer: Any, *_args: Any) -> None:
+        """Stop after the last one."""
+        if trainer.global_step != self.last_step + 1:  # Lightning has counted the step by now
+            return
+        if self.tool == "nsys":
+            torch.cuda.synchronize()
+            torch.cuda.profiler.stop()
+        elif self.profile:
+            self.profile.stop()
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.profile.export_chrome_trace(f"{self.file}.json")
+            say(f"profile: {self.file}.json")
+            self.profile = None
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/job/progress.py <<'END_OF_FTGEN_FILE'
+"""Lines that say what the job is doing, whole ones, as they happen; under several ranks the first alone speaks."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def say(text: str, *, any_rank: bool = False) -> None:
+    """Print `ftgen: text` at once; ranks other than 0 are silent, unless what they say happens in one rank alone."""
+    if any_rank or os.environ.get("RANK", "0") == "0":
+        print(f"ftgen: {text}", flush=True)
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Say `what` when it begins, and the seconds it took when it ends well."""
+    say(f"{what} ...")
+    begin = time.monotonic()
+    yield
+    say(f"{what}: done in {time.monotonic() - begin:.1f} s")
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/weights/__init__.py <<'END_OF_FTGEN_FILE'
+"""Weights in Hugging Face format: downloaded, made at random, read ahead.
+
+In: a plan. Out: a folder with safetensors. Start with `hub.py`.
+"""
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/weights/hub.py <<'END_OF_FTGEN_FILE'
 """The Hugging Face hub, as far as a conversion needs it. In: a repository, a revision. Out: a directory, or JobError.
 
 The token is huggingface_hub's own affair (HF_TOKEN, or the file HF_TOKEN_PATH): it is never passed on or shown.
@@ -1697,7 +3034,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import JobError
+from runtime.job.errors import JobError
 
 # What the importer reads. Not Meta's own format, which many repositories carry too ("original/", *.pth).
 PATTERNS = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "*.safetensors*"]
@@ -1780,832 +3117,7 @@ def _refusal(repository: str, error: Exception) -> Exception:
         return JobError(f"the Hugging Face hub answers {status} for {repository}", "try again: a broken download goes on")
     return error
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/importer.py <<'END_OF_FTGEN_FILE'
-"""NeMo's own importers of Hugging Face checkpoints, kept to one directory. In: a Hugging Face one. Out: a NeMo checkpoint.
-
-This module imports NeMo (15-40 s): only a conversion does.
-"""
-
-import ctypes
-import json
-import os
-import queue
-import shutil
-import signal
-from pathlib import Path
-from typing import Any
-
-import torch
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from nemo.collections.llm.gpt.model.llama import HFLlamaImporter
-from nemo.collections.llm.gpt.model.mistral import HFMistralImporter
-from nemo.collections.llm.gpt.model.qwen2 import HFQwen2Importer
-from transformers import AutoTokenizer
-
-from runtime import cpu
-from runtime.errors import JobError
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-LIBC = ctypes.CDLL(None)
-
-
-# NeMo's importers by the `model_type` of a config.json.
-IMPORTERS = {"llama": HFLlamaImporter, "mistral": HFMistralImporter, "qwen2": HFQwen2Importer}
-
-
-class OurHabits:
-    """Of the stock importer's habits two are left out: a shared folder in /tmp, and a second process for saving."""
-
-    tokenizer_directory: Path
-
-    def save_hf_tokenizer_assets(self, tokenizer_name_or_path: str, save_path: str = "") -> str:
-        """Keep the tokenizer in a folder of our own; the checkpoint gets a copy under the folder's name."""
-        target = save_path or str(self.tokenizer_directory)
-        AutoTokenizer.from_pretrained(tokenizer_name_or_path).save_pretrained(target)  # and no code of the model's
-        return target
-
-    def nemo_setup(self, model: Any, trainer: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Save in this process: another one would import everything again, and may outlive us."""
-        return super().nemo_setup(model, trainer, *args, ckpt_async_save=False, **kwargs)  # type: ignore[misc]
-
-
-def importer_of(source: Path) -> Any:
-    """NeMo's importer of this Hugging Face directory, with our habits; JobError: NeMo has none that ftgen knows."""
-    kind = json.loads((source / "config.json").read_text()).get("model_type")
-    if kind not in IMPORTERS:
-        raise JobError(f"a checkpoint of type {kind} cannot be converted", f"one of {', '.join(IMPORTERS)}")
-    return type("Importer", (OurHabits, IMPORTERS[kind]), {})(str(source))
-
-
-def import_directory(source: Path, output: Path, scratch: Path) -> str:
-    """Convert the Hugging Face directory `source` to `output`/{context,weights}; the kind of layers it was made with.
-
-    `scratch` is a new directory's name beside them; it is removed again.
-    """
-    _keep_to_this_process()
-    importer = importer_of(source)
-    importer.tokenizer_directory = scratch / "nemo_tokenizer"  # the name that NeMo looks for in a checkpoint
-    try:
-        if torch.cuda.is_available():
-            importer.apply(output)
-            return "transformer_engine"
-        cpu.stand_in()
-        with cpu.plain_import():
-            importer.apply(output)
-        return "local"
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _keep_to_this_process() -> None:
-    """Nothing that Megatron starts to save outlives us when we are killed: it would keep our memory and our output.
-
-    The queue of results needs no server process of its own (two seconds to start) where saving is not asynchronous.
-    """
-    filesystem_async._results_queue = queue.Queue()
-    os.register_at_fork(after_in_child=_die_with_the_parent)
-
-
-def _die_with_the_parent() -> None:
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-END_OF_FTGEN_FILE
-    cat >"$1"/runtime/imports.py <<'END_OF_FTGEN_FILE'
-"""Packages that a fine-tune does not use, imported only once something does use them. Out: NeMo is imported sooner.
-
-NeMo, Megatron-Core and what they stand on import much at their top that a training never calls: other clouds' clients,
-other loggers, quantization. Of what `DEFERRED` names, `import` gives a stand-in, whose names are classes: to import, to
-annotate with, to derive from. The real package is imported when one of them is called, asked about or iterated over, so
-what is used after all is only imported later. A package that is not installed cannot be imported, as ever.
-
-Environment: FTGEN_IMPORT_ALL=1 turns this off.
-"""
-
-import contextlib
-import importlib
-import os
-import sys
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any
-
-OFF = "FTGEN_IMPORT_ALL"
-# Who imports each for what. Only what nothing compares with can stand here: a stand-in equals itself alone.
-DEFERRED = {
-    "accelerate": "transformers: models over several devices, where Megatron does that here",
-    "datasets": "NeMo: downloads of data sets, where runtime/data.py makes the files; with aiohttp",
-    "leptonai": "nemo_run: a cloud's client; with fastapi, httpx, trio",
-    "modelopt": "NeMo: quantization, pruning and distillation; with transformers' trainer",
-    "nemo.collections.llm.modelopt": "NeMo: the same",
-    "pandas": "NeMo: a tokenizer of tables",
-    "paramiko": "nemo_run: tunnels to other machines; with cryptography",
-    "pytorch_lightning": "NeMo: a reranker; it is `lightning` once more",
-    "scipy": "torchmetrics, transformers: metrics of audio, the loss of object detection",
-    "sklearn": "transformers: a metric of assisted decoding",
-    "torch.utils.tensorboard": "Megatron-Core: a logger; with tensorboard",
-    "wandb": "Megatron-Core: a logger",
-}
-# What every training asks NeMo's modelopt for, and what it then does: no checkpoint of ftgen's holds a state of modelopt,
-# and none of its models is distilled.
-NOTHING_TO_DO = {
-    "nemo.collections.llm.modelopt.set_modelopt_spec_if_exists_in_ckpt",
-    "nemo.collections.llm.modelopt.model_utils.restore_modelopt_state",
-    "nemo.collections.llm.modelopt.model_utils.save_modelopt_state",
-    "nemo.collections.llm.modelopt.distill.utils.get_tensor_shapes_adjust_fn_for_distillation",
-}
-
-
-# Megatron-Core's memory for inference: its import compiles a CUDA extension, in every process, and starts CUDA.
-MANAGED_MEMORY = "megatron.core.inference.unified_memory"
-
-
-def defer() -> None:
-    """From now on what `DEFERRED` names is imported when it is used; what has been imported stays."""
-    if os.environ.get(OFF, "0") in {"", "0"} and not any(isinstance(finder, Deferring) for finder in sys.meta_path):
-        sys.meta_path.insert(0, Deferring(DEFERRED))
-        without = ModuleType(MANAGED_MEMORY)
-        vars(without).update(has_unified_memory=False, create_unified_mempool=None)
-        sys.modules.setdefault(MANAGED_MEMORY, without)
-
-
-class Deferring(MetaPathFinder, Loader):
-    """Finds stand-ins for the modules of packages that are there and not wanted yet."""
-
-    def __init__(self, packages: Iterable[str]) -> None:
-        self.waiting = {package for package in packages if package not in sys.modules}
-        self.written: list[tuple[str, str, Any]] = []  # to names of modules, while they were stand-ins
-        self.lock = threading.Lock()
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The real one's, but for its loader."""
-        package = next((package for package in self.waiting if _is_in(package, name)), None)
-        if package is None:
-            return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        real = next((spec for finder in others if (spec := finder.find_spec(name, path, target))), None)
-        if real is None:
-            return None
-        spec = ModuleSpec(name, self, origin=real.origin, loader_state=package)
-        spec.submodule_search_locations = real.submodule_search_locations
-        spec.has_location = real.has_location
-        return spec
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """A stand-in."""
-        return StandIn(spec.name, self, str(spec.loader_state))
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Nothing: that is what takes time."""
-
-    def real(self, package: str, module: str, key: str) -> Any:
-        """What `key` ("a" or "a.b") of the module stands for: from now on the package is the real one."""
-        with self.lock:
-            if was_waiting := package in self.waiting:
-                self.waiting.remove(package)
-                for name in [name for name in sys.modules if _is_in(package, name)]:
-                    del sys.modules[name]
-        if was_waiting:
-            self._write(package)
-        found: Any = importlib.import_module(module)
-        for part in key.split("."):
-            found = _attribute(found, part)
-        return found
-
-    def _write(self, package: str) -> None:
-        for module, key, value in self.written:
-            if _is_in(package, module):
-                owner, _, name = key.rpartition(".")
-                setattr(self.real(package, module, owner), name, value)
-
-
-def _attribute(owner: Any, key: str) -> Any:
-    """As getattr; what was imported below a stand-in is not imported below the real one yet."""
-    if isinstance(owner, ModuleType) and not hasattr(owner, key):
-        with contextlib.suppress(ModuleNotFoundError):
-            return importlib.import_module(f"{owner.__name__}.{key}")
-    return getattr(owner, key)
-
-
-def _is_in(package: str, name: str) -> bool:
-    return name == package or name.startswith(f"{package}.")
-
-
-class StandIn(ModuleType):
-    """Stands for a module; every name can be had from it."""
-
-    def __init__(self, name: str, finder: Deferring, package: str) -> None:
-        super().__init__(name)
-        self.__dict__["_deferred"] = (finder, package)
-
-    def __getattr__(self, key: str) -> Any:
-        finder, package = self.__dict__["_deferred"]
-        if package in finder.waiting:
-            if f"{self.__name__}.{key}" in NOTHING_TO_DO:
-                return _nothing
-            if not _is_special(key):
-                return _name(finder, package, self.__name__, key)
-            if key not in {"__version__", "__all__"}:  # asked by inspect and warnings of every module
-                raise AttributeError(f"module {self.__name__!r} has no attribute {key!r}")
-        return finder.real(package, self.__name__, key)
-
-
-def _nothing(*_args: Any, **_kwargs: Any) -> None:
-    """Do what the real one does here."""
-
-
-def _is_special(key: str) -> bool:
-    return key.startswith("__") and key.endswith("__")
-
-
-def _name(finder: Deferring, package: str, module: str, key: str) -> type:
-    return Name(key.rpartition(".")[2], (), {"__module__": module, "_stands_for": (finder, package, module, key)})
-
-
-class Name(type):
-    """The type of the classes that stand for a deferred package's names, and of those that are derived from them."""
-
-    def _real(cls) -> Any:
-        if "_stands_for" not in cls.__dict__:
-            base = next(base for base in cls.__mro__ if "_stands_for" in base.__dict__)
-            raise RuntimeError(
-                f"{cls.__module__}.{cls.__name__} cannot be used: it is derived from {base.__module__}.{base.__name__}, "
-                f"which is not imported for a fine-tune. export {OFF}=1 imports it"
-            )
-        finder, package, module, key = cls.__dict__["_stands_for"]
-        return finder.real(package, module, key)
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Call what it stands for; RuntimeError: a class derived from a stand-in."""
-        return cls._real()(*args, **kwargs)
-
-    def __getattr__(cls, key: str) -> Any:
-        if "_stands_for" not in cls.__dict__ or _is_special(key):
-            raise AttributeError(f"type object {cls.__name__!r} has no attribute {key!r}")
-        finder, package, module, own = cls.__dict__["_stands_for"]
-        if package in finder.waiting:
-            return _name(finder, package, module, f"{own}.{key}")
-        return finder.real(package, module, f"{own}.{key}")
-
-    def __setattr__(cls, key: str, value: Any) -> None:
-        if "_stands_for" not in cls.__dict__ or _is_special(key):
-            super().__setattr__(key, value)
-            return
-        finder, package, module, own = cls.__dict__["_stands_for"]
-        if package in finder.waiting:
-            finder.written.append((module, f"{own}.{key}", value))
-        else:
-            setattr(finder.real(package, module, own), key, value)
-
-    def __instancecheck__(cls, instance: Any) -> bool:
-        return isinstance(instance, cls._real()) if "_stands_for" in cls.__dict__ else super().__instancecheck__(instance)
-
-    def __subclasscheck__(cls, subclass: type) -> bool:
-        return issubclass(subclass, cls._real()) if "_stands_for" in cls.__dict__ else super().__subclasscheck__(subclass)
-
-    def __iter__(cls) -> Iterator[Any]:
-        return iter(cls._real())
-
-    def __getitem__(cls, key: Any) -> Any:
-        return cls._real()[key]
-END_OF_FTGEN_FILE
-    cat >"$1"/runtime/loss_tokens.py <<'END_OF_FTGEN_FILE'
-"""LM head and loss on the tokens that have a loss. In: a model's config. Out: the config, with steps that do so.
-
-Fine-tuning has a loss on the answers alone; the head's products and the cross entropy of every other token are
-multiplied by zero. Which tokens count is read off the batch while it is still on the CPU, so that the GPU is not waited
-for. The rows are the same sums as before; a GEMM of another height may add them up in another order.
-"""
-
-from collections.abc import Iterator
-from typing import Any
-
-import torch
-
-ROWS = 128  # row counts are rounded up to it, so that few shapes occur
-
-
-def install(config: Any) -> None:
-    """Make a GPTConfig's steps pick the tokens with a loss. For one tensor-, pipeline- and context-parallel rank."""
-    from megatron.core.models.gpt import GPTModel
-
-    config.data_step_fn = data_step
-    config.forward_step_fn = forward_step
-    GPTModel._postprocess = _postprocess_with(GPTModel._postprocess)
-
-
-def data_step(dataloader_iter: Iterator[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """NeMo's, with `loss_rows` [n] in the batch: where in [batch, sequence] the loss counts; and `loss_count`."""
-    from nemo.collections.llm.gpt.model.base import gpt_data_step
-
-    batch = next(dataloader_iter)
-    rows = (batch[0] if isinstance(batch, tuple) else batch)["loss_mask"].flatten().nonzero().flatten()
-    step: dict[str, Any] = gpt_data_step(iter([batch]), *args, **kwargs)
-    height = max(1, -(-len(rows) // ROWS)) * ROWS
-    padded = torch.zeros(height, dtype=torch.long, pin_memory=torch.cuda.is_available())
-    padded[: len(rows)] = rows
-    return step | {"loss_rows": padded.cuda(non_blocking=True), "loss_count": len(rows)}
-
-
-def forward_step(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    """NeMo's, after telling the head which rows it is to work on."""
-    from nemo.collections.llm.gpt.model.base import gpt_forward_step
-
-    head = model
-    while hasattr(head, "module"):
-        head = head.module
-    head.loss_rows, head.loss_count = batch["loss_rows"], batch["loss_count"]
-    return gpt_forward_step(model, batch)
-
-
-def _postprocess_with(whole: Any) -> Any:
-    def postprocess(self: Any, hidden_states: torch.Tensor, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
-        """Loss [batch, sequence], zero where it does not count, from hidden states [sequence, batch, hidden]."""
-        rows = getattr(self, "loss_rows", None)
-        if labels is None or rows is None or not self.post_process:
-            return whole(self, hidden_states, *args, labels=labels, **kwargs)
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        picked = hidden_states.transpose(0, 1).flatten(0, 1).index_select(0, rows).unsqueeze(1)
-        logits, _ = self.output_layer(picked, weight=weight)
-        loss = self.compute_language_model_loss(labels.flatten().index_select(0, rows).unsqueeze(0), logits).flatten()
-        count = self.loss_count
-        return loss.new_zeros(labels.numel()).index_copy(0, rows[:count], loss[:count]).view_as(labels)
-
-    return postprocess
-END_OF_FTGEN_FILE
-    cat >"$1"/runtime/manifest.py <<'END_OF_FTGEN_FILE'
-"""What a published directory is made of. In: a directory and what identifies it. Out: its manifest, or its first flaw.
-
-manifest.json holds {"format", "source", "origin", "files": {path: {"size": bytes, "mtime": seconds, "sha256": hex}}}:
-`source` identifies what was asked for and is compared, `origin` is what the build met and is not. A file is
-taken for unchanged when it is small and its hash is right, or when its size and its time (in whole seconds: some file
-systems forget the rest) are those of the manifest; a large file with another time is hashed again, so that a copied
-directory stays good. `thorough` hashes every file. Files that the manifest does not name do not matter: frameworks
-leave caches beside their data.
-"""
-
-import json
-import os
-from concurrent.futures import ThreadPoolExecutor
-from hashlib import sha256
-from pathlib import Path
-from typing import Any
-
-FORMAT = 1
-NAME = "manifest.json"
-SMALL = 1 << 20  # bytes; reading less costs about as much as asking for its size on a shared file system
-
-Source = dict[str, Any]
-
-
-def write(directory: Path, source: Source, origin: Source) -> None:
-    """Put a manifest into a finished directory, and everything in it onto the disk."""
-    paths = sorted(path for path in directory.rglob("*") if path.is_file())
-    with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter
-        entries = list(pool.map(_entry, paths))
-    files = {path.relative_to(directory).as_posix(): entry for path, entry in zip(paths, entries, strict=True)}
-    text = json.dumps({"format": FORMAT, "source": source, "origin": origin, "files": files}, indent=1, sort_keys=True)
-    partial = directory / f".{NAME}"
-    partial.write_text(text + "\n")
-    sync(partial)
-    partial.rename(directory / NAME)
-    for folder in [directory, *(path for path in directory.rglob("*") if path.is_dir())]:
-        sync(folder)
-
-
-def flaw(directory: Path, source: Source, *, thorough: bool = False) -> str | None:
-    """What is wrong with a published directory, None when it can be used; never raises for what it finds there."""
-    try:
-        document = json.loads((directory / NAME).read_text())
-        if document["format"] != FORMAT or not document["files"]:
-            return f"{NAME} is of another format"
-        if difference := _difference(document["source"], json.loads(json.dumps(source))):
-            return difference
-        with ThreadPoolExecutor(4) as pool:
-            flaws = pool.map(lambda item: _file_flaw(directory / item[0], item[1], thorough), document["files"].items())
-        return next((found for found in flaws if found), None)
-    except FileNotFoundError:
-        return f"there is no {NAME}" if directory.exists() else "it does not exist"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{NAME} cannot be read: {error}"
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's content or a directory's entries are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file's content."""
-    digest = sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    sync(path)
-    digest, status = sha256_of(path), path.stat()
-    return {"size": status.st_size, "mtime": int(status.st_mtime), "sha256": digest}
-
-
-def _difference(found: Source, wanted: Source) -> str | None:
-    for key in sorted(found.keys() | wanted.keys()):
-        if found.get(key) != wanted.get(key):
-            return f"it was made with {key} = {found.get(key)!r}, not {wanted.get(key)!r}"
-    return None
-
-
-def _file_flaw(path: Path, entry: dict[str, Any], thorough: bool) -> str | None:
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return f"{path.name} is missing"
-    if status.st_size != entry["size"]:
-        return f"{path.name} has {status.st_size} bytes, not {entry['size']}"
-    unchanged = status.st_size > SMALL and int(status.st_mtime) == entry["mtime"]
-    if (thorough or not unchanged) and sha256_of(path) != entry["sha256"]:
-        return f"{path.name} has another content than when it was made"
-    return None
-END_OF_FTGEN_FILE
-    cat >"$1"/runtime/optimizations.py <<'END_OF_FTGEN_FILE'
-"""What makes a step faster than NeMo's stock recipe, each by name. In: a recipe and a plan. Out: the recipe, changed.
-
-`before_imports` comes before NeMo is imported, `apply` once the recipe is built. An optimization that is off leaves the
-stock recipe as it is. Measured effects and numerics of each: the catalogue's optimizations.toml.
-"""
-
-import os
-import sys
-from typing import Any
-
-from runtime.progress import say
-
-Plan = dict[str, Any]
-
-
-def before_imports(plan: Plan) -> None:
-    """What Megatron-Core decides while it is imported."""
-    if plan["optimizations"]["fused_wgrad_accumulation"]:
-        from runtime import wgrad
-
-        sys.modules.setdefault("fused_weight_gradient_mlp_cuda", wgrad)
-
-
-def apply(recipe: Any, plan: Plan) -> None:
-    """Turn on what the plan has on."""
-    on = [name for name, is_on in plan["optimizations"].items() if is_on]
-    say(f"optimizations: {', '.join(on) or 'none, the stock recipe'}")
-    for name in on:
-        _APPLY[name](recipe, plan)
-
-
-def _cuda_graphs(recipe: Any, _plan: Plan) -> None:
-    from runtime import graphs
-
-    if "expandable_segments" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
-        os.environ.pop("PYTORCH_CUDA_ALLOC_CONF")  # Megatron-Core refuses graphs with it
-    recipe.model.config.cuda_graph_impl = "local"
-    recipe.trainer.strategy.use_te_rng_tracker = True
-    recipe.data.packed_sequence_specs.pad_cu_seqlens = True
-    graphs.mend_fp8()
-
-
-def _fused_cross_entropy(recipe: Any, _plan: Plan) -> None:
-    recipe.model.config.cross_entropy_loss_fusion = True
-    recipe.model.config.cross_entropy_fusion_impl = "te"
-
-
-def _loss_tokens_only(recipe: Any, _plan: Plan) -> None:
-    from runtime import loss_tokens
-
-    loss_tokens.install(recipe.model.config)
-
-
-def _scale_small_tensor(_recipe: Any, _plan: Plan) -> None:
-    from runtime import adapters
-
-    adapters.scale_small_tensor()
-
-
-def _fused_wgrad_accumulation(recipe: Any, _plan: Plan) -> None:
-    recipe.model.config.gradient_accumulation_fusion = True
-
-
-def _skip_nan_check(recipe: Any, _plan: Plan) -> None:
-    from runtime.recipe import ddp
-
-    recipe.trainer.strategy.ddp = ddp(recipe, check_for_nan_in_grad=False)
-
-
-def _fused_swiglu(recipe: Any, plan: Plan) -> None:
-    recipe.model.config.use_transformer_engine_op_fuser = True
-    if not plan["optimizations"]["op_fuser"]:
-        from nemo.collections.llm.peft import lora
-
-        lora.HAVE_TE_FUSED_LORA = False  # the same setting would fuse the adapters too, which rounds their input
-
-
-def _skip_shard_transposes(_recipe: Any, _plan: Plan) -> None:
-    from runtime import shards
-
-    shards.skip_transposes()
-
-
-def _short_padding(recipe: Any, _plan: Plan) -> None:
-    from runtime import packs
-
-    packs.short_padding(recipe.data, recipe.model.config)
-
-
-def _merge_micro_batches(recipe: Any, plan: Plan) -> None:
-    from runtime import packs
-
-    count = plan["global_batch_size"] // plan["parallelism"]["data_parallel_size"]
-    packs.merge_micro_batches(recipe.data, recipe.model.config, count)
-
-
-def _op_fuser(recipe: Any, _plan: Plan) -> None:
-    recipe.model.config.use_transformer_engine_op_fuser = True
-
-
-_APPLY = {
-    "cuda_graphs": _cuda_graphs,
-    "fused_cross_entropy": _fused_cross_entropy,
-    "loss_tokens_only": _loss_tokens_only,
-    "scale_small_tensor": _scale_small_tensor,
-    "fused_wgrad_accumulation": _fused_wgrad_accumulation,
-    "skip_nan_check": _skip_nan_check,
-    "fused_swiglu": _fused_swiglu,
-    "skip_shard_transposes": _skip_shard_transposes,
-    "short_padding": _short_padding,
-    "merge_micro_batches": _merge_micro_batches,
-    "op_fuser": _op_fuser,
-}
-END_OF_FTGEN_FILE
-    cat >"$1"/runtime/packs.py <<'END_OF_FTGEN_FILE'
-"""How a step's packed sequences are laid out for the model. In: a recipe's data and model. Out: both, with steps that do so.
-
-`short_padding`: what fills a pack up is one sequence more to attention and rotary embedding, as long as the emptiest pack of
-all leaves it, and with padded cu_seqlens all sequences are worked on as if they were that long. Here it is cut into
-sequences no longer than the longest example.
-
-`merge_micro_batches`: the stock recipe runs micro-batches of one pack one after the other. Here the batch of a step,
-[packs, length], is laid end to end as [1, packs * length]; attention keeps to the examples, because their boundaries
-(cu_seqlens) come along. The gradient is the stock one: every token's loss is weighted so that the packs' means are averaged,
-as they are when they are micro-batches of their own, however many tokens with a loss each has. The logged loss is the mean
-over all tokens, as always.
-"""
-
-import json
-from collections.abc import Iterator
-from itertools import pairwise
-from pathlib import Path
-from typing import Any
-
-import torch
-
-MULTIPLE = 64  # of tokens that attention works on at a time: the longest sequence is said to be a multiple of it
-
-
-def short_padding(data: Any, config: Any) -> None:
-    """Make a GPTConfig's steps cut the padding of packs. For packed data and one context-parallel rank."""
-    metadata = json.loads(Path(data.packed_sequence_specs.packed_metadata_path).read_text())
-    longest = max(split["dataset_max_seqlen"] for split in metadata)
-    config.data_step_fn = _Step(config.data_step_fn, lambda batch: cut_padding(batch, -(-longest // MULTIPLE) * MULTIPLE))
-
-
-def merge_micro_batches(data: Any, config: Any, packs: int) -> None:
-    """Make NeMo's data module give a step's whole batch, and a GPTConfig's steps merge it. For packed data, CP = PP = 1."""
-    from nemo.collections.llm.gpt.data.fine_tuning import FineTuningDataModule
-    from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
-
-    FineTuningDataModule.validate_batch_size_for_packed_sequence = lambda _self: None  # it allows one pack alone
-    data.micro_batch_size = packs
-    config.data_step_fn = _Step(config.data_step_fn, merge)
-    MaskedTokenLossReduction.forward = _weighted(MaskedTokenLossReduction.forward)
-
-
-class _Step:
-    """A data step that changes the batch that it reads, on the CPU, and leaves the rest to the one that it was made from."""
-
-    def __init__(self, step: Any, change: Any) -> None:
-        self.step, self.change = step, change
-
-    def __call__(self, dataloader_iter: Iterator[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        batch = next(dataloader_iter)
-        changed = self.change(batch[0] if isinstance(batch, tuple) else batch)
-        step: dict[str, Any] = self.step(iter([changed]), *args, **kwargs)
-        if "loss_weights" in changed and step.get("loss_weights") is None:  # NeMo's step drops what it does not know
-            step["loss_weights"] = changed["loss_weights"].cuda(non_blocking=True)
-        return step
-
-
-def cut_padding(batch: dict[str, Any], longest: int) -> dict[str, Any]:
-    """A batch of one row with no sequence of more than `longest` tokens, which no example has: only padding is cut.
-
-    cu_seqlens [1, n] grows by as much as the longest padding would need, always: CUDA graphs want one shape.
-    """
-    ends = _ends(batch)[0]
-    cut = [0]
-    for begin, end in pairwise(ends):
-        cut += [*range(begin + longest, end, longest), end]
-    count = len(ends) + ends[-1] // longest
-    cut += [ends[-1]] * (count - len(cut))
-    return batch | _cu_seqlens(cut) | {"max_seqlen": torch.tensor([[longest]], dtype=torch.int32)}
-
-
-def merge(batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch [packs, length] of NeMo's packed dataset as one of [1, packs * length], with `loss_weights` of that shape."""
-    _, length = batch["tokens"].shape
-    rows = _ends(batch)
-    ends = sorted({0} | {pack * length + end for pack, row in enumerate(rows) for end in row})
-    count = sum(len(row) - 1 for row in rows) + 1  # the same for every batch where NeMo pads cu_seqlens
-    ends += [ends[-1]] * (count - len(ends))
-    flat = {key: batch[key].reshape(1, -1) for key in ("tokens", "labels", "loss_mask", "position_ids")}
-    return {
-        **flat,
-        **_cu_seqlens(ends),
-        "attention_mask": batch["attention_mask"][:1],
-        "max_seqlen": batch["max_seqlen"].max().reshape(1, 1),
-        "loss_weights": _loss_weights(batch["loss_mask"]).reshape(1, -1),
-    }
-
-
-def _ends(batch: dict[str, Any]) -> list[list[int]]:
-    """Of each row the boundaries of its sequences, from 0 on; NeMo's cu_seqlens holds -1 behind them."""
-    lengths = batch["cu_seqlens_argmin"].flatten().tolist()
-    return [row[:length] for row, length in zip(batch["cu_seqlens"].tolist(), lengths, strict=True)]
-
-
-def _cu_seqlens(ends: list[int]) -> dict[str, torch.Tensor]:
-    """One row's boundaries as NeMo's forward step reads them."""
-    return {
-        "cu_seqlens": torch.tensor([[*ends, -1]], dtype=torch.int32),
-        "cu_seqlens_argmin": torch.tensor([[len(ends)]]),
-    }
-
-
-def _loss_weights(loss_mask: torch.Tensor) -> torch.Tensor:
-    """[packs, length], float32: what a token's loss counts, for the mean over all tokens to be that of the packs' means."""
-    tokens = loss_mask.sum(dim=1, keepdim=True, dtype=torch.float32)
-    return (tokens.sum() / (len(loss_mask) * tokens.clamp(min=1))).expand(loss_mask.shape)
-
-
-def _weighted(stock: Any) -> Any:
-    def forward(self: Any, batch: dict[str, Any], loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        """The weighted sum of the losses for the gradient; what is logged is not weighted."""
-        total, tokens, logged = stock(self, batch, loss)
-        if batch.get("loss_weights") is not None:
-            total = (loss.float() * batch["loss_mask"] * batch["loss_weights"]).sum()
-        return total, tokens, logged
-
-    return forward
-END_OF_FTGEN_FILE
-    cat >"$1"/runtime/profile.py <<'END_OF_FTGEN_FILE'
-"""Profiling some steps of some ranks. In: plan["profile"]. Out: a file for each rank in $FTGEN_RUN_DIR/profile.
-
-"nsys": the process becomes a child of Nsight Systems, which records between cudaProfilerStart and cudaProfilerStop.
-"pytorch": torch.profiler, written as a Chrome trace. Steps are counted as in the log, from 0.
-"""
-
-import os
-import shutil
-import sys
-from pathlib import Path
-from typing import Any
-
-from runtime.errors import JobError
-from runtime.progress import say
-
-Plan = dict[str, Any]
-INSIDE = "FTGEN_INSIDE_NSYS"  # set for the process that Nsight Systems started
-
-
-def wanted(plan: Plan) -> bool:
-    """Whether this process is one of those to profile."""
-    return bool(plan.get("profile")) and int(os.environ.get("RANK", "0")) in plan["profile"]["ranks"]
-
-
-def file(plan: Plan) -> Path:
-    """Where the profile of this rank goes, without its suffix."""
-    run = os.environ.get("FTGEN_RUN_DIR") or Path(os.environ.get("STAGE_PATH") or Path.cwd(), "logs")
-    steps = f"steps_{plan['profile']['first_step']}-{plan['profile']['last_step']}"
-    return Path(run, "profile", f"{steps}_rank_{os.environ.get('RANK', '0')}")
-
-
-def enter(plan: Plan) -> None:
-    """Start this process again under Nsight Systems, if that is wanted and not done yet. JobError: there is no nsys."""
-    if not wanted(plan) or plan["profile"]["tool"] != "nsys" or INSIDE in os.environ:
-        return
-    nsys = shutil.which("nsys")
-    if not nsys:
-        raise JobError("there is no nsys on this node", 'install Nsight Systems, or set profile.tool = "pytorch"')
-    file(plan).parent.mkdir(parents=True, exist_ok=True)
-    os.environ[INSIDE] = "1"
-    options = ["--trace=cuda,nvtx", "--capture-range=cudaProfilerApi", "--capture-range-end=stop", "--force-overwrite=true"]
-    command = [nsys, "profile", *options, f"--output={file(plan)}", sys.executable, *sys.argv]
-    say("profiling: " + " ".join(command))
-    sys.stdout.flush()
-    os.execv(nsys, command)  # noqa: S606 - the profiler takes this process's place
-
-
-def add(recipe: Any, plan: Plan) -> None:
-    """Let the recipe's trainer start and stop the profiler."""
-    if not wanted(plan):
-        return
-    import nemo_run as run
-
-    asked = plan["profile"]
-    callback = run.Config(_callback(), asked["tool"], asked["first_step"], asked["last_step"], str(file(plan)))
-    recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), callback]
-
-
-def _callback() -> Any:
-    from runtime.profiler import Profiler
-
-    return Profiler
-END_OF_FTGEN_FILE
-    cat >"$1"/runtime/profiler.py <<'END_OF_FTGEN_FILE'
-"""The callback that records some steps. In: the tool, the steps, a file. Out: what the tool writes.
-
-This module imports torch and Lightning: only a training that is profiled does.
-"""
-
-from pathlib import Path
-from typing import Any
-
-import torch
-from lightning.pytorch.callbacks import Callback
-
-from runtime.progress import say
-
-
-class Profiler(Callback):  # type: ignore[misc]
-    """Records from the start of `first_step` to the end of `last_step`, counted from 0."""
-
-    def __init__(self, tool: str, first_step: int, last_step: int, file: str) -> None:
-        self.tool, self.first_step, self.last_step, self.file = tool, first_step, last_step, Path(file)
-        self.profile: Any = None
-
-    def on_train_batch_start(self, trainer: Any, *_args: Any) -> None:
-        """Start before the first step."""
-        if trainer.global_step != self.first_step:
-            return
-        if self.tool == "nsys":
-            torch.cuda.synchronize()
-            torch.cuda.profiler.start()
-            return
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-        self.profile = torch.profiler.profile(activities=activities, record_shapes=True)
-        self.profile.start()
-
-    def on_train_batch_end(self, trainer: Any, *_args: Any) -> None:
-        """Stop after the last one."""
-        if trainer.global_step != self.last_step + 1:  # Lightning has counted the step by now
-            return
-        if self.tool == "nsys":
-            torch.cuda.synchronize()
-            torch.cuda.profiler.stop()
-        elif self.profile:
-            self.profile.stop()
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.profile.export_chrome_trace(f"{self.file}.json")
-            say(f"profile: {self.file}.json")
-            self.profile = None
-END_OF_FTGEN_FILE
-    cat >"$1"/runtime/progress.py <<'END_OF_FTGEN_FILE'
-"""Lines that say what the job is doing, whole ones, as they happen; under several ranks the first alone speaks."""
-
-import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-
-def say(text: str, *, any_rank: bool = False) -> None:
-    """Print `ftgen: text` at once; ranks other than 0 are silent, unless what they say happens in one rank alone."""
-    if any_rank or os.environ.get("RANK", "0") == "0":
-        print(f"ftgen: {text}", flush=True)
-
-
-@contextmanager
-def timed(what: str) -> Iterator[None]:
-    """Say `what` when it begins, and the seconds it took when it ends well."""
-    say(f"{what} ...")
-    begin = time.monotonic()
-    yield
-    say(f"{what}: done in {time.monotonic() - begin:.1f} s")
-END_OF_FTGEN_FILE
-    cat >"$1"/runtime/random_llama.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/weights/random_llama.py <<'END_OF_FTGEN_FILE'
 """A Llama of the plan's shape with random weights, in Hugging Face format. In: a plan. Out: a directory to import.
 
 It is for speed: it trains as fast as the real one, and no hub is needed. The tokenizer is a byte-level BPE of exactly
@@ -2620,7 +3132,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime import text
+from runtime.data import synthetic_text
 
 if TYPE_CHECKING:
     import torch
@@ -2693,8 +3205,8 @@ def _write_tokenizer(vocab_size: int, max_length: int, directory: Path) -> None:
 def _corpus(vocab_size: int) -> list[str]:
     """Text with enough different names to give as many tokens as are asked for."""
     rng = random.Random(vocab_size)  # noqa: S311
-    examples = (text.example(rng) for _ in range(400))
-    names = [text.name(rng) for _ in range(vocab_size // 2)]
+    examples = (synthetic_text.example(rng) for _ in range(400))
+    names = [synthetic_text.name(rng) for _ in range(vocab_size // 2)]
     return [f"{example['input']} {example['output']}" for example in examples] + [f" {name}" for name in names]
 
 
@@ -2751,7 +3263,7 @@ def _weight(shape: tuple[int, ...], dtype: "torch.dtype", generator: "torch.Gene
     mean = 1 if len(shape) == 1 else 0  # the norms
     return torch.empty(shape, dtype=dtype).normal_(mean, STD, generator=generator)
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/read_ahead.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/weights/read_ahead.py <<'END_OF_FTGEN_FILE'
 """The checkpoint's weights, read while NeMo is imported. In: a folder. Out: its files in the node's page cache, perhaps.
 
 Loading then finds in memory what would come from a disk. Nothing depends on it: it stops at the first error, and leaves
@@ -2798,335 +3310,6 @@ def _free() -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)
-END_OF_FTGEN_FILE
-    cat >"$1"/runtime/recipe.py <<'END_OF_FTGEN_FILE'
-"""NeMo's own fine-tuning recipe with the plan's numbers. In: plan, checkpoint, data. Out: what trains when called.
-
-This module imports NeMo (15-40 s): only a training does.
-"""
-
-import functools
-import importlib
-import inspect
-from pathlib import Path
-from typing import Any
-
-import nemo_run as run
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
-from megatron.core.distributed import DistributedDataParallelConfig
-from nemo import lightning as nl
-from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
-from nemo.collections.llm.recipes.precision.mixed_precision import bf16_with_fp8_mixed
-from nemo.lightning import _strategy_lib
-
-from runtime import optimizations, profile
-from runtime.data import Files
-from runtime.progress import say
-
-Plan = dict[str, Any]
-ARCHITECTURE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
-
-
-def build(plan: Plan, checkpoint: Path, files: Files, log_directory: Path) -> Any:
-    """The recipe as a `run.Partial`; `fdl.build(recipe)()` trains. Nothing is written outside `log_directory`."""
-    recipe = stock(plan, log_directory)
-    set_model(recipe, plan)
-    _set_scheme(recipe, plan)
-    _set_optimizer(recipe, plan)
-    _set_parallelism(recipe, plan)
-    _set_precision(recipe, plan)
-    _set_data(recipe, plan, files)
-    _set_trainer(recipe, plan)
-    recipe.log.ckpt = recipe.log.tensorboard = None
-    recipe.log.use_datetime_version = False
-    recipe.resume = run.Config(nl.AutoResume, restore_config=run.Config(nl.RestoreConfig, path=str(checkpoint)))
-    if plan["gpu"]["name"] == "cpu":
-        _for_the_cpu(recipe)
-    optimizations.apply(recipe, plan)
-    profile.add(recipe, plan)
-    # The seed of adapters and dropout is no setting of NeMo's: its default stands in this function's signature.
-    _strategy_lib.init_parallel_ranks = functools.partial(_strategy_lib.init_parallel_ranks, seed=plan["seed"])
-    return recipe
-
-
-def stock(plan: Plan, log_directory: Path) -> Any:
-    """NeMo's own recipe of the model, with as much of the plan as it takes; not every model's takes all of it."""
-    library = importlib.import_module(f"nemo.collections.llm.recipes.{plan['model']['nemo_recipe']}")
-    arguments = {
-        "dir": str(log_directory),
-        "name": "nemo",
-        "num_nodes": plan["nodes"],
-        "num_gpus_per_node": plan["gpus_per_node"],
-        "peft_scheme": "lora" if plan["scheme"] == "lora" else "none",
-        "seq_length": plan["seq_length"],
-        "packed_sequence": plan["data"]["packed"],
-        "performance_mode": True,
-    }
-    taken = inspect.signature(library.finetune_recipe).parameters
-    return library.finetune_recipe(**{key: value for key, value in arguments.items() if key in taken})
-
-
-def set_model(recipe: Any, plan: Plan) -> None:
-    """The plan's architecture, over that of the recipe's model."""
-    config, model = recipe.model.config, plan["model"]
-    for key in ARCHITECTURE:
-        setattr(config, key, model[key])
-    config.rotary_base = int(model["rope_theta"])
-    config.kv_channels = model["head_size"]
-    config.share_embeddings_and_output_weights = model["tied_embeddings"]
-    config.add_qkv_bias = model["qkv_bias"]
-    if model["rope_scaling_factor"]:
-        config.scale_factor = model["rope_scaling_factor"]
-    config.seq_length = recipe.data.seq_length = plan["seq_length"]
-    # some of NeMo's recipes count embedding and loss as layers of the pipeline; the plan counts the layers alone
-    config.account_for_embedding_in_pipeline_split = config.account_for_loss_in_pipeline_split = False
-
-
-def _set_scheme(recipe: Any, plan: Plan) -> None:
-    if plan["scheme"] == "lora":
-        recipe.peft.dim = plan["lora"]["rank"]
-        recipe.peft.alpha = plan["lora"]["alpha"]
-        recipe.peft.dropout = plan["lora"]["dropout"]
-        recipe.peft.target_modules = plan["lora"]["targets"]
-
-
-def _set_optimizer(recipe: Any, plan: Plan) -> None:
-    recipe.optim.config.lr = plan["optimizer"]["learning_rate"]
-    warmup = min(plan["optimizer"]["warmup_steps"], plan["max_steps"] - 1)  # the schedule refuses a longer one
-    if warmup != plan["optimizer"]["warmup_steps"]:
-        say(f"warmup: {warmup} steps, because max_steps = {plan['max_steps']}")
-    recipe.optim.lr_scheduler.warmup_steps = warmup
-
-
-def _set_parallelism(recipe: Any, plan: Plan) -> None:
-    strategy, split = recipe.trainer.strategy, plan["parallelism"]
-    for key in (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "context_parallel_size",
-        "virtual_pipeline_model_parallel_size",
-        "sequence_parallel",
-    ):
-        setattr(strategy, key, split[key])
-    if split["context_parallel_size"] > 1:
-        # A rank whose part of the sequence holds no answer has no loss of its own: NeMo insists on these two.
-        recipe.model.config.calculate_per_token_loss = True
-        strategy.ddp = ddp(recipe, average_in_collective=False)
-
-
-def ddp(recipe: Any, **changes: Any) -> Any:
-    """The recipe's settings of data parallelism, which may be a word, with changes."""
-    settings = recipe.trainer.strategy.ddp
-    if isinstance(settings, str):
-        settings = run.Config(DistributedDataParallelConfig, check_for_nan_in_grad=True)
-    for key, value in changes.items():
-        setattr(settings, key, value)
-    return settings
-
-
-def _set_precision(recipe: Any, plan: Plan) -> None:
-    if plan["precision"] == "fp8":
-        recipe.trainer.plugins = bf16_with_fp8_mixed()
-    recipe.trainer.plugins.grad_reduce_in_fp32 = False
-
-
-def _set_data(recipe: Any, plan: Plan, files: Files) -> None:
-    # The module is called SquadDataModule, and downloads nothing where training.jsonl exists.
-    recipe.data.dataset_root = str(files.examples)
-    recipe.data.seed = plan["seed"]
-    recipe.data.global_batch_size = plan["global_batch_size"]
-    recipe.data.micro_batch_size = plan["micro_batch_size"]
-    if files.packed:
-        recipe.data.packed_sequence_specs = run.Config(
-            PackedSequenceSpecs,
-            packed_sequence_size=plan["seq_length"],
-            packed_train_data_path=str(files.packed / "training.npy"),
-            packed_val_data_path=str(files.packed / "validation.npy"),
-            packed_metadata_path=str(files.packed / "metadata.json"),
-        )
-
-
-def _set_trainer(recipe: Any, plan: Plan) -> None:
-    trainer = recipe.trainer
-    trainer.max_steps = plan["max_steps"]
-    trainer.limit_val_batches = 0
-    trainer.val_check_interval = None
-    trainer.enable_checkpointing = False
-    trainer.logger = False
-    # Launchers differ in the variables that they set; the job's script sets torchrun's, whatever started it.
-    trainer.plugins = [trainer.plugins, run.Config(TorchElasticEnvironment)]
-
-
-def _for_the_cpu(recipe: Any) -> None:
-    from runtime import cpu
-
-    for key, value in cpu.plain().items():
-        setattr(recipe.model.config, key, value)
-    trainer, optimizer = recipe.trainer, recipe.optim.config
-    trainer.accelerator = "cpu"
-    trainer.plugins = trainer.plugins[1:]  # no mixed precision
-    trainer.callbacks = [callback for callback in trainer.callbacks if "CommOverlap" not in str(callback)]
-    trainer.strategy.ddp = ddp(recipe, overlap_grad_reduce=False, overlap_param_gather=False)
-    trainer.strategy.pipeline_dtype = None
-    optimizer.bf16 = False
-    optimizer.use_distributed_optimizer = False
-    optimizer.clip_grad = 0.0  # its kernel is CUDA's
-    recipe.data.num_workers = 0
-END_OF_FTGEN_FILE
-    cat >"$1"/runtime/shards.py <<'END_OF_FTGEN_FILE'
-"""Shards of FP8 weights, cast after the optimizer's step. In: nothing. Out: Transformer Engine, changed for this process.
-
-With a distributed optimizer each rank casts its shard of every weight to FP8, as a matrix of one row. Transformer Engine
-writes a transpose of that row as well, which nobody reads (the weight's own is made once all shards are there) and which
-takes far longer than the cast.
-"""
-
-from typing import Any
-
-
-def skip_transposes() -> None:
-    """Leave the transposes of shards out; call it once, before the optimizer is built. The weights are the same bits."""
-    from transformer_engine.pytorch.tensor import utils
-
-    utils._cast_master_weights_to_fp8_delayed_scaling = _without_transposes(
-        utils._cast_master_weights_to_fp8_delayed_scaling
-    )
-
-
-def _without_transposes(cast: Any) -> Any:
-    def cast_rows(weights: list[Any], *args: Any, **kwargs: Any) -> None:
-        quantizers = [weight._get_quantizer() for weight, *_ in weights]
-        wanted = [quantizer.columnwise_usage for quantizer in quantizers]
-        for quantizer in quantizers:
-            quantizer.set_usage(columnwise=False)
-        cast(weights, *args, **kwargs)
-        for quantizer, columnwise in zip(quantizers, wanted, strict=True):
-            quantizer.set_usage(columnwise=columnwise)
-
-    return cast_rows
-END_OF_FTGEN_FILE
-    cat >"$1"/runtime/text.py <<'END_OF_FTGEN_FILE'
-"""Made-up text with the statistics of SQuAD: contexts, questions, answers. In: a random.Random. Out: words.
-
-Most words are the commonest English ones, drawn by Zipf's law, so that a real tokenizer cuts the text into about as
-many tokens as real text; the rest are invented names, so that a tokenizer can be trained to any vocabulary on it.
-"""
-
-import random
-from itertools import accumulate
-
-ENGLISH = """
-the of and to in a is that for it was on are as with his they at be this from have or by one had not but what all were
-when we there can an your which their said if do will each about how up out them then she many some so these would
-other into has more her two like him see time could no make than first been its who now people my made over did down
-only way find use may water long little very after words called just where most know get through back much before also
-around another came come work three word must because does part even place well such here take why things help put
-years different away again off went old number great tell men say small every found still between name should home big
-give air line set own under read last never us left end along while might next sound below saw something thought both
-few those always looked show large often together asked house world going want school important until form food keep
-children feet land side without boy once animals life enough took four head above kind began almost live page got
-earth need far hand high year mother light parts country father let night following picture being study second eyes
-soon times story boys since white days ever paper hard near sentence better best across during today others however
-sure means knew try told young miles sun ways thing whole hear example heard several change answer room sea against
-top turned learn point city play toward five using himself usually century government university war state system
-music church river
-"""
-COMMON = ENGLISH.split()
-ONSETS = [
-    "b",
-    "br",
-    "c",
-    "ch",
-    "cl",
-    "d",
-    "dr",
-    "f",
-    "fl",
-    "g",
-    "gr",
-    "h",
-    "j",
-    "k",
-    "l",
-    "m",
-    "n",
-    "p",
-    "pl",
-    "qu",
-    "r",
-    "s",
-    "sh",
-    "st",
-    "t",
-    "th",
-    "tr",
-    "v",
-    "w",
-    "z",
-]
-VOWELS = ["a", "e", "i", "o", "u", "ai", "ea", "io", "ou", "y"]
-CODAS = ["", "", "", "n", "r", "s", "l", "t", "nd", "rk", "m", "st"]
-QUESTIONS = ["What", "Who", "Where", "When", "Which", "How"]
-NAME_SHARE = 0.06  # of the words of a context
-CONTEXT_WORDS, CONTEXT_SPREAD = 140, 45  # with question and answer an example has about 160
-_WEIGHTS = list(accumulate(1 / (rank + 2) for rank in range(len(COMMON))))
-
-
-def name(rng: random.Random) -> str:
-    """An invented name of one to four syllables."""
-    syllables = rng.choice((1, 2, 2, 3, 3, 4))
-    letters = "".join(rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(syllables))
-    return letters.capitalize()
-
-
-def words(rng: random.Random, count: int, names: list[str]) -> list[str]:
-    """Common words by frequency, now and then one of `names`."""
-    drawn = rng.choices(COMMON, cum_weights=_WEIGHTS, k=count)
-    return [rng.choice(names) if rng.random() < NAME_SHARE else word for word in drawn]
-
-
-def context(rng: random.Random, names: list[str]) -> list[str]:
-    """A paragraph's words, in sentences."""
-    count = max(20, round(rng.gauss(CONTEXT_WORDS, CONTEXT_SPREAD)))
-    drawn = words(rng, count, names)
-    start = 0
-    while start < count:
-        end = min(count, start + rng.randint(8, 24))
-        drawn[start] = drawn[start][0].upper() + drawn[start][1:]
-        drawn[end - 1] += "."
-        start = end
-    return drawn
-
-
-def example(rng: random.Random) -> dict[str, str]:
-    """One example in the form that NeMo gives SQuAD: the answer is a span of the context."""
-    paragraph = context(rng, [name(rng) for _ in range(3)])
-    length = rng.choice((1, 1, 2, 2, 3, 4, 6))
-    start = rng.randrange(len(paragraph) - length)
-    question = f"{rng.choice(QUESTIONS)} {' '.join(words(rng, rng.randint(6, 12), paragraph[start : start + 1]))}?"
-    return {
-        "input": f"Context: {' '.join(paragraph)} Question: {question} Answer:",
-        "output": " ".join(paragraph[start : start + length]).rstrip("."),
-    }
-END_OF_FTGEN_FILE
-    cat >"$1"/runtime/wgrad.py <<'END_OF_FTGEN_FILE'
-"""Weight gradients added where they are kept, without APEX. In: a GEMM's operands. Out: nothing; `main_grad` grows.
-
-Stands in for APEX's extension `fused_weight_gradient_mlp_cuda`, whose presence Megatron-Core and NeMo take for leave to
-fuse: Transformer Engine's own GEMMs then accumulate into main_grad, and these two serve Megatron's LM head.
-"""
-
-import torch
-
-
-def wgrad_gemm_accum_fp16(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
-    """main_grad [out, in] += grad_outputᵀ [out, n] @ inputs [n, in], all of one 16-bit type."""
-    main_grad.addmm_(grad_output.t(), inputs)
-
-
-def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
-    """main_grad [out, in] (float32) += grad_outputᵀ [out, n] @ inputs [n, in]."""
-    main_grad.add_(grad_output.t() @ inputs)
 END_OF_FTGEN_FILE
     cat >"$1"/sft_bf16_8.py <<'END_OF_FTGEN_FILE'
 #!/usr/bin/env python3
@@ -3287,7 +3470,7 @@ HERE = Path(__file__).resolve().parent
 def find_runtime() -> None:
     """Put the folder that holds runtime/ on the path: beside this file in a run directory, above it in ftgen's sources."""
     for folder in (HERE, HERE.parent):
-        if (folder / "runtime" / "finetune.py").is_file():
+        if (folder / "runtime" / "check.py").is_file():
             sys.path.insert(0, str(folder))
             return
     sys.exit(f"ftgen: error: no runtime/ beside {__file__}\n  hint: bash {PLAN['name']}.sh --unpack FOLDER writes both")
@@ -3327,11 +3510,11 @@ def set_ranks() -> None:
 
 def finetune() -> int:
     """Train; where several ranks do, a failure says whose it is, on each line, however many fail at once."""
-    from runtime import finetune
-    from runtime.errors import JobError
+    from runtime.engines.nemo import train
+    from runtime.job.errors import JobError
 
     try:
-        return finetune.finetune(PLAN)
+        return train.train(PLAN)
     except Exception as error:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
@@ -3346,7 +3529,7 @@ def main(command: str) -> int:
     find_runtime()
     set_environment()
     find_sources()
-    from runtime.errors import JobError
+    from runtime.job.errors import JobError
 
     try:
         if command == "finetune":
@@ -3361,11 +3544,11 @@ def main(command: str) -> int:
 
             return check.packages(PLAN)
         if command in {"converted", "convert", "verify"}:
-            from runtime import checkpoint
+            from runtime.engines.nemo import convert
 
             if command == "converted":
-                return 0 if checkpoint.converted(PLAN) else 1
-            return checkpoint.convert(PLAN) if command == "convert" else checkpoint.verify(PLAN)
+                return 0 if convert.converted(PLAN) else 1
+            return convert.convert(PLAN) if command == "convert" else convert.verify(PLAN)
     except JobError as error:
         print(f"ftgen: error: {error}", file=sys.stderr, flush=True)
         return 1

@@ -1,1 +1,4 @@
-"""What runs inside the job: the standard library and the framework, never ftgen."""
+"""What runs inside the job. It uses the standard library and the framework, never ftgen.
+
+In: the plan in the job's entrypoint. Out: a checkpoint, data, step lines. Start with `check.py` and `engines/nemo/train.py`.
+"""

@@ -14,9 +14,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from runtime import checkpoint, data
-from runtime.errors import JobError
-from runtime.progress import say
+from runtime.data import jsonl
+from runtime.engines.nemo import convert
+from runtime.job.errors import JobError
+from runtime.job.progress import say
 
 Plan = dict[str, Any]
 # Package, the versions that work (a prefix), why others do not.
@@ -75,9 +76,9 @@ def _packages(plan: Plan) -> Iterator[JobError]:
 
 def _weights(plan: Plan) -> Iterator[JobError]:
     asked = plan["checkpoint"]
-    if checkpoint.converted(plan):
+    if convert.converted(plan):
         return
-    if asked["source"] == "directory" and not (folder := checkpoint.user_directory(plan)).is_dir():
+    if asked["source"] == "directory" and not (folder := convert.user_directory(plan)).is_dir():
         yield JobError(f"checkpoint.path: there is no folder {folder}", "give the path of a Hugging Face checkpoint")
     if asked["gated"] and not _has_token():
         yield JobError(
@@ -98,7 +99,7 @@ def _has_token() -> bool:
 def _data(plan: Plan) -> Iterator[JobError]:
     if plan["data"]["kind"] == "jsonl":
         try:
-            data.user_file(plan)
+            jsonl.user_file(plan)
         except JobError as problem:
             yield problem
 

@@ -1,10 +1,10 @@
 """Runs made up in memory, for tests of what is made of them."""
 
-from ftgen.identity import from_name
-from ftgen.log_lines import Log, Step
-from ftgen.logs import Run
-from ftgen.steps import Steps
-from ftgen.summarize import judge
+from ftgen.logs.identity import from_name
+from ftgen.logs.log import Log, Step
+from ftgen.logs.read import Run
+from ftgen.logs.steps import Steps
+from ftgen.results.summary import judge
 
 
 def log_of(experiment, times, batch=32):

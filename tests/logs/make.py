@@ -10,9 +10,9 @@ from pathlib import Path
 
 import zstandard
 
-from ftgen.plan import resolve
-from ftgen.site import Site
-from ftgen.spec import Spec
+from ftgen.plan.plan import resolve
+from ftgen.spec.site import Site
+from ftgen.spec.spec import Spec
 
 HERE = Path(__file__).parent
 WOBBLE = (-0.01, 0.01)  # around the mean, so that the last steps' mean is not any one step's time
@@ -280,7 +280,7 @@ def intervals():
     run("intervals", what.experiment, 14, [*nemo, *stopped], plan=what, head=what)
 
 
-def doubtful():
+def warned():
     """All steps are there, and yet the figures are not to be trusted."""
     what = plan("sft", "bf16", 8, 25)
 
@@ -291,7 +291,7 @@ def doubtful():
             step_line(step, 24, 32, time_s, **{key: of(step, time_s) for key, of in keys.items()})
             for step, time_s in enumerate(seconds)
         ]
-        run("doubtful", what.experiment, run_id, lines + ended(), plan=what, head=what)
+        run("warned", what.experiment, run_id, lines + ended(), plan=what, head=what)
 
     def slow(seconds):
         seconds[20] = 2.9
@@ -318,10 +318,10 @@ def doubtful():
     case(8, steady, peak_memory_usage=lambda step, _: 72613349376 if step == 11 else 52613349376)
     case(9, steady, global_batch_size=lambda step, _: 64 if step > 20 else 32)
     other = plan("sft", "bf16", 8, 25, micro_batch_size=2)
-    run("doubtful", what.experiment, 10, step_lines(25, 32, 1.32) + ended(), plan=what, head=other)
+    run("warned", what.experiment, 10, step_lines(25, 32, 1.32) + ended(), plan=what, head=other)
 
 
 if __name__ == "__main__":
-    for make in (documented, sizes, verdicts, launcher, restarts, plans, garbled, elsewhere, intervals, doubtful):
+    for make in (documented, sizes, verdicts, launcher, restarts, plans, garbled, elsewhere, intervals, warned):
         shutil.rmtree(HERE / make.__name__ / "logs", ignore_errors=True)
         make()

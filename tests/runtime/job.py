@@ -7,23 +7,23 @@ from pathlib import Path
 
 def main() -> int:
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    from runtime.errors import JobError
+    from runtime.job.errors import JobError
 
     plan = json.loads(Path(sys.argv[1]).read_text())
     try:
         if sys.argv[2] == "check":
-            from runtime import check
+            from runtime.job import check
 
             return check.check(plan)
         if sys.argv[2] == "finetune":
-            from runtime import finetune, imports
+            from runtime.engines.nemo import imports, train
 
-            status = finetune.finetune(plan)
+            status = train.finetune(plan)
             there = {name: sys.modules.get(name) for name in imports.DEFERRED}
             used = [name for name, module in there.items() if module and not isinstance(module, imports.StandIn)]
             print(f"deferred packages that were used: {used}")
             return status
-        from runtime import checkpoint
+        from runtime.engines.nemo import checkpoint
 
         if sys.argv[2] == "converted":
             return 0 if checkpoint.converted(plan) else 1

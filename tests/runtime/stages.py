@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ftgen.plan import resolve
-from ftgen.site import Site
-from ftgen.spec import Spec
+from ftgen.plan.plan import resolve
+from ftgen.spec.site import Site
+from ftgen.spec.spec import Spec
 
 JOB = Path(__file__).with_name("job.py")
 TINY: dict[str, Any] = {

@@ -21,7 +21,7 @@ OTHER_SPLIT = {
 READER = """
 import importlib, json, sys, tempfile
 from pathlib import Path
-from runtime import recipe as ours
+from runtime.engines.nemo import recipe as ours
 KEYS = ("num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels rotary_base add_qkv_bias "
         "share_embeddings_and_output_weights scale_factor").split()
 def read(recipe):
@@ -43,7 +43,7 @@ SPEC = 'scheme = "{scheme}"\nprecision = "bf16"\ngpus = {gpus}\nmodel = "{model}
 @pytest.fixture(scope="module")
 def configurations(tmp_path_factory) -> dict[str, tuple[dict, dict, dict]]:
     """By model and scheme: the plan, NeMo's recipe, and the same with the plan over it."""
-    from ftgen.experiment import load
+    from ftgen.plan.experiment import load
 
     folder = tmp_path_factory.mktemp("catalogue")
     plans = {}

@@ -1,7 +1,7 @@
 """What a job says of its surroundings reaches the report."""
 
-from ftgen.endings import endings
-from runtime import environment
+from ftgen.logs.failures import endings
+from runtime.job import environment
 
 
 def test_the_environment_is_one_line_that_the_reader_of_logs_understands(capsys, monkeypatch):

@@ -11,7 +11,8 @@ CONVERT = """
 import sys
 from pathlib import Path
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
-from runtime import importer, random_llama
+from runtime.engines.nemo import importer
+from runtime.weights import random_llama
 folder = Path(sys.argv[1])
 shape = dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False)

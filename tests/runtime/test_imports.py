@@ -11,7 +11,7 @@ from typing import Any, Optional, Union
 
 import pytest
 
-from runtime.imports import DEFERRED, MANAGED_MEMORY, NOTHING_TO_DO, OFF, Deferring, StandIn
+from runtime.engines.nemo.imports import DEFERRED, MANAGED_MEMORY, NOTHING_TO_DO, OFF, Deferring, StandIn
 
 FILES = {
     "slow/__init__.py": "import sys\nsys.slow_was_imported = True\n__version__ = '1.2'\nLIMIT = 3\nNAMES = ['a', 'b']\n",
@@ -109,10 +109,10 @@ def test_a_package_that_is_broken_says_so_when_it_is_used(slow: Deferring) -> No
 
 SCRIPT = """
 import json, sys
-from runtime import imports
+from runtime.engines.nemo import imports
 imports.defer()
 imports.defer()
-from runtime import recipe
+from runtime.engines.nemo import recipe
 from nemo.collections.llm.recipes import llama3_8b
 there = {name: type(sys.modules[name]).__name__ for name in imports.DEFERRED if name in sys.modules}
 finders = sum(isinstance(finder, imports.Deferring) for finder in sys.meta_path)

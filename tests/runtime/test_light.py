@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from stages import Stage, plan
 
-from runtime import data, random_llama, read_ahead, text
-from runtime.errors import JobError
+from runtime.data import files, text
+from runtime.job.errors import JobError
+from runtime.weights import random_llama, read_ahead
 
 
 def rng(seed: int) -> random.Random:
@@ -215,14 +216,14 @@ def test_faulty_lines_are_numbered_and_all_said_at_once(tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
     file.write_text('{"input": "a", "output": "b"}\n\nnonsense\n[]\n{"input": "a"}\n{"input": " ", "output": "b"}\n')
     with pytest.raises(JobError) as caught:
-        data.read_jsonl(file)
+        files.read_jsonl(file)
     for fault in (":3: not JSON", ":4: not an object", ':5: no text under "output"', ':6: no text under "input"'):
         assert fault in caught.value.what
 
 
 def test_a_file_is_split_without_losing_or_repeating_an_example(tmp_path: Path) -> None:
     examples = [{"input": f"question {number}", "output": f"answer {number}"} for number in range(100)]
-    data._split(examples, 1, tmp_path)
+    files._split(examples, 1, tmp_path)
     parts = [
         [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         for name in ("training", "validation")

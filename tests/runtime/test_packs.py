@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime import packs, random_llama, shards
+from runtime.engines.nemo.optimizations import packs, skip_shard_transposes
+from runtime.weights import random_llama
 
 LENGTH, PACKS = 256, 4
 pytestmark = pytest.mark.runtime
@@ -157,7 +158,9 @@ def test_shards_are_cast_without_transposes_and_the_weights_keep_theirs() -> Non
     quantizers = [Quantizer(True), Quantizer(False)]
     weights = [(SimpleNamespace(_get_quantizer=lambda own=own: own), None, 0, None) for own in quantizers]
     seen = []
-    cast = shards._without_transposes(lambda _given, _group: seen.append([own.columnwise_usage for own in quantizers]))
+    cast = skip_shard_transposes._without_transposes(
+        lambda _given, _group: seen.append([own.columnwise_usage for own in quantizers])
+    )
     cast(weights, "group")
     assert seen == [[False, False]]
     assert [own.columnwise_usage for own in quantizers] == [True, False]

@@ -13,15 +13,15 @@ TRAIN = """
 import sys
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
-from runtime.profiler import Profiler
+from runtime.job.profiler import Profiler
 callback = Profiler("pytorch", 2, 3, sys.argv[1])
 quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, limit_val_batches=0)
 Trainer(max_steps=6, accelerator="cpu", callbacks=[callback], **quiet).fit(BoringModel())
 """
 ENTER = """
 import json, sys
-from runtime import profile
-from runtime.errors import JobError
+from runtime.job import profile
+from runtime.job.errors import JobError
 try:
     profile.enter(json.loads(sys.argv[1]))
 except JobError as error:

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import pytest
 from stages import Stage, plan
 
-from runtime import manifest, random_llama
-from runtime.checkpoint import source
+from runtime.engines.nemo.checkpoint import source
+from runtime.guard import manifest
+from runtime.weights import random_llama
 
 pytestmark = pytest.mark.runtime
 

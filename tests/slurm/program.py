@@ -55,7 +55,8 @@ def check(plan: dict) -> int:
 
 def train(plan: dict) -> int:
     """One rank: says where it stands, and that it may trust every byte of the checkpoint."""
-    from runtime import checkpoint, manifest
+    from runtime.engines.nemo import checkpoint
+    from runtime.guard import manifest
 
     flaw = manifest.flaw(checkpoint.directory(plan), checkpoint.source(plan), thorough=True)
     env, rank = os.environ, int(os.environ["RANK"])
@@ -78,7 +79,7 @@ def train(plan: dict) -> int:
 def main() -> None:
     entrypoint = sys.argv[1]
     sys.path.insert(0, str(Path(entrypoint).parent))
-    from runtime import hub
+    from runtime.weights import hub
 
     hub.download = download
     hub.bytes_to_download = lambda *_: 0

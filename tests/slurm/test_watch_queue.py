@@ -3,8 +3,8 @@
 import pytest
 from cluster import until
 
-from ftgen import squeue
-from ftgen.follow import Follower
+from ftgen.cluster import squeue
+from ftgen.show.follow import Follower
 
 JOB = r"""#!/bin/bash
 #SBATCH --ntasks=1

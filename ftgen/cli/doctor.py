@@ -1,0 +1,29 @@
+"""`ftgen doctor`: will the jobs run here?"""
+
+import sys
+from pathlib import Path
+
+import click
+
+from ftgen.cli.options import optional_specs_argument, site_option
+
+
+@click.command("doctor")
+@optional_specs_argument
+@site_option
+def command(specs: tuple[Path, ...], site: Path | None) -> None:
+    """Check on a login node whether jobs will run here.
+
+    Checks the jobs of each SPEC; without SPEC, a job of one node. Submits nothing.
+    """
+    from ftgen.cluster.doctor import examine
+    from ftgen.plan.experiment import load_all, load_site
+    from ftgen.spec.site import Site
+
+    failed = False
+    profile = load_site(site) if site else Site()
+    for finding in examine(profile, [each.plan for each in load_all(specs, site, ())]):
+        failed |= finding.verdict == "FAIL"
+        click.echo(finding)
+    if failed:
+        sys.exit(1)

@@ -1,0 +1,68 @@
+"""`ftgen tabulate`: logs to result tables."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from ftgen.cli.options import (
+    FILE,
+    baseline_option,
+    logs_argument,
+    read_baseline_option,
+    read_summaries,
+    tolerance_option,
+    usage_errors,
+    window_option,
+)
+
+FAIL_ON = "regression, incomplete, failed, invalid, warning"
+FORMATS = "terminal, markdown, csv, json, html, latex"
+
+
+@click.command("tabulate")
+@logs_argument
+@click.option("--format", "format_", default="terminal", show_default=True, help=FORMATS)
+@window_option
+@click.option("--flat", is_flag=True, help="One table with a row for each run.")
+@click.option("--columns", default="", metavar="KEY,...", help="Columns of the flat table: keys of the JSON results.")
+@click.option("--sort", default="", metavar="[-]KEY,...", help="Order of the flat table: keys of the JSON results.")
+@click.option("--group", is_flag=True, help="Repeats of an experiment as one row: mean, spread, how many.")
+@baseline_option
+@tolerance_option
+@click.option("--fail-on", default="", metavar="WORD,...", help=f"Exit 1 on: {FAIL_ON}.")
+@click.option("--output", type=FILE, help="Write there instead of to stdout.")
+def command(
+    logs: tuple[Path, ...],
+    format_: str,
+    window: str | None,
+    flat: bool,
+    columns: str,
+    sort: str,
+    group: bool,
+    baseline: str | None,
+    tolerance: str,
+    fail_on: str,
+    output: Path | None,
+) -> None:
+    """Print the result tables of every run in LOGS."""
+    from ftgen import files
+    from ftgen.results.fail_on import failures, read_words
+    from ftgen.results.keys import View, read_keys
+    from ftgen.show import formats
+
+    if format_ not in formats.FORMATS:
+        raise click.BadParameter(f"one of {', '.join(formats.FORMATS)}", param_hint="--format")
+    with usage_errors():
+        words = read_words(fail_on, compared=baseline is not None)
+        view = View((), None, flat, read_keys(columns), read_keys(sort), group)
+        view.check()
+    view = view._replace(baseline=read_baseline_option(baseline, tolerance), runs=read_summaries(logs, window))
+    if output is None:
+        click.echo(formats.FORMATS[format_](view), nl=False)
+    else:
+        write = formats.to_text_file if format_ == "terminal" else formats.FORMATS[format_]
+        files.write(output.parent, {output.name: write(view)})
+    if found := failures(view, words):
+        click.echo("\n".join(found), err=True)
+        sys.exit(1)

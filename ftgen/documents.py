@@ -1,0 +1,51 @@
+"""Nested tables: look up, set, merge and remove by key path. In: plain dicts. Out: values, or new dicts."""
+
+from typing import Any
+
+from ftgen.errors import KeyPath
+
+Document = dict[str, Any]
+_MISSING = object()
+
+
+def get(document: Any, path: KeyPath, default: Any = None) -> Any:
+    """What stands at this key path."""
+    for key in path:
+        try:
+            document = document[key]
+        except (KeyError, IndexError, TypeError):
+            return default
+    return document
+
+
+def has(document: Any, path: KeyPath) -> bool:
+    """Whether the document says anything at this key path."""
+    return get(document, path, default=_MISSING) is not _MISSING
+
+
+def with_value(document: Document, path: KeyPath, value: Any) -> Document:
+    """A copy of the document with the value at this key path, tables made as needed."""
+    key, *rest = path
+    inner = document.get(str(key), {})
+    if not rest:
+        return {**document, str(key): value}
+    return {**document, str(key): with_value(inner if isinstance(inner, dict) else {}, tuple(rest), value)}
+
+
+def merged(below: Document, above: Document) -> Document:
+    """Both documents in one: tables are merged, of everything else the one above wins."""
+    both = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            both[key] = merged(below[key], above[key])
+    return both
+
+
+def without(document: Document, path: KeyPath) -> Document:
+    """A copy of the document that says nothing at this key path."""
+    key, *rest = path
+    if key not in document:
+        return document
+    if not rest or not isinstance(document[str(key)], dict):
+        return {k: v for k, v in document.items() if k != key}
+    return {**document, str(key): without(document[str(key)], tuple(rest))}

@@ -1,0 +1,66 @@
+"""What runs are compared with. In: `published`, or a file that `ftgen tabulate --format json` wrote. Out: a `Baseline`."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ftgen.errors import LogError, Problem
+from ftgen.results.compare import PUBLISHED, TOLERANCE, Baseline, measured, published
+from ftgen.validation import validate
+
+
+class Result(BaseModel):
+    """A run in a file of results, as far as it is needed here."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+    status: str
+    model: str | None
+    scheme: str | None
+    precision: str | None
+    gpu: str | None
+    gpus: int | None
+    global_batch_size: int | None
+    seq_length: int | None
+    options: list[str] = []
+    step_time_s: float | None = Field(gt=0, allow_inf_nan=False)
+    tokens_per_s: float | None = Field(gt=0, allow_inf_nan=False)
+    mfu: float | None = Field(gt=0, allow_inf_nan=False)
+    days_per_1t_tokens: float | None = Field(gt=0, allow_inf_nan=False)
+
+
+class Results(BaseModel):
+    """A file that `ftgen tabulate --format json` wrote."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+    format: Literal[1]
+    runs: list[Result]
+
+
+def read_baseline(name: str, tolerance: float = TOLERANCE) -> Baseline:
+    """`published`, or a file of results; LogError for a file that is none."""
+    if name == PUBLISHED:
+        return published(tolerance)
+    complete = [run for run in _read(Path(name)).runs if run.status == "complete" and run.step_time_s]
+    if not complete:
+        raise LogError(Problem(("runs",), "none is complete and has a step time: nothing to compare with", file=name))
+    return measured(Path(name).name, complete, tolerance)
+
+
+def _read(path: Path) -> Results:
+    hint = f"write it with `ftgen tabulate LOGS --format json`; or --baseline {PUBLISHED}"
+    try:
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise LogError(Problem((), f"cannot be read: {error.strerror}", hint, file=str(path))) from None
+    except (ValueError, RecursionError) as error:
+        raise LogError(Problem((), f"is no JSON: {error}", hint, file=str(path))) from None
+    if not isinstance(document, dict):
+        raise LogError(Problem((), "must be a JSON object", hint, file=str(path)))
+    results, problems = validate(Results, document)
+    if results is None:
+        raise LogError(*(problem._replace(file=str(path)) for problem in problems))
+    return results

@@ -1,0 +1,153 @@
+"""Figures beside a baseline. In: `Summary`s, and what the recipe published or earlier results. Out: ratios, regressions.
+
+The step time decides: it is what is measured, and all else follows from it. A published row therefore counts by its step
+time, and what else was printed in that row is shown beside what the step time gives.
+"""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from ftgen import catalogue
+from ftgen.catalogue import Published
+from ftgen.errors import LogError, Problem
+from ftgen.logs.identity import from_name
+from ftgen.results.summary import SECONDS_PER_DAY, TRILLION, model_flops_utilization, tokens_per_s
+
+PUBLISHED = "published"
+TOLERANCE = 0.05  # by how much a step may be slower before it counts
+FORMAT = 1  # of the JSON results
+
+Work = tuple[object, ...]  # what must be the same for two figures to be comparable
+
+
+class Figures(Protocol):
+    """What the recipe's tables show: of a run, or as published."""
+
+    @property
+    def step_time_s(self) -> float | None: ...  # noqa: D102
+
+    @property
+    def tokens_per_s(self) -> float | None: ...  # noqa: D102
+
+    @property
+    def mfu(self) -> float | None: ...  # noqa: D102
+
+    @property
+    def days_per_1t_tokens(self) -> float | None: ...  # noqa: D102
+
+
+class Timed(NamedTuple):
+    """Figures that follow from a step time; or ratios of two such."""
+
+    step_time_s: float | None
+    tokens_per_s: float | None
+    mfu: float | None  # a fraction
+    days_per_1t_tokens: float | None
+
+
+class Baseline(NamedTuple):
+    """What runs are compared with, and how much slower a step may be."""
+
+    name: str  # published, or the file's
+    figures: Mapping[Work, Figures]
+    tolerance: float = TOLERANCE  # a fraction
+
+    def of(self, run: Figures) -> Figures | None:
+        """The baseline's figures for the same work; None where it has none."""
+        work = _work(run, gpu=self.name != PUBLISHED)
+        return self.figures.get((*work, _options(run)), self.figures.get(work))
+
+    def ratio(self, run: Figures) -> float | None:
+        """The run's step time by the baseline's: above 1 is slower."""
+        there = self.of(run)
+        return ratios(run, there).step_time_s if there else None
+
+    def regressed(self, run: Figures) -> bool | None:
+        """Whether the step is slower than the tolerance allows; None where it cannot be said."""
+        ratio = self.ratio(run)
+        return None if ratio is None else ratio > 1 + self.tolerance
+
+
+def published(tolerance: float = TOLERANCE) -> Baseline:
+    """The recipe's step times, and what follows from them."""
+    return Baseline(PUBLISHED, {_work(row, gpu=False): recomputed(row) for row in catalogue.published()}, tolerance)
+
+
+def measured(name: str, runs: Iterable[Figures], tolerance: float = TOLERANCE) -> Baseline:
+    """The mean step times of runs, by what they did and how; where all did it in one way, by what alone as well."""
+    same: dict[Work, list[Figures]] = {}
+    for run in runs:
+        same.setdefault((*_work(run, gpu=True), _options(run)), []).append(run)
+    figures: dict[Work, Figures] = {work: mean(repeats) for work, repeats in same.items()}
+    ways = Counter(work[:-1] for work in figures)
+    return Baseline(name, figures | {w[:-1]: f for w, f in figures.items() if ways[w[:-1]] == 1}, tolerance)
+
+
+def read_tolerance(text: str) -> float:
+    """`5%` or `0.05` as a fraction; LogError for anything else."""
+    number, per_cent = text.strip().removesuffix("%"), text.strip().endswith("%")
+    try:
+        tolerance = float(number) / (100 if per_cent else 1)
+    except ValueError:
+        tolerance = math.nan
+    if not 0 <= tolerance < 10:
+        raise LogError(Problem(("tolerance",), f"must be a percentage (5%) or a fraction (0.05), found {text}"))
+    return tolerance
+
+
+def _work(of: Any, *, gpu: bool) -> Work:
+    """What was done: the published figures are for H100s and stand beside any GPU's, a measurement's only beside its own."""
+    work = (of.model, of.scheme, of.precision, of.gpus, of.global_batch_size, of.seq_length)
+    return (*work, of.gpu) if gpu else work
+
+
+def _options(of: Any) -> tuple[str, ...]:
+    return tuple(getattr(of, "options", ()))
+
+
+def mean(runs: Sequence[Figures]) -> Timed:
+    """The figures of repeats of the same work: those of their mean step time, or of none."""
+    times = [run.step_time_s for run in runs if run.step_time_s]
+    return scaled(runs[0], math.fsum(times) / len(times)) if times else Timed(None, None, None, None)
+
+
+def spread(runs: Sequence[Figures]) -> float | None:
+    """The sample standard deviation of the repeats' step times, in seconds; None for fewer than two."""
+    times = [run.step_time_s for run in runs if run.step_time_s]
+    return statistics.stdev(times) if len(times) > 1 else None
+
+
+def scaled(run: Figures, time_s: float) -> Timed:
+    """The figures of the same work in another step time."""
+    longer = time_s / run.step_time_s if run.step_time_s else None
+    if not longer:
+        return Timed(time_s, None, None, None)
+    tokens, mfu, days = run.tokens_per_s, run.mfu, run.days_per_1t_tokens
+    return Timed(time_s, tokens and tokens / longer, mfu and mfu / longer, days and days * longer)
+
+
+def ratios(run: Figures, by: Figures) -> Timed:
+    """Each figure by the other's; None where either is missing."""
+    pairs = ((getattr(run, key), getattr(by, key)) for key in Timed._fields)
+    return Timed(*(mine / other if mine and other else None for mine, other in pairs))
+
+
+def recomputed(row: Published) -> Timed:
+    """What a published step time gives by the recipe's own formulas."""
+    name = f"{row.scheme}_nemo_{row.model}_{row.precision}_{row.gpus}"
+    what = from_name(name)._replace(global_batch_size=row.global_batch_size, seq_length=row.seq_length)
+    tokens = tokens_per_s(what, row.step_time_s)
+    days = TRILLION / tokens / SECONDS_PER_DAY if tokens else None
+    return Timed(row.step_time_s, tokens, model_flops_utilization(what, row.step_time_s), days)
+
+
+def contradicts_itself(row: Published) -> bool:
+    """Whether the published tokens/s are none that any step time gives which rounds to the published one."""
+    decimals = len(f"{row.step_time_s:.9f}".rstrip("0").partition(".")[2])
+    half = 0.5 * 10.0 ** -max(decimals, 2)  # the tables print two decimals, or three
+    work = row.global_batch_size * row.seq_length
+    fewest, most = work / (row.step_time_s + half), work / (row.step_time_s - half)
+    return not math.floor(fewest) <= row.tokens_per_s <= math.ceil(most)

@@ -1,0 +1,49 @@
+"""What makes `--fail-on` fail. In: a `View` and the words asked for. Out: a line for each run that is so."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from ftgen.errors import LogError, Problem, closest
+from ftgen.results.compare import Baseline
+from ftgen.results.keys import View
+from ftgen.results.summary import Summary
+from ftgen.units import clean, ratio, significant
+
+BY_STATUS: Mapping[str, Callable[[Summary], bool]] = {
+    "incomplete": lambda run: run.status in {"incomplete", "failed"},  # steps are missing, whatever the reason
+    "failed": lambda run: run.status in {"failed", "ended-badly"},
+    "invalid": lambda run: run.status == "invalid",
+    "warning": lambda run: bool(run.warnings),
+}
+REGRESSION = "regression"
+WORDS = (REGRESSION, *BY_STATUS)
+
+
+def read_words(text: str, *, compared: bool) -> tuple[str, ...]:
+    """`regression,invalid` as its words; LogError for one that is none, or that needs a baseline where there is none."""
+    words = tuple(filter(None, (word.strip() for word in text.split(","))))
+    wrong = [word for word in words if word not in WORDS]
+    if wrong:
+        raise LogError(*(Problem(("fail-on",), f"unknown word {word}", closest(word, WORDS)) for word in wrong))
+    if REGRESSION in words and not compared:
+        raise LogError(Problem(("fail-on",), f"{REGRESSION} needs something to compare with", "add --baseline published"))
+    return words
+
+
+def failures(view: View, words: Sequence[str]) -> list[str]:
+    """Each run that one of the words is true of, and why."""
+    found = [clean(line) for run in view.runs for line in _failures(run, words, view.baseline)]
+    if REGRESSION in words and view.baseline and all(view.baseline.ratio(run) is None for run in view.runs):
+        found.append(f"no run has a step time and the same work in {view.baseline.name}: nothing could be compared")
+    return found
+
+
+def _failures(run: Summary, words: Sequence[str], baseline: Baseline | None) -> Iterator[str]:
+    name = f"{run.experiment} {run.run_id}".strip()
+    for word in words:
+        if word in BY_STATUS and BY_STATUS[word](run):
+            yield f"{name}: {word}: {run.reason or '; '.join(run.warnings)}"
+    if REGRESSION in words and baseline and baseline.regressed(run):
+        there = baseline.of(run)
+        before = significant(there.step_time_s if there else None, 4)
+        times = f"{significant(run.step_time_s, 4)} s, {before} s in {baseline.name}"
+        yield f"{name}: {REGRESSION}: {times}: {ratio(baseline.ratio(run))}, {1 + baseline.tolerance:g}x is allowed"

@@ -1,0 +1,83 @@
+"""Repeats of one experiment as one. In: `Summary`s. Out: a `Group` for each experiment: mean, spread, how many count."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from ftgen.catalogue import Published
+from ftgen.results.compare import Timed, mean, spread
+from ftgen.results.summary import Summary
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of the same work, done in the same way on the same GPUs; the figures are those of the mean step time."""
+
+    experiment: str
+    model: str | None
+    scheme: str | None
+    precision: str | None
+    gpu: str | None
+    gpus: int | None
+    global_batch_size: int | None
+    seq_length: int | None  # tokens
+    options: tuple[str, ...]  # what differs from the recipe's way of doing the work
+    runs: int  # that there are
+    counted: int  # of which complete and with a step time
+    step_time_s: float | None  # the mean of those
+    step_time_spread_s: float | None  # their sample standard deviation
+    tokens_per_s: float | None
+    mfu: float | None  # a fraction
+    days_per_1t_tokens: float | None
+    peak_memory_gib: float | None  # the highest
+    published: Published | None
+
+
+def kind(run: Summary | Group) -> tuple[str, ...]:
+    """What shares a table; a run that is not known for anything has one of its own."""
+    parts = tuple(str(part or "") for part in (run.model, run.scheme, run.precision))
+    return parts if all(parts) else (*parts, run.experiment)
+
+
+def size(run: Summary | Group) -> tuple[int | str, ...]:
+    """What makes two runs of a kind comparable."""
+    return (run.gpus or 0, run.global_batch_size or 0, run.seq_length or 0, run.gpu or "")
+
+
+def way(run: Summary | Group) -> tuple[object, ...]:
+    """What makes two runs repeats of each other."""
+    return (kind(run), size(run), run.options)
+
+
+def order(run: Summary) -> tuple[object, ...]:
+    """The recipe's order: SFT before LoRA, BF16 before FP8; then sizes, then ids as numbers."""
+    known = (run.model or "~", -ord((run.scheme or "~")[0]), run.precision or "~")
+    return (*known, kind(run), size(run), run.options, len(run.run_id), run.run_id, run.log)
+
+
+def group(runs: Sequence[Summary]) -> list[Group]:
+    """One group an experiment, in the recipe's order."""
+    return [_group(list(same)) for _, same in groupby(sorted(runs, key=order), way)]
+
+
+def _group(runs: list[Summary]) -> Group:
+    counted = [run for run in runs if run.status == "complete" and run.step_time_s]
+    figures = mean(counted) if counted else Timed(None, None, None, None)
+    what = counted[0] if counted else runs[0]
+    return Group(
+        experiment=what.experiment,
+        model=what.model,
+        scheme=what.scheme,
+        precision=what.precision,
+        gpu=what.gpu,
+        gpus=what.gpus,
+        global_batch_size=what.global_batch_size,
+        seq_length=what.seq_length,
+        options=what.options,
+        runs=len(runs),
+        counted=len(counted),
+        step_time_spread_s=spread(counted),
+        peak_memory_gib=max((run.peak_memory_gib for run in counted if run.peak_memory_gib), default=None),
+        published=what.published,
+        **figures._asdict(),
+    )

@@ -1,0 +1,167 @@
+"""A run's figures and its verdict. In: a `Run` and the `Log` it left. Out: a `Summary`.
+
+The formulas are those of the recipe; a figure that is not known, or not to be trusted, is None and has a reason.
+"""
+
+from collections.abc import Iterable
+from datetime import datetime
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+from ftgen import catalogue
+from ftgen.catalogue import Published
+from ftgen.logs.find import Folder
+from ftgen.logs.identity import Identity
+from ftgen.logs.log import Log
+from ftgen.logs.many import Progress, read_all
+from ftgen.logs.read import Run, read_log
+from ftgen.results.interval import Logged, logged
+from ftgen.results.options import options
+from ftgen.results.verdict import planned_steps, verdict_of
+from ftgen.results.warnings import warnings
+from ftgen.results.window import RECIPE_WINDOW, Window, checked, count, timed
+
+LORA_WORK = 2 / 3  # of SFT's FLOPs: the frozen weights need no gradients of their own
+SECONDS_PER_DAY = 86400
+TRILLION = 1e12  # tokens
+TERA = 1e12
+
+
+class Summary(NamedTuple):
+    """One run in figures; None is not known."""
+
+    experiment: str
+    run_id: str
+    status: str  # of STATUSES
+    reason: str | None  # for the status, and for a step time that is not there
+    model: str | None
+    scheme: str | None
+    precision: str | None
+    gpu: str | None
+    gpus: int | None
+    global_batch_size: int | None
+    seq_length: int | None  # tokens
+    steps: int  # that the log tells of, those without a line of their own among them
+    window: int  # steps, whose mean is the step time
+    step_time_s: float | None
+    tokens_per_s: float | None
+    mfu: float | None  # a fraction
+    days_per_1t_tokens: float | None
+    peak_memory_gib: float | None
+    published: Published | None  # the recipe's figures for the same work
+    log: str
+    warnings: tuple[str, ...] = ()  # what makes a figure less than certain, each in a sentence's part
+    notes: tuple[str, ...] = ()  # what a reader should know besides
+    planned_steps: int | None = None
+    window_first: int | None = None  # the steps that the window spans, numbered from 0, both included
+    window_last: int | None = None
+    spread: float | None = None  # standard deviation of the window's step times, as a fraction of their mean
+    restarts: int = 0  # earlier attempts, in logs of their own or in this one
+    started: datetime | None = None  # as the log tells, in the cluster's time
+    ended: datetime | None = None
+    options: tuple[str, ...] = ()  # what differs from the recipe's way of doing the work
+
+    @property
+    def published_step_time_s(self) -> float | None:
+        """The recipe's step time for the same work, in seconds."""
+        return self.published.step_time_s if self.published else None
+
+
+def summarize(run: Run, *, window: Window | None = None) -> Summary:
+    """Read a run's log and judge it; `window` in place of the plan's last steps."""
+    return judge(run, read_log(run), window=window)
+
+
+def summarize_all(
+    folders: Iterable[Folder],
+    *,
+    window: Window | None = None,
+    progress: Progress = lambda _: None,
+    processes: int | None = None,
+) -> list[Summary]:
+    """A summary of each run, in the order of `find_runs`."""
+    if window is not None:
+        checked(window)
+    return read_all(folders, partial(judge, window=window), progress=progress, processes=processes)
+
+
+def judge(run: Run, log: Log, *, window: Window | None = None) -> Summary:
+    """The figures of a log, over the steps of `window`, and what is to be thought of them; LogError for no window."""
+    what = log.identity
+    window = checked(what.window_steps or RECIPE_WINDOW if window is None else window)
+    planned = planned_steps(log)
+    lines = logged(log.steps, planned)
+    verdict = verdict_of(run, log, planned, lines)
+    part = timed(log.steps, window, lines)
+    time_s = None if verdict.status == "invalid" else part.mean_s
+    tokens = tokens_per_s(what, time_s)
+    utilization = model_flops_utilization(what, time_s)
+    tflops = utilization * what.peak_flops / TERA if utilization and what.peak_flops else None
+    peaks = list(filter(None, part.steps.told("peak_memory")))
+    return Summary(
+        experiment=what.experiment,
+        run_id=run.run_id,
+        status=verdict.status,
+        reason="; ".join(filter(None, (verdict.reason, None if verdict.status == "invalid" else part.why_not))) or None,
+        model=what.model,
+        scheme=what.scheme,
+        precision=what.precision,
+        gpu=what.gpu,
+        gpus=what.gpus,
+        global_batch_size=what.global_batch_size,
+        seq_length=what.seq_length,
+        steps=lines.made,
+        window=window if isinstance(window, int) else len(window),
+        step_time_s=time_s,
+        tokens_per_s=tokens,
+        mfu=utilization,
+        days_per_1t_tokens=TRILLION / tokens / SECONDS_PER_DAY if tokens else None,
+        peak_memory_gib=max(peaks) / 2**30 if peaks else None,
+        published=_published(what),
+        log=run.log,
+        warnings=tuple(warnings(what, log, part, tflops)),
+        notes=tuple(_notes(run, log, lines)),
+        planned_steps=planned,
+        window_first=part.first,
+        window_last=part.last,
+        spread=part.spread if time_s else None,
+        restarts=run.earlier + log.attempts - 1,
+        started=log.started,
+        ended=log.ended,
+        options=options(log.plan),
+    )
+
+
+def tokens_per_s(what: Identity, time_s: float | None) -> float | None:
+    """seq_length x global_batch_size / step time."""
+    if not (time_s and what.seq_length and what.global_batch_size):
+        return None
+    return what.seq_length * what.global_batch_size / time_s
+
+
+def model_flops_utilization(what: Identity, time_s: float | None) -> float | None:
+    """global_batch_size x FLOPs per sample / step time / GPUs / peak, as a fraction; two thirds of it for LoRA."""
+    if not (time_s and what.global_batch_size and what.flops_per_sample and what.gpus and what.peak_flops):
+        return None
+    work = LORA_WORK if what.scheme == "lora" else 1.0
+    return what.global_batch_size * what.flops_per_sample * work / time_s / what.gpus / what.peak_flops
+
+
+def _notes(run: Run, log: Log, lines: Logged) -> list[str]:
+    """What a reader should know besides."""
+    notes = [f"logged every {lines.every} steps"] if lines.every > 1 else []
+    if run.earlier:
+        notes.append(f"restart {run.restart}; {count(run.earlier, 'earlier log')} not counted")
+    if log.attempts > 1:
+        notes.append(f"attempt {log.attempts} in this log; its steps alone count")
+    return notes
+
+
+@lru_cache
+def _published(what: Identity) -> Published | None:
+    """The recipe's figures, where they are for the same tokens a step; on whatever GPU."""
+    if not (what.model and what.scheme and what.precision and what.gpus):
+        return None
+    row = catalogue.published_for(what.model, what.scheme, what.precision, what.gpus)
+    same = row and (row.global_batch_size, row.seq_length) == (what.global_batch_size, what.seq_length)
+    return row if same else None

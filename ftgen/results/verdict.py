@@ -1,0 +1,96 @@
+"""How a run ended. In: a `Log`. Out: a status, apart from Slurm's, and why that is said."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from ftgen.logs.blocks import LogFileError, line_number
+from ftgen.logs.failures import Ending
+from ftgen.logs.log import Log
+from ftgen.logs.read import Run, read_batch_log
+from ftgen.results.interval import Logged
+from ftgen.results.window import count
+
+# What made a run fail, in the order in which one explains the others.
+FAILURES = {
+    "error": "",
+    "out of memory": "out of GPU memory: ",
+    "host memory": "out of host memory: ",
+    "collective": "a collective operation timed out: ",
+    "cancelled": "cancelled: ",
+    "exception": "",
+    "traceback": "an exception: ",
+    "killed": "",
+    "task exit": "",
+}
+AFTER_TRAINING = frozenset(FAILURES) - {"exception", "traceback"}  # what spoils a run that has all its steps
+STATUSES = ("complete", "ended-badly", "incomplete", "failed", "invalid")
+
+
+class Verdict(NamedTuple):
+    """How a run ended, and why that is said of it."""
+
+    status: str  # of STATUSES
+    reason: str | None
+
+
+def verdict_of(run: Run, log: Log, planned: int | None, lines: Logged) -> Verdict:
+    """Invalid before all else; complete only with every step that was planned, and nothing said against it."""
+    if log.invalid or "not finite" in log.endings:
+        return Verdict("invalid", log.invalid or _told(run, log.endings["not finite"]))
+    if log.unread and not log.steps:
+        return Verdict("incomplete", log.unread)
+    there = lines.made
+    failure = _failure(run, log.endings, log.exit_status)
+    if planned and _all_there(log, lines, planned):
+        spoiled = log.exit_status or (log.exit_status is None and AFTER_TRAINING & log.endings.keys())
+        if spoiled:
+            return Verdict("ended-badly", f"all {planned} steps, then: {failure}")
+        return Verdict("incomplete", log.unread) if log.unread else Verdict("complete", None)
+    progress = f"{there} of {count(planned, 'step')}" if planned else f"{count(there, 'step')}, of how many is not known"
+    if planned and log.steps.last >= planned:
+        progress += f", and step {log.steps.last} among them"
+    if lines.wrong is not None:
+        progress += f"; step {lines.wrong} is missing or out of turn"
+    failure = failure or _failure(run, read_batch_log(run), None)
+    status = "failed" if failure else "incomplete"
+    return Verdict(status, "; ".join(filter(None, (failure, log.unread, progress))))
+
+
+def _all_there(log: Log, lines: Logged, planned: int) -> bool:
+    """Whether each step that should have a line has one; the last few may have none, if the log says that they were made."""
+    if lines.wrong is not None or log.steps.last >= planned:
+        return False
+    after = planned - 1 - log.steps.last
+    said = log.stopped_at == planned or "done" in log.endings
+    return lines.made == log.steps.last + 1 and (after == 0 or (after < lines.every and said))
+
+
+def planned_steps(log: Log) -> int | None:
+    """Steps the run was to have: by its plan, else by what it says when it stops, else by its last step line."""
+    return log.identity.max_steps or log.stopped_at or log.steps.planned
+
+
+def _failure(run: Run, endings: Mapping[str, Ending], exit_status: int | None) -> str | None:
+    for kind, words in FAILURES.items():
+        if kind in endings:
+            return words + _told(run, endings[kind])
+    return f"exit status {exit_status}" if exit_status else None
+
+
+def _told(run: Run, ending: Ending) -> str:
+    """The line, with the rank and the place in the file that it has."""
+    if ending.file:
+        return f"{ending.note} ({ending.file})"
+    rank = None if ending.rank is None else f"rank {ending.rank}"
+    row = _row(run, ending)
+    place = ", ".join(filter(None, (rank, f"line {row}" if row else None)))
+    return f"{ending.note} ({place})" if place else ending.note
+
+
+def _row(run: Run, ending: Ending) -> int | None:
+    if ending.row or ending.at is None:
+        return ending.row
+    try:
+        return line_number(run.log, ending.at)
+    except LogFileError:
+        return None

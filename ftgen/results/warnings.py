@@ -1,0 +1,144 @@
+"""What makes a figure less than certain. In: a `Log` and the steps of its window. Out: a sentence for each warning.
+
+A log says most things twice: a step's number and the samples until then, its time and its TFLOPS, a plan and what was run.
+Where the two do not fit, one of them is wrong, and the reader should know. The thresholds are fractions, and each is
+wider than what healthy runs show.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from ftgen.logs.identity import Identity
+from ftgen.logs.log import Log
+from ftgen.logs.span import Span
+from ftgen.results.window import Timed, count
+
+OUTLIER = 0.05  # a step's time from the window's median
+SPREAD = 0.03  # the standard deviation of the window's times
+TREND = 0.02  # the mean of the window's second half from that of the first
+RANKS = 0.05  # the slowest rank's time of a step from the fastest one's
+TFLOPS = 0.05  # logged from recomputed: frameworks do not count all the same operations
+FEW = 4  # times that a window should at least have, where not every step has one
+MISFIT = 0.005  # a step's time x TFLOPS from the window's median: two numbers of four digits
+MEMORY = 0.01  # a peak that one step alone tells of, from all the others'
+SECOND_DIGIT_S = 0.0051  # Megatron-Bridge's second line has two decimals
+
+
+def warnings(what: Identity, log: Log, window: Timed, tflops_per_gpu: float | None) -> Iterator[str]:
+    """Every warning; `tflops_per_gpu` is recomputed from the window's mean, in TFLOP/s."""
+    yield from log.problems
+    if log.damaged:
+        yield f"{count(log.damaged, 'step line')} damaged beyond reading"
+    steps = window.steps
+    yield from _other_plan(what, log, steps)
+    yield from _samples(what, steps)
+    yield from _memory(steps)
+    if not window.times_s:
+        return
+    if window.every > 1 and len(window.times_s) < FEW:
+        yield f"the window has no more than {count(len(window.times_s), 'logged step time')}"
+    least, most = min(window.times_s), max(window.times_s)
+    if most - least > min(OUTLIER, SPREAD, TREND) * least:  # else no two of them, nor their means, are further apart
+        yield from _outliers(window)
+        yield from _trend(window)
+    if any(steps.told("fastest_s")):
+        yield from _ranks(steps)
+    if log.step_times or any(steps.told("tflops_per_gpu")):
+        yield from _tflops(log, window, tflops_per_gpu)
+
+
+def _other_plan(what: Identity, log: Log, steps: Span) -> Iterator[str]:
+    """Sizes that are not the plan's, or not the same in all of the window."""
+    batch = what.global_batch_size
+    others = steps.told("global_batch_size") - {batch, None}
+    if batch and others:
+        yield f"the log has steps of global_batch_size {min(filter(None, others))}, the figures are for {batch}"
+    planned = what.max_steps or log.steps.planned
+    counted = steps.told("planned") - {planned, None}
+    if counted:
+        yield f"step lines count to {count(min(filter(None, counted)), 'step')}, the run was to have {planned}"
+
+
+def _samples(what: Identity, steps: Span) -> Iterator[str]:
+    """Samples that are not those of so many steps."""
+    consumed, batch = steps.said("consumed_samples"), what.global_batch_size
+    if batch and list(consumed) == [(number + 1) * batch for number in steps.numbers]:
+        return
+    for number, samples, size in zip(steps, consumed, steps.said("global_batch_size"), strict=True):
+        batch = what.global_batch_size or size
+        if samples is not None and batch and samples != (number + 1) * batch:
+            yield (
+                f"step {number} says consumed_samples {samples:.0f}, "
+                f"{count(number + 1, 'step')} of {batch} make {(number + 1) * batch}"
+            )
+            return
+    if not what.global_batch_size and any(consumed):
+        yield "consumed_samples do not tell the global batch size"
+
+
+def _memory(steps: Span) -> Iterator[str]:
+    if len(steps.told("peak_memory")) < 2:
+        return
+    peaks = sorted((step.peak_memory, number) for number, step in steps.items() if step.peak_memory)
+    if len(peaks) > 1 and peaks[-2][0] < peaks[-1][0] * (1 - MEMORY):
+        (others, _), (most, number) = peaks[-2:]
+        yield f"step {number} alone tells of a peak memory of {most / 2**30:.1f} GiB, others of {others / 2**30:.1f} at most"
+
+
+def median(numbers: Iterable[float]) -> float:
+    """The statistics module's, which takes as long to import as many logs to read and is seldom needed."""
+    from statistics import median as middle
+
+    return middle(numbers)
+
+
+def _outliers(window: Timed) -> Iterator[str]:
+    middle = median(window.times_s)
+    if max(max(window.times_s) - middle, middle - min(window.times_s)) > OUTLIER * middle:
+        distances = zip((abs(time_s - middle) for time_s in window.times_s), window.steps, strict=True)
+        far = [(distance, number) for distance, number in distances if distance > OUTLIER * middle]
+        _, worst = max(far)
+        yield (
+            f"{len(far)} of {count(len(window.times_s), 'step')} more than {OUTLIER:.0%} from the window's median of "
+            f"{middle:.4g} s; step {worst} took {window.steps[worst].time_s:.4g} s"
+        )
+    if window.spread is not None and window.spread > SPREAD:
+        yield f"the window's step times spread by {window.spread:.1%}"
+
+
+def _trend(window: Timed) -> Iterator[str]:
+    half = len(window.times_s) // 2
+    if half < 5:
+        return
+    first, second = median(window.times_s[:half]), median(window.times_s[-half:])
+    if abs(second / first - 1) > TREND:
+        way = "slower" if second > first else "faster"
+        yield f"the window's second half is {abs(second / first - 1):.1%} {way} than its first"
+
+
+def _ranks(steps: Span) -> Iterator[str]:
+    for number, step in steps.items():
+        if step.fastest_s and step.time_s and step.time_s > step.fastest_s * (1 + RANKS):
+            yield f"step {number} is told of more than once: {step.fastest_s:.4g} to {step.time_s:.4g} s; the slowest counts"
+            return
+
+
+def _tflops(log: Log, window: Timed, recomputed: float | None) -> Iterator[str]:
+    """Logged TFLOPS against the step's own time, and against the recipe's formula."""
+    others = log.other_lines(window.steps)
+    for number, other in others.items():
+        time_s = window.steps[number].time_s or 0.0
+        if abs(other.time_s - time_s) > SECOND_DIGIT_S + MISFIT * time_s:
+            yield f"step {number} took {time_s:.4g} s by one line and {other.time_s:.4g} s by the other"
+            break
+    logged = {number: step.tflops_per_gpu for number, step in window.steps.items() if step.tflops_per_gpu}
+    logged = {number: other.tflops_per_gpu for number, other in others.items()} | logged
+    if not logged:
+        return
+    work = {number: tflops * (window.steps[number].time_s or 0.0) for number, tflops in logged.items()}
+    usual = median(work.values())
+    misfit = [number for number, amount in work.items() if abs(amount - usual) > MISFIT * usual]
+    if misfit:
+        yield f"the time and the TFLOPS of step {misfit[0]} do not belong together"
+    mean = sum(logged.values()) / len(logged)
+    if recomputed and abs(mean / recomputed - 1) > TFLOPS:
+        yield f"the log has {mean:.4g} TFLOPS per GPU, recomputed are {recomputed:.4g}"

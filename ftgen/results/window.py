@@ -1,0 +1,107 @@
+"""The steps whose mean is a run's step time. In: `20` (the last 20) or `80-99`. Out: those steps, or why there are none.
+
+Steps are numbered from 0, as NeMo prints them, whatever the framework that wrote the log counts from.
+"""
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from math import fsum, sqrt
+from operator import mul
+from typing import NamedTuple
+
+from ftgen.errors import LogError, Problem
+from ftgen.logs.span import Span
+from ftgen.logs.steps import Steps
+from ftgen.results.interval import Logged
+
+Window = int | range  # so many last steps, or from the first to before the end
+RECIPE_WINDOW = 20  # steps
+
+WINDOW = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
+
+
+class Timed(NamedTuple):
+    """A window with a time for each of its steps, or why there is no such window."""
+
+    first: int | None
+    last: int | None
+    steps: Span  # those of the window that are there, in ascending order
+    times_s: tuple[float, ...] = ()
+    why_not: str | None = None
+    mean_s: float | None = None  # the mean step time in seconds: of all the window's steps or of none
+    spread: float | None = None  # the standard deviation (of a sample) as a fraction of it; None of fewer than two steps
+    every: int = 1  # steps from one time to the next
+
+
+def read_window(text: str) -> Window:
+    """`N`, the last N steps, or `A-B`, the steps from A to B; LogError for anything else."""
+    match = WINDOW.fullmatch(text.strip())
+    if not match:
+        what = f"must be a number of steps (20) or a first and a last (80-99), found {text}"
+        raise LogError(Problem(("window",), what))
+    return checked(int(match[1]) if match[2] is None else range(int(match[1]), int(match[2]) + 1))
+
+
+def checked(window: Window) -> Window:
+    """The window, if there can be steps in it; LogError."""
+    if isinstance(window, int) and window < 1:
+        raise LogError(Problem(("window",), f"must be at least 1 step, found {window}"))
+    if isinstance(window, range) and not window:
+        raise LogError(Problem(("window",), f"must not end before it begins, found {window.start}-{window.stop - 1}"))
+    return window
+
+
+def timed(steps: Steps, window: Window, lines: Logged) -> Timed:
+    """The window's steps and their times, as the steps are logged: it is of all of them or of none."""
+    if isinstance(window, int):
+        there = lines.made
+        if there < window:
+            what = f"{count(there, 'step')}, the window needs {window}: no step time is reported"
+            return Timed(None, None, steps.between(0, steps.last + 1), (), what)
+        window = range(steps.last - window + 1, steps.last + 1)
+    first, last = window[0], window[-1]
+    found = steps.between(first, last + 1)
+    if lines.every > 1:
+        return _timed_at_intervals(found, window, lines)
+    times = found.said("time_s")
+    if len(times) == len(window) and None not in times:
+        mean_s = fsum(times) / len(times)
+        return Timed(first, last, found, tuple(times), None, mean_s, _spread(times, mean_s))
+    number = next(number for number in window if number not in found or found[number].time_s is None)
+    what = "has no time" if number in found else "is missing"
+    return Timed(
+        first, last, found, (), f"step {number} {what}, the window needs {first} to {last}: no step time is reported"
+    )
+
+
+def _timed_at_intervals(found: Span, window: range, lines: Logged) -> Timed:
+    """Of steps that are not all logged: each time counts for the steps of the window that it stands for."""
+    first, last, every = window[0], window[-1], lines.every
+    part = Timed(first, last, found, every=every)
+    numbers = list(found)
+    times = [time_s for time_s in found.said("time_s") if time_s is not None]
+    asked = f"the window needs {first} to {last}: no step time is reported"
+    if not numbers:
+        return part._replace(why_not=f"no step from {first} to {last} is logged: no step time is reported")
+    if len(times) < len(numbers):
+        number = next(number for number in numbers if found[number].time_s is None)
+        return part._replace(why_not=f"step {number} has no time, {asked}")
+    lost = [after - every for before, after in pairwise([first - 1, *numbers]) if after - before > every]
+    if lost or last - numbers[-1] >= every:
+        return part._replace(why_not=f"step {lost[0] if lost else numbers[-1] + every} is missing, {asked}")
+    weights = [number - before for before, number in pairwise([first - 1, *numbers])]
+    mean_s = fsum(map(mul, weights, times)) / sum(weights)
+    return part._replace(times_s=tuple(times), mean_s=mean_s, spread=_spread(times, mean_s))
+
+
+def _spread(times_s: Sequence[float], mean_s: float) -> float | None:
+    if len(times_s) < 2:
+        return None
+    apart = [time_s - mean_s for time_s in times_s]
+    return sqrt(fsum(map(mul, apart, apart)) / (len(times_s) - 1)) / mean_s
+
+
+def count(number: int, noun: str) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

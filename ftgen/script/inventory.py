@@ -1,0 +1,70 @@
+"""What there is: the experiments of some specs, and how their scripts stand. In: specs and a folder. Out: rows."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ftgen import files
+from ftgen.errors import SpecError
+from ftgen.plan.experiment import experiments, specs_in
+from ftgen.plan.plan import Plan
+from ftgen.script.render import assignments, render
+
+CURRENT = "current"
+
+
+class Row(NamedTuple):
+    """One experiment, or one script."""
+
+    name: str
+    spec: str  # the file, "" where there is none
+    what: str  # the run in a few words
+    state: str
+
+
+def rows(specs: Iterable[Path], out: Path, site: Path | None = None, overrides: Sequence[str] = ()) -> list[Row]:
+    """A row for each experiment, for each spec that is refused, and for each script in `out` that no spec asks for."""
+    found: list[Row] = []
+    for path in [file for spec in specs for file in (specs_in(spec) if spec.is_dir() else [spec])]:
+        try:
+            found += [_row(each.plan, path, out) for each in experiments(path, site, overrides)]
+        except SpecError as error:
+            first = str(error.problems[0]).partition("\n")[0]
+            found.append(Row(path.stem, str(path), "", f"refused: {first}"))
+    known = {row.name for row in found}
+    left = sorted(script.stem for script in out.glob("*.sh") if script.stem not in known)
+    return [*found, *(Row(name, "", "", "no spec here compiles to it") for name in left if _compiled(out, name))]
+
+
+def _row(plan: Plan, path: Path, out: Path) -> Row:
+    what = f"{plan.scheme} {plan.precision} {plan.model.name} {plan.gpus} x {plan.gpu.name}"
+    return Row(plan.name, str(path), what, _state(plan, out))
+
+
+def _state(plan: Plan, out: Path) -> str:
+    texts = render(plan)
+    if not any((out / name).exists() for name in texts):
+        return "not compiled"
+    if not files.differences(out, texts):
+        return CURRENT
+    there = _compiled(out, plan.name)
+    if there and there.get("overrides", {}) != plan.overrides:
+        said = " ".join(f"--set {text}" for text in assignments(there.get("overrides", {})))
+        return f"stale: compiled with {said}" if said else "stale: compiled without --set"
+    if there and there.get("ftgen_version") != plan.ftgen_version:
+        return f"stale: compiled by ftgen {there.get('ftgen_version')}"
+    return "stale"
+
+
+def _compiled(out: Path, name: str) -> dict[str, Any] | None:
+    """The plan that a compiled entrypoint carries; None where there is none."""
+    path = out / f"{name}.py"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    found = re.search(r'^PLAN = json\.loads\(r"""\n(.*?)\n"""\)$', text, flags=re.DOTALL | re.MULTILINE)
+    try:
+        plan = json.loads(found[1]) if found else None
+    except ValueError:
+        return None
+    return plan if isinstance(plan, dict) else None

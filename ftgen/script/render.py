@@ -1,0 +1,228 @@
+"""A plan to its files, pure. In: a frozen `Plan`. Out: {file name: text}, the same for the same plan."""
+
+import json
+import re
+import shlex
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from ftgen.files import source_folder
+from ftgen.plan.plan import Plan
+from ftgen.units import format_walltime
+
+END_OF_FILE = "END_OF_FTGEN_FILE"
+GRACE_S = 20  # from a job's SIGTERM to its tasks to its SIGKILL; Slurm's own KillWait is 30 by default
+
+# sbatch's variables by the option that they override, and those that add to what the header asks for (man sbatch 22.05).
+SBATCH_OVERRIDES = {
+    "account": "SBATCH_ACCOUNT",
+    "constraint": "SBATCH_CONSTRAINT",
+    "exclusive": "SBATCH_EXCLUSIVE",
+    "gpus-per-node": "SBATCH_GPUS_PER_NODE",
+    "gres": "SBATCH_GRES",
+    "job-name": "SBATCH_JOB_NAME",
+    "mem": "SBATCH_MEM_PER_NODE",
+    "no-requeue": "SBATCH_NO_REQUEUE",
+    "open-mode": "SBATCH_OPEN_MODE",
+    "output": "SBATCH_OUTPUT",
+    "partition": "SBATCH_PARTITION",
+    "qos": "SBATCH_QOS",
+    "requeue": "SBATCH_REQUEUE",
+    "reservation": "SBATCH_RESERVATION",
+    "signal": "SBATCH_SIGNAL",
+    "time": "SBATCH_TIMELIMIT",
+}
+SBATCH_ADDS = (
+    "SBATCH_ARRAY_INX",
+    "SBATCH_CLUSTERS",
+    "SBATCH_CORE_SPEC",
+    "SBATCH_GPUS",
+    "SBATCH_GPUS_PER_NODE",
+    "SBATCH_GPUS_PER_TASK",
+    "SBATCH_GRES",
+    "SBATCH_MEM_PER_CPU",
+    "SBATCH_MEM_PER_GPU",
+    "SBATCH_NO_REQUEUE",
+    "SBATCH_OVERCOMMIT",
+    "SBATCH_REQUEUE",
+    "SBATCH_THREADS_PER_CORE",
+)
+
+
+class Verbatim(str):
+    """Text that a bash template takes as it is, because it has been made safe for its place."""
+
+    __slots__ = ()
+
+
+def render(plan: Plan) -> dict[str, str]:
+    """`<name>.sh`, which stands alone, and `<name>.py`, its entrypoint."""
+    entrypoint = _python().get_template("entrypoint.py.j2").render(plan=plan, plan_json=plan.to_json())
+    files = {f"{plan.name}.py": entrypoint, **_runtime()}
+    script = (
+        bash()
+        .get_template("job.sh.j2")
+        .render(
+            plan=plan,
+            summary=summary(plan),
+            point=assignments(plan.point),
+            overrides=shlex.join(word for text in assignments(plan.overrides) for word in ("--set", text)),
+            sbatch_lines=sbatch_lines(plan),
+            sbatch_variables=_sbatch_variables(plan),
+            convert_options=_convert_options(plan),
+            grace_s=GRACE_S,
+            stage_path=default_stage_path(plan.stage_path),
+            interpreter=_interpreter(plan),
+            srun_flags=plan.slurm.srun_flags,
+            folders=sorted({str(Path(path).parent) for path in files} - {"."}),
+            files=sorted(files.items()),
+            end_of_file=Verbatim(END_OF_FILE),
+        )
+    )
+    return {f"{plan.name}.sh": script, f"{plan.name}.py": entrypoint}
+
+
+def assignments(document: dict[str, Any], prefix: str = "") -> list[str]:
+    """Every `key.path=value` of a document, as --set takes it."""
+    found = []
+    for key, value in document.items():
+        if isinstance(value, dict):
+            found += assignments(value, f"{prefix}{key}.")
+        else:
+            found.append(f"{prefix}{key}={value if isinstance(value, str) else json.dumps(value)}")
+    return found
+
+
+def summary(plan: Plan) -> str:
+    """The run in one line."""
+    scheme = {"lora": "LoRA", "sft": "SFT"}[plan.scheme]
+    where = f"{plan.nodes} node{'s' * (plan.nodes > 1)} of {plan.gpus_per_node} {plan.gpu.name}"
+    return f"{scheme} {plan.precision.upper()} fine-tuning of {plan.model.name} on {where}"
+
+
+def job_name(plan: Plan) -> str:
+    """One name for all jobs of a model: Slurm's `singleton` lets a user run one at a time; the comment tells them apart."""
+    return f"ftgen_{plan.model.name}"
+
+
+def sbatch_lines(plan: Plan) -> list[str]:
+    """What stands after #SBATCH, in sbatch's long form."""
+    slurm = plan.slurm
+    requeue = {True: ["--requeue"], False: ["--no-requeue"], None: []}[slurm.requeue]
+    options = {
+        "job-name": job_name(plan),
+        "dependency": "singleton",
+        "comment": None if any(flag.startswith("--comment") for flag in slurm.sbatch_flags) else plan.experiment,
+        "account": slurm.account,
+        "partition": slurm.partition,
+        "qos": slurm.qos,
+        "reservation": slurm.reservation,
+        "constraint": slurm.constraint,
+        "nodes": plan.nodes,
+        "ntasks-per-node": plan.gpus_per_node,
+        **gpu_request(slurm.gpu_request, slurm.gpu_type, plan.gpus_per_node),
+        "time": format_walltime(slurm.walltime_s),
+        "signal": f"B:USR1@{slurm.end_before_limit_s}",
+        "mem": slurm.mem,
+        "output": f"sbatch_{plan.experiment}_%j.out",
+        "open-mode": "append",
+    }
+    lines = [f"--{option}={value}" for option, value in options.items() if value is not None]
+    return [*lines, *(["--exclusive"] if slurm.exclusive else []), *requeue, *slurm.sbatch_flags]
+
+
+def gpu_request(how: str, gpu_type: str | None, count: int) -> dict[str, str]:
+    """The option that asks for so many GPUs of each node, the way the site wants it."""
+    gpus = f"{gpu_type}:{count}" if gpu_type else str(count)
+    return {"none": {}, "gres": {"gres": f"gpu:{gpus}"}, "gpus-per-node": {"gpus-per-node": gpus}}[how]
+
+
+def _convert_options(plan: Plan) -> list[str]:
+    """sbatch's options of the job that makes the checkpoint, over the same header: one task, and one GPU at most."""
+    options = {
+        "job-name": f"{job_name(plan)}_convert",
+        "dependency": "singleton",
+        "nodes": 1,
+        "ntasks": 1,
+        **gpu_request(plan.slurm.gpu_request, plan.slurm.gpu_type, 1),
+        "time": format_walltime(plan.slurm.convert_walltime_s),
+    }
+    return [*(f"--{option}={value}" for option, value in options.items()), *plan.slurm.convert_flags]
+
+
+def _sbatch_variables(plan: Plan) -> list[tuple[str, str]]:
+    """Variables of the submitting shell that change what the header asks for, with the header's value."""
+    header = {option: value for option, _, value in (line[2:].partition("=") for line in sbatch_lines(plan))}
+    overridden = [(variable, header[option]) for option, variable in SBATCH_OVERRIDES.items() if option in header]
+    return sorted((dict.fromkeys(SBATCH_ADDS, "") | dict(overridden)).items())
+
+
+def expand_path(path: str) -> str:
+    """A path as one word of bash: $STAGE_PATH is expanded, every other character is itself."""
+    parts = re.split(r"\$STAGE_PATH\b|\$\{STAGE_PATH\}", path)
+    if len(parts) == 1:
+        return shlex.quote(path)
+    return '"' + "${STAGE_PATH}".join(re.sub(r'([\\"$`])', r"\\\1", part) for part in parts) + '"'
+
+
+def default_stage_path(stage_path: str | None) -> Verbatim:
+    """What stands in for a STAGE_PATH that the submitting shell does not have, for bash."""
+    return Verbatim(shlex.quote(stage_path) if stage_path else "${SLURM_SUBMIT_DIR:-$PWD}")
+
+
+def _interpreter(plan: Plan) -> str:
+    path = plan.python.path
+    return f"{path}/bin/python" if plan.python.kind == "venv" else path or "python3"
+
+
+@cache
+def _runtime() -> dict[str, str]:
+    """The runtime's files by the path they have in a run directory."""
+    folder = source_folder("runtime")
+    paths = sorted(folder.rglob("*.py"))
+    files = {f"runtime/{path.relative_to(folder).as_posix()}": path.read_text(encoding="utf-8") for path in paths}
+    clash = [path for path, text in files.items() if END_OF_FILE in text.splitlines() or not text.endswith("\n")]
+    assert not clash, f"these cannot be carried in a here-document: {clash}"  # noqa: S101 - our own files
+    return files
+
+
+def _environment(**options: Any) -> Environment:
+    return Environment(
+        loader=FileSystemLoader(source_folder("templates")),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # noqa: S701 - bash and Python, not HTML
+        **options,
+    )
+
+
+def _python() -> Environment:
+    return _environment()
+
+
+def bash() -> Environment:
+    """Every {{ value }} is one shell word, unless a filter has made it safe for another place."""
+    environment = _environment(finalize=_quote, comment_start_string="<#", comment_end_string="#>")  # ${#array[@]}
+    environment.filters |= {
+        "comment": lambda text: Verbatim(" ".join(str(text).split())),
+        "directive": _directive,
+        "path": lambda path: Verbatim(expand_path(path)),
+        "verbatim": Verbatim,
+        "words": lambda words: Verbatim(shlex.join(words)),
+    }
+    return environment
+
+
+def _quote(value: Any) -> str:
+    return value if isinstance(value, Verbatim) else shlex.quote(str(value))
+
+
+def _directive(line: str) -> Verbatim:
+    """A line for Slurm, or a variable's name: one word without quotes; the vocabulary lets nothing else through."""
+    assert re.fullmatch(r"[A-Za-z0-9_.,:&|()\[\]*/%+@=-]+", line), line  # noqa: S101 - spec.py and site.py check it
+    return Verbatim(line)

@@ -1,0 +1,77 @@
+"""A site profile to the job that sets the site up, pure. In: a `Site`, the sources that specs ask for. Out: bash.
+
+The job makes the folders, the image or the virtual environment and the source trees, unless they are there, and ends
+by importing the stack.
+"""
+
+from importlib.metadata import PackageNotFoundError, requires
+
+from ftgen import __version__
+from ftgen.files import source_file, source_folder
+from ftgen.plan.plan import Plan, SourcePlan
+from ftgen.script.render import END_OF_FILE, bash, default_stage_path, gpu_request
+from ftgen.spec.site import Site
+
+WALLTIME = "02:00:00"  # an image of 20 GB, or 3 GB of packages
+STACK = ("torch", "lightning", "transformers", "megatron.core", "nemo.collections.llm")
+ON_A_GPU = ("transformer_engine.pytorch",)
+
+
+def render_setup(site: Site, name: str, plans: list[Plan]) -> str:
+    """The setup job of a site, for the jobs of `plans`; without any, for GPUs and the stack as it is installed."""
+    on_a_gpu = not plans or any(plan.gpu.name != "cpu" for plan in plans)
+    sources: list[SourcePlan] = list(dict.fromkeys(source for plan in plans for source in plan.sources))
+    stack = STACK + (ON_A_GPU if on_a_gpu else ())
+    check = (source_folder("templates") / "setup_check.py").read_text(encoding="utf-8")
+    return (
+        bash()
+        .get_template("setup.sh.j2")
+        .render(
+            site=site,
+            name=name,
+            version=__version__,
+            sbatch_lines=_sbatch_lines(site),
+            stage_path=default_stage_path(site.stage_path),
+            sources=sources,
+            requirements=requirements("gpu" if on_a_gpu else "runtime"),
+            constraints=source_file("constraints.txt").rstrip(),
+            check=check.replace("STACK", repr(stack)).rstrip(),
+            end_of_file=END_OF_FILE,
+        )
+    )
+
+
+def requirements(extra: str) -> list[str]:
+    """What pip is asked for: ftgen's own extra, without ftgen."""
+    try:
+        lines = requires("ftgen") or []
+    except PackageNotFoundError:
+        lines = []
+    found = []
+    for line in lines:
+        package, _, marker = line.partition(";")
+        if f'"{extra}"' not in marker.replace("'", '"'):
+            continue
+        found += requirements("runtime") if package.startswith("ftgen[") else [package.strip()]
+    assert found, "ftgen's own metadata names no requirements: install it with pip"  # noqa: S101
+    return found
+
+
+def _sbatch_lines(site: Site) -> list[str]:
+    options = {
+        "job-name": "ftgen_setup",
+        "dependency": "singleton",
+        "account": site.account,
+        "partition": site.partition,
+        "qos": site.qos,
+        "reservation": site.reservation,
+        "constraint": site.constraint,
+        "nodes": 1,
+        "ntasks": 1,
+        **gpu_request(site.gpu_request, site.gpu_type, 1),
+        "time": WALLTIME,
+        "mem": site.mem,
+        "output": "sbatch_ftgen_setup_%j.out",
+        "open-mode": "append",
+    }
+    return [*(f"--{option}={value}" for option, value in options.items() if value is not None), *site.sbatch_flags]

@@ -1,0 +1,99 @@
+"""What a run's charts need of its steps. In: `Steps`, of any length. Out: `Curves`, of a size that does not grow with them.
+
+The steps are gone through once, some at a time; a long run leaves 8 bytes a step meanwhile, for the median of their times.
+"""
+
+import math
+from array import array
+from collections.abc import Iterable
+from itertools import groupby
+from operator import itemgetter
+from statistics import median
+from typing import NamedTuple
+
+from ftgen.logs.step_line import Step
+from ftgen.logs.steps import Steps
+from ftgen.units import number, significant
+
+MOST_POINTS = 400  # of a curve; more are drawn by the lowest and highest of each part
+MOST_STEPS = 1000  # rows of a run's table of steps
+OFF_SCALE = 3  # times the median: a step that takes longer is drawn at the edge, with its value
+
+Point = tuple[int, float]  # a step, and its value
+
+
+class Curve(NamedTuple):
+    """What is known and finite of one thing, by step; thinned where there is much of it."""
+
+    points: list[Point]
+    known: int = 0  # steps
+    first: float | None = None
+    last: float | None = None
+    middle: float | None = None  # the median, of times
+    beyond: int = 0  # steps that took more than OFF_SCALE times as long
+
+
+class Curves(NamedTuple):
+    """A run's steps, drawn and as a table."""
+
+    times: Curve
+    losses: Curve
+    rows: list[tuple[str, ...]]  # of every step; of very long runs none
+
+
+def curves(steps: Steps) -> Curves:
+    """All that the page shows of a run's steps."""
+    total = len(steps)
+    times, losses = _Line(total), _Line(total)
+    seconds = array("d")
+    rows: list[tuple[str, ...]] = []
+    for piece in steps.pieces():
+        timed = times.add(piece, piece.said("time_s"))
+        seconds.extend(time_s for _, time_s in timed)
+        losses.add(piece, piece.said("loss"))
+        rows += map(_row, piece.items()) if total <= MOST_STEPS else ()
+    middle = median(seconds) if seconds else None
+    beyond = sum(time_s > OFF_SCALE * middle for time_s in seconds) if middle else 0
+    return Curves(times.curve()._replace(middle=middle, beyond=beyond), losses.curve(), rows)
+
+
+class _Line:
+    """A curve in the making, of at most so many points."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.known = 0
+        self.first: float | None = None
+        self.last: float | None = None
+        self.parts: dict[int, list[Point]] = {}
+
+    def add(self, steps: Iterable[int], values: Iterable[float | None]) -> list[Point]:
+        """What is known and finite of the next steps."""
+        said = zip(steps, values, strict=True)
+        points = [(step, value) for step, value in said if value is not None and math.isfinite(value)]
+        for part, some in groupby(enumerate(points, self.known), self._part):
+            found = [*self.parts.get(part, ()), *(point for _, point in some)]
+            self.parts[part] = found if self.total <= MOST_POINTS else _extremes(found)
+        self.known += len(points)
+        if points:
+            self.first = points[0][1] if self.first is None else self.first
+            self.last = points[-1][1]
+        return points
+
+    def curve(self) -> Curve:
+        """What has come of it."""
+        points = sorted({point for part in self.parts.values() for point in part})
+        return Curve(points, self.known, self.first, self.last)
+
+    def _part(self, place: tuple[int, Point]) -> int:
+        return place[0] * (MOST_POINTS // 2) // self.total
+
+
+def _extremes(points: list[Point]) -> list[Point]:
+    return [min(points, key=itemgetter(1)), max(points, key=itemgetter(1))]
+
+
+def _row(step: tuple[int, Step]) -> tuple[str, ...]:
+    said = step[1]
+    figures = (significant(each, 4) for each in (said.time_s, said.loss, said.grad_norm))
+    return (str(step[0]), *figures, number(said.peak_memory / 2**30 if said.peak_memory else None, 2))

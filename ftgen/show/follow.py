@@ -1,0 +1,121 @@
+"""Runs while they run. In: LOGS. Out: a `Progress` for each run, read again when its log has changed.
+
+What has been added to a log is read, and what is said is what `tabulate` would say of all of it.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from ftgen.errors import LogError
+from ftgen.logs.growing import Growing
+from ftgen.logs.log import Log
+from ftgen.logs.read import Run, find_runs
+from ftgen.results.summary import Summary, judge
+
+LAST_STEPS = 10  # whose median is the step time that the rest is reckoned by
+SILENT_S = 600  # without a word, until that is said
+GONE_S = 60  # without a word of a job that is not in the queue, until it is taken for over
+QUEUE_S = 10  # between two questions to Slurm
+SHARE = 0.2  # of the time may go into reading
+BAD = {"failed", "invalid", "ended-badly"}
+
+
+class Progress(NamedTuple):
+    """How far a run is."""
+
+    run: Summary
+    state: str  # running, silent, or as the queue or the verdict has it
+    over: bool
+    step_time_s: float | None  # of late
+    loss: float | None  # the last one
+    eta_s: float | None  # until the last step
+
+    @property
+    def name(self) -> str:
+        """The experiment and its id."""
+        return f"{self.run.experiment} {self.run.run_id}".strip()
+
+    @property
+    def sample(self) -> tuple[object, ...]:
+        """What a change of is worth a line."""
+        return (self.state, self.run.status if self.over else None, self.run.steps, self.loss)
+
+
+@dataclass
+class Look:
+    """A log, as it was at the last look."""
+
+    reader: Growing
+    stamp: tuple[int, ...] | None = None  # time, size and place on the disk
+    found: tuple[Summary, Log] | None = None
+
+
+class Follower:
+    """Looks at LOGS again and again. `queue` gives job id to state, or None; `clock` is the files' time in seconds."""
+
+    def __init__(
+        self,
+        paths: Iterable[Path],
+        queue: Callable[[], Mapping[str, str] | None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.paths = list(paths)
+        self.queue, self.clock = queue, clock
+        self.jobs: Mapping[str, str] | None = None
+        self.asked = float("-inf")
+        self.read: dict[str, Look] = {}
+
+    def look(self) -> list[Progress]:
+        """Every run there is by now; LogError for a path that is not there."""
+        if self.clock() - self.asked >= QUEUE_S:
+            self.jobs, self.asked = self.queue(), self.clock()
+        runs = self._runs()
+        self.read = {run.log: self.read.get(run.log) or Look(Growing()) for run in runs}
+        return [self._progress(run, self.read[run.log]) for run in runs]
+
+    def _runs(self) -> list[Run]:
+        try:
+            return find_runs(self.paths)
+        except LogError:
+            if not all(path.exists() for path in self.paths):
+                raise
+            return []  # the first job has yet to start
+
+    def _progress(self, run: Run, look: "Look") -> Progress:
+        try:
+            status = Path(run.log).stat()
+        except OSError:  # gone since it was found
+            status = None
+        stamp = (status.st_mtime_ns, status.st_size, status.st_ino, status.st_dev) if status else None
+        if look.found is None or look.stamp != stamp:
+            log = look.reader.read(run)
+            look.stamp, look.found = stamp, (judge(run, log), log)
+        written_s = status.st_mtime if status else 0.0
+        silent_s = self.clock() - written_s
+        queued = (self.jobs or {}).get(run.run_id)
+        gone = self.jobs is not None and queued is None and silent_s > GONE_S
+        quiet = f"silent since {datetime.fromtimestamp(written_s).astimezone():%H:%M}" if silent_s > SILENT_S else None
+        return progress(*look.found, queued or quiet, queued=queued is not None, gone=gone)
+
+
+def progress(run: Summary, log: Log, state: str | None, *, queued: bool, gone: bool) -> Progress:
+    """How far a run is; `state` is what else is known of it, `gone` that there is no such job any more."""
+    last = [step for _, step in sorted(log.steps.between(log.steps.last - LAST_STEPS + 1, log.steps.last + 1).items())]
+    times = [step.time_s for step in last if step.time_s is not None]
+    step_time_s = median(times) if times else None
+    ended = log.exit_status is not None or bool({"stopped", "done"} & log.endings.keys())
+    over = not queued and (gone or ended or run.status in BAD or run.status == "complete")
+    left = max(0, run.planned_steps - run.steps) if run.planned_steps else None
+    return Progress(
+        run=run,
+        state=run.status if over or run.status in BAD else state or "running",
+        over=over,
+        step_time_s=step_time_s,
+        loss=next((step.loss for step in reversed(last) if step.loss is not None), None),
+        eta_s=None if over or left is None or step_time_s is None else left * step_time_s,
+    )

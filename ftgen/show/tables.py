@@ -1,0 +1,186 @@
+"""Runs to tables of text. In: a `View`. Out: the recipe's tables or a flat one, and remarks.
+
+The recipe's tables, one for each model, scheme and precision, have a row for each figure and a column for each run, and
+beside the runs of a size what was published for it, and the baseline's. A flat table has a row a run.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+from ftgen import catalogue
+from ftgen.catalogue import Published
+from ftgen.logs.identity import RECIPE_SEQ_LENGTH
+from ftgen.results.compare import PUBLISHED, Baseline, Figures, contradicts_itself, ratios, recomputed
+from ftgen.results.keys import SHOWN_OF_GROUP, SHOWN_OF_RUN, Field, Row, View, chosen, rows
+from ftgen.results.options import shortly
+from ftgen.results.repeats import Group, group, kind, order, size
+from ftgen.results.summary import Summary
+from ftgen.units import UNKNOWN, number, percent, ratio, significant, whole
+
+SCHEMES = {"sft": "SFT", "lora": "LoRA"}
+RATIO = "ratio to "  # begins the title of a column that belongs to the one before it
+GOOD, BAD, FAINT = "good", "bad", "faint"  # what colour says besides the words
+
+
+class Cell(NamedTuple):
+    """Text, and what colour would say."""
+
+    text: str
+    tone: str = ""
+
+
+class Column(NamedTuple):
+    """One figure: what it is called and how it is written."""
+
+    title: str
+    how: Callable[[Figures], str]
+
+
+class Table(NamedTuple):
+    """Cells; every row as long as the header. Notes stand below."""
+
+    title: str
+    header: tuple[Cell, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+class Remark(NamedTuple):
+    """What must be said of a run beside its figures, or in place of them."""
+
+    run: str
+    status: str
+    reason: str
+    log: str
+
+
+COLUMNS = (
+    Column("Training step time (seconds per step)", lambda s: significant(s.step_time_s, 4)),  # as many as NeMo prints
+    Column("Throughput in tokens per second", lambda s: whole(s.tokens_per_s)),
+    Column("Model flops utilization", lambda s: percent(s.mfu, 2)),
+    Column("Time to train 1T tokens in days", lambda s: number(s.days_per_1t_tokens, 1)),
+)
+
+
+def tabulate(view: View) -> list[Table]:
+    """The tables of a view. The recipe's have every run with a step time: columns by GPUs, then by run."""
+    if view.is_flat:
+        return [_flat(view)]
+    shown = sorted((run for run in view.runs if run.step_time_s is not None), key=order)
+    return [_table(list(runs), view) for _, runs in groupby(shown, kind)]
+
+
+def remarks(runs: Sequence[Summary]) -> list[Remark]:
+    """Every run of which something must be said, in the tables' order: all that have no figures are among them."""
+    told = [(s, "; ".join(filter(None, (s.reason, *s.warnings, *s.notes)))) for s in sorted(runs, key=order)]
+    return [Remark(f"{s.experiment} {s.run_id}".strip(), s.status, text, s.log) for s, text in told if text]
+
+
+def _flat(view: View) -> Table:
+    shown = SHOWN_OF_GROUP if view.group else SHOWN_OF_RUN
+    if view.baseline:
+        shown = (*shown, "baseline_step_time_s", "step_time_ratio", "regressed")
+    fields = chosen(view.fields, view.columns or shown, "columns")
+    lines = [tuple(_flat_cell(field, row) for field in fields) for row in rows(view)]
+    return Table("Experiments" if view.group else "Runs", tuple(Cell(field.title) for field in fields), tuple(lines))
+
+
+def _flat_cell(field: Field, row: Row) -> Cell:
+    bad = (field.key == "status" and row["status"] != "complete") or (field.key == "step_time_ratio" and row["regressed"])
+    return Cell(field.how(row[field.key]), BAD if bad else "")
+
+
+def _table(runs: Sequence[Summary], view: View) -> Table:
+    """Columns of the same size share what was published for that size, and the baseline's, after the last of them."""
+    title = experiment_title(runs[0])
+    header, columns, notes = [Cell(title)], [[Cell(column.title) for column in COLUMNS]], []
+    for _, same in groupby(runs, size):
+        repeats = list(same)
+        for top, cells in _size_columns(repeats, view):
+            header.append(top)
+            columns.append(cells)
+        published = repeats[0].published
+        if published and contradicts_itself(published):
+            notes.append(_contradiction(published))
+    return Table(title, tuple(header), tuple(zip(*columns, strict=True)), tuple(notes))
+
+
+def _size_columns(repeats: Sequence[Summary], view: View) -> Iterator[tuple[Cell, list[Cell]]]:
+    """The columns of one size: each run, or the mean of them, beside its ratio to the baseline; then what that is."""
+    columns: Sequence[Summary | Group] = repeats
+    if view.group:
+        columns = [each for each in group(repeats) if each.step_time_s] or repeats
+    for run in columns:
+        yield Cell(_column_title(run, columns)), _cells(run)
+        if view.baseline and (there := view.baseline.of(run)):
+            yield _ratio_column(run, there, view.baseline)
+    baseline = view.baseline.of(columns[0]) if view.baseline else None
+    if published := repeats[0].published:
+        yield from _published_columns(published, both=view.baseline is not None and view.baseline.name == PUBLISHED)
+    if view.baseline and baseline and view.baseline.name != PUBLISHED:
+        yield Cell(view.baseline.name, FAINT), [Cell(text, FAINT) for text in _texts(baseline)]
+
+
+def _cells(run: Summary | Group) -> list[Cell]:
+    cells = [Cell(text) for text in _texts(run)]
+    if isinstance(run, Group) and run.step_time_spread_s is not None:
+        cells[0] = Cell(f"{cells[0].text} ± {significant(run.step_time_spread_s, 2)}")
+    return cells
+
+
+def _texts(figures: Figures) -> list[str]:
+    return [column.how(figures) for column in COLUMNS]
+
+
+def _ratio_column(run: Summary | Group, there: Figures, baseline: Baseline) -> tuple[Cell, list[Cell]]:
+    """Each figure by the baseline's; the words say what the colour does."""
+    regressed = baseline.regressed(run)
+    faster = (baseline.ratio(run) or 1.0) <= 1.0
+    tone = BAD if regressed else GOOD if faster else ""
+    top = f"{RATIO}{baseline.name}" + (": regressed" if regressed else "")
+    return Cell(top, tone), [Cell(ratio(value), tone) for value in ratios(run, there)]
+
+
+def _published_columns(row: Published, *, both: bool) -> Iterator[tuple[Cell, list[Cell]]]:
+    """As published, with a mark where the row contradicts itself; and what its step time gives."""
+    cells = [Cell(text, FAINT) for text in _texts(row)]
+    if contradicts_itself(row):
+        cells[1] = Cell(f"{cells[1].text} *", FAINT)
+    top = f"published, {row.gpus}x {row.gpu.upper()}"
+    yield Cell(top, FAINT), cells
+    if both:
+        yield Cell(f"{top}, from its step time", FAINT), [Cell(text, FAINT) for text in _texts(recomputed(row))]
+
+
+def _contradiction(row: Published) -> str:
+    gives = whole(recomputed(row).tokens_per_s)
+    return f"* as published for {row.gpus} GPUs; its step time of {significant(row.step_time_s, 4)} s gives {gives}"
+
+
+def experiment_title(run: Summary | Group) -> str:
+    """Llama-3 8B finetuning, LoRA FP8; the experiment's name where that is not known."""
+    if not (run.model and run.scheme and run.precision):
+        return run.experiment
+    model = catalogue.models().get(run.model)
+    title = model.title.partition(",")[0] if model else run.model
+    return f"{title} finetuning, {SCHEMES.get(run.scheme, run.scheme)} {run.precision.upper()}"
+
+
+def _column_title(run: Summary | Group, beside: Sequence[Summary | Group]) -> str:
+    """8x H100 GPUs (GBS=32), as in the recipe, with what else tells the run from its neighbours."""
+    length = "" if run.seq_length == RECIPE_SEQ_LENGTH else f", {run.seq_length or UNKNOWN} tokens"
+    title = f"{accelerators(run)} (GBS={run.global_batch_size or UNKNOWN}{length})"
+    title = ", ".join(filter(None, (title, shortly(run.options))))
+    if isinstance(run, Group):
+        counted = str(run.counted) if run.counted == run.runs else f"{run.counted} of {run.runs} runs"
+        return title if run.runs == 1 else f"{title}, mean of {counted}"
+    title += f", run {run.run_id}" if len(beside) > 1 else ""
+    return title if run.status == "complete" else f"{title}, {run.status}"
+
+
+def accelerators(run: Summary | Group) -> str:
+    """8x H100 GPUs; 1x CPU."""
+    gpus = UNKNOWN if run.gpus is None else run.gpus
+    gpu = "CPU" if run.gpu == "cpu" else f"{(run.gpu or UNKNOWN).upper()} GPU{'' if run.gpus == 1 else 's'}"
+    return f"{gpus}x {gpu}"

@@ -1,0 +1,102 @@
+"""`ftgen watch`. In: a `Follower`. Out: on a terminal a table that changes, elsewhere a line a change."""
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from ftgen.show.follow import SHARE, Follower, Progress
+from ftgen.show.terminal import STATUS_STYLE
+from ftgen.units import UNKNOWN, clean, format_walltime, significant
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+BAR = 20  # columns
+
+
+def watch(follower: Follower, every_s: float, console: "Console", write: Callable[[str], object]) -> None:
+    """Until every run is over, or ^C, which is the caller's; `write` gets lines where the console is no terminal."""
+    if console.is_terminal:
+        _live(follower, every_s, console)
+    else:
+        _lines(follower, every_s, write)
+
+
+def _live(follower: Follower, every_s: float, console: "Console") -> None:
+    from rich.live import Live
+
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            runs, took_s = _timed(follower)
+            live.update(table(runs), refresh=True)
+            if _over(runs):
+                return
+            time.sleep(max(every_s, took_s / SHARE))
+
+
+def _lines(follower: Follower, every_s: float, write: Callable[[str], object]) -> None:
+    told: dict[str, tuple[object, ...]] = {}
+    while True:
+        runs, took_s = _timed(follower)
+        for run in runs:
+            if told.get(run.run.log) != run.sample:
+                told[run.run.log] = run.sample
+                write(f"{datetime.now().astimezone():%H:%M:%S} {line(run)}")
+        if _over(runs):
+            return
+        time.sleep(max(every_s, took_s / SHARE))
+
+
+def _timed(follower: Follower) -> tuple[list[Progress], float]:
+    started = time.monotonic()
+    return follower.look(), time.monotonic() - started
+
+
+def _over(runs: Sequence[Progress]) -> bool:
+    return bool(runs) and all(run.over for run in runs)
+
+
+def line(run: Progress) -> str:
+    """A run in a line: what it is, how it is, how far, how fast."""
+    parts = [
+        f"{run.name}: {run.state}",
+        f"step {steps(run)}",
+        f"{significant(run.step_time_s, 4)} s",
+        f"loss {significant(run.loss, 4)}",
+    ]
+    if run.eta_s is not None:
+        parts.append(f"{format_walltime(round(run.eta_s))} left")
+    if run.over and run.run.reason:
+        parts.append(run.run.reason)
+    return clean(", ".join(parts))
+
+
+def steps(run: Progress) -> str:
+    """How many of how many."""
+    return f"{run.run.steps}/{run.run.planned_steps or UNKNOWN}"
+
+
+def table(runs: Sequence[Progress]) -> "RenderableType":
+    """All runs, with a bar for each."""
+    from rich import box
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    if not runs:
+        return Text("no run yet")
+    grid = Table(box=box.SIMPLE_HEAD)
+    for title in ("Run", "State", "", "Step", "Step time", "Loss", "Left"):
+        grid.add_column(title, justify="right" if title in {"Step", "Step time", "Loss", "Left"} else "left")
+    for run in sorted(runs, key=lambda run: run.over):  # where the terminal is too low, those that change stay in sight
+        grid.add_row(
+            Text(clean(run.name), overflow="fold"),
+            Text(clean(run.state), STATUS_STYLE.get(run.state, "")),
+            ProgressBar(total=run.run.planned_steps or None, completed=run.run.steps, width=BAR, pulse=False),
+            Text(steps(run)),
+            Text(UNKNOWN if run.step_time_s is None else f"{significant(run.step_time_s, 4)} s"),
+            Text(significant(run.loss, 4)),
+            Text(UNKNOWN if run.eta_s is None else format_walltime(round(run.eta_s))),
+        )
+    return grid

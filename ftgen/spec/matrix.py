@@ -1,0 +1,140 @@
+"""One spec to many: the points of its [matrix]. In: a document. Out: each point's name and what it sets, or problems."""
+
+import re
+from collections.abc import Iterator
+from itertools import product
+from math import prod
+from typing import Any, NamedTuple
+
+from ftgen.documents import Document, get, has, merged, with_value
+from ftgen.errors import KeyPath, Problem, dotted
+
+MOST = 1000  # points: more are a slip of the pen
+Values = dict[KeyPath, Any]
+Choices = dict[KeyPath, list[Any]]
+Tables = tuple[KeyPath, ...]
+CROSSED: Tables = (("matrix", "product"), ("matrix", "zip"))
+
+
+class Point(NamedTuple):
+    """One experiment of a matrix."""
+
+    name: str
+    sets: Document
+    below: Tables = ()  # tables of the spec that may say what it sets
+
+
+def points(matrix: Document, stem: str, base: Document) -> tuple[list[Point], list[Problem]]:
+    """Every point of a matrix of the right shape; `base` is the rest of the document, which `name` may refer to."""
+    choices, zipped = _choices(matrix, "product"), _choices(matrix, "zip")
+    if problems := [*_not_lists(choices, "product"), *_not_lists(zipped, "zip"), *_not_alike(choices, zipped)]:
+        return [], problems
+    count = prod(map(len, choices.values())) * (len(next(iter(zipped.values()))) if zipped else 1)
+    if count > MOST:
+        return [], [Problem(("matrix",), f"must have at most {MOST} points: it has {count}")]
+    crossed = list(_crossed(choices, zipped)) if choices or zipped else []
+    excluded = [_leaves(each) for each in matrix.get("exclude", [])]
+    kept = [(values, CROSSED) for values in crossed if not any(_matches(values, each) for each in excluded)]
+    included = enumerate(matrix.get("include", []))
+    kept += [(_leaves(each), (("matrix", "include", number),)) for number, each in included]
+    problems = [
+        Problem(("matrix", "exclude", number), "matches no point of the matrix", "each of its keys is one that varies")
+        for number, each in enumerate(excluded)
+        if not any(_matches(values, each) for values in crossed)
+    ]
+    if not kept:
+        problems.append(Problem(("matrix",), "has no points", "say product, zip or include"))
+    named, more = _named(kept, matrix.get("name"), stem, base)
+    return named, problems + more
+
+
+def varied(matrix: Document) -> set[KeyPath]:
+    """The key paths that the matrix sets."""
+    included = (path for each in matrix.get("include", []) for path in _leaves(each))
+    return {*_choices(matrix, "product"), *_choices(matrix, "zip"), *included}
+
+
+def _choices(matrix: Document, kind: str) -> Choices:
+    return _leaves(matrix.get(kind, {}))
+
+
+def _leaves(document: Document, path: KeyPath = ()) -> Values:
+    leaves: Values = {}
+    for key, value in document.items():
+        leaves |= _leaves(value, (*path, key)) if isinstance(value, dict) and value else {(*path, key): value}
+    return leaves
+
+
+def _not_lists(choices: Choices, kind: str) -> Iterator[Problem]:
+    for path, values in choices.items():
+        if not isinstance(values, list) or not values:
+            yield Problem(("matrix", kind, *path), "must be a list of one value or more", f"{dotted(path)} = [ ... ]")
+
+
+def _not_alike(choices: Choices, zipped: Choices) -> Iterator[Problem]:
+    lengths = {path: len(values) for path, values in zipped.items() if isinstance(values, list)}
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"{dotted(path)} has {length}" for path, length in lengths.items())
+        yield Problem(("matrix", "zip"), f"the lists of a zip must be of one length: {found}")
+    for path in zipped:
+        if any(path[: len(other)] == other or other[: len(path)] == path for other in choices):
+            yield Problem(("matrix", "zip", *path), "is in the product too")
+
+
+def _crossed(choices: Choices, zipped: Choices) -> Iterator[Values]:
+    rows = [dict(zip(zipped, row, strict=True)) for row in zip(*zipped.values(), strict=True)] or [{}]
+    for values in product(*choices.values()):
+        for row in rows:
+            yield dict(zip(choices, values, strict=True)) | row
+
+
+def _matches(values: Values, pattern: Values) -> bool:
+    return all(path in values and values[path] == value for path, value in pattern.items())
+
+
+def _named(
+    kept: list[tuple[Values, Tables]], template: str | None, stem: str, base: Document
+) -> tuple[list[Point], list[Problem]]:
+    found: dict[str, Point] = {}
+    problems: list[Problem] = []
+    for values, below in kept:
+        sets = _document(values)
+        name, unknown = _fill(template, merged(base, sets)) if template else (_default_name(stem, values), "")
+        if unknown:
+            problems.append(Problem(("matrix", "name"), f"names a key that the spec does not say: {unknown}"))
+        elif name in found:
+            where: KeyPath = ("matrix", "name") if template else ("matrix",)
+            problems.append(Problem(where, f"two points have one name: {name}", "say every key that varies in matrix.name"))
+        found[name] = Point(name, sets, below)
+    return list(found.values()), list(dict.fromkeys(problems))
+
+
+def _document(values: Values) -> Document:
+    document: Document = {}
+    for path, value in values.items():
+        document = with_value(document, path, value)
+    return document
+
+
+def _default_name(stem: str, values: Values) -> str:
+    return "_".join([stem, *(_word(path, value) for path, value in values.items())])
+
+
+def _fill(template: str, document: Document) -> tuple[str, str]:
+    """The template with values for the keys in braces, and the first key that has none."""
+    keys = re.findall(r"{(.*?)}", template)
+    unknown = next((key for key in keys if not has(document, tuple(key.split(".")))), "")
+    return re.sub(r"{(.*?)}", lambda match: _text(get(document, tuple(match[1].split(".")))), template), unknown
+
+
+def _word(path: KeyPath, value: Any) -> str:
+    """A value in a file's name; a number says of what, but for the GPUs, of which every name speaks."""
+    plain = isinstance(value, str | dict) or path == ("gpus",)
+    return _text(value) if plain else f"{path[-1]}-{_text(value)}"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return "-".join(map(_text, value.values() if isinstance(value, dict) else value))
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-") or "none"

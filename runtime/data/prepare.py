@@ -1,0 +1,73 @@
+"""The training data, made once for all jobs.
+
+In: a plan and a tokenizer. Out: a folder with training.jsonl and validation.jsonl, one {"input", "output"} a line; and,
+if the plan packs, a folder with the same examples tokenized and packed into sequences of seq_length tokens.
+
+The guard publishes both below $STAGE_PATH/data, so ranks, nodes and jobs that start together make them once. Each kind
+of data is a file of this folder with its name: `identity(plan)` gives what identifies its examples,
+`write(plan, folder)` writes them.
+"""
+
+import json
+import os
+from hashlib import sha256
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from runtime.data import packing
+from runtime.guard import publish
+from runtime.guard.manifest import sha256_of
+from runtime.job.progress import timed
+
+Plan = dict[str, Any]
+FORMAT = 1  # of the files that are written
+
+
+class Files(NamedTuple):
+    """Where the data is."""
+
+    examples: Path  # training.jsonl, validation.jsonl
+    packed: Path | None  # training.npy, validation.npy, metadata.json
+
+
+def prepare(plan: Plan, tokenizer: Path) -> Files:
+    """Make what is missing. `tokenizer` is the folder of a Hugging Face tokenizer. JobError: a faulty file."""
+    examples = identity(plan)
+    folder = _folder(plan["data"]["kind"], examples)
+    publish.ensure(folder, examples, lambda staging: _build(plan, staging))
+    if not plan["data"]["packed"]:
+        return Files(folder, None)
+    packed = {
+        "kind": "packed examples",
+        "examples": examples,
+        "tokenizer": sha256_of(tokenizer / "tokenizer.json"),
+        "seq_length": plan["seq_length"],
+        "seed": plan["seed"],
+    }
+    packed_folder = _folder(f"{plan['data']['kind']}-packed-{plan['seq_length']}", packed)
+    publish.ensure(packed_folder, packed, lambda staging: packing.pack(plan, folder, tokenizer, staging))
+    return Files(folder, packed_folder)
+
+
+def identity(plan: Plan) -> dict[str, Any]:
+    """What identifies the examples."""
+    kind = plan["data"]["kind"]
+    own: dict[str, Any] = _module(kind).identity(plan)
+    return {"kind": f"{kind} examples", "format": FORMAT, "seed": plan["seed"]} | own
+
+
+def _folder(name: str, identity: dict[str, Any]) -> Path:
+    short = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(os.environ.get("STAGE_PATH") or Path.cwd(), "data", f"{name}-{short}")
+
+
+def _build(plan: Plan, staging: Path) -> None:
+    kind = plan["data"]["kind"]
+    with timed(f"preparing the data: {kind}"):
+        _module(kind).write(plan, staging)
+        packing.index(staging)
+
+
+def _module(kind: str) -> Any:
+    return import_module(f"runtime.data.{kind}")

@@ -1,0 +1,17 @@
+"""Examples to training and validation. In: a list of examples. Out: training.jsonl and validation.jsonl."""
+
+import json
+import random
+from pathlib import Path
+
+VALIDATION = 0.05  # of all examples, as NeMo's SQuAD module splits them
+
+
+def split(examples: list[dict[str, str]], seed: int, folder: Path) -> None:
+    """Write both files; the order of the examples is kept in each."""
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)  # noqa: S311
+    count = max(1, round(len(examples) * VALIDATION))
+    for name, numbers in (("validation", order[:count]), ("training", order[count:])):
+        with (folder / f"{name}.jsonl").open("w") as file:
+            file.writelines(json.dumps(examples[number]) + "\n" for number in sorted(numbers))

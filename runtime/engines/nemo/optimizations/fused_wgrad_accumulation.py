@@ -1,0 +1,31 @@
+"""Accumulate weight gradients in the GEMM that computes them, without APEX.
+
+In: a recipe. Out: the recipe with the fusion on. This module also stands in for APEX's extension
+`fused_weight_gradient_mlp_cuda`: Megatron-Core and NeMo fuse only if that can be imported. Transformer Engine's GEMMs then
+accumulate into main_grad, and the two functions below do so for Megatron's LM head.
+"""
+
+import sys
+from typing import Any
+
+import torch
+
+
+def before_imports() -> None:
+    """Be importable under the extension's name before Megatron-Core looks for it."""
+    sys.modules.setdefault("fused_weight_gradient_mlp_cuda", sys.modules[__name__])
+
+
+def apply(recipe: Any, _plan: dict[str, Any]) -> None:
+    """Switch the fusion on."""
+    recipe.model.config.gradient_accumulation_fusion = True
+
+
+def wgrad_gemm_accum_fp16(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+    """main_grad [out, in] += grad_outputᵀ [out, n] @ inputs [n, in], all of one 16-bit type."""
+    main_grad.addmm_(grad_output.t(), inputs)
+
+
+def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+    """main_grad [out, in] (float32) += grad_outputᵀ [out, n] @ inputs [n, in]."""
+    main_grad.add_(grad_output.t() @ inputs)

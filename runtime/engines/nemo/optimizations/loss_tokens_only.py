@@ -1,0 +1,69 @@
+"""Compute the LM head and the loss only for tokens that have a loss.
+
+In: a recipe. Out: the recipe, with steps that pick those tokens.
+
+A fine-tune has a loss on the answers alone; for every other token the stock recipe computes the head and the cross entropy and
+multiplies them by zero. The loss mask is read while the batch is still on the CPU, so that nothing waits for the GPU. Each row
+is the same sum as before, but a GEMM of another height may add in another order.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+ROWS = 128  # row counts are rounded up to it, so that few shapes occur
+
+
+def apply(recipe: Any, _plan: dict[str, Any]) -> None:
+    """Make the recipe's steps pick the tokens with a loss."""
+    install(recipe.model.config)
+
+
+def install(config: Any) -> None:
+    """Make a GPTConfig's steps pick the tokens with a loss. For one tensor-, pipeline- and context-parallel rank."""
+    from megatron.core.models.gpt import GPTModel
+
+    config.data_step_fn = data_step
+    config.forward_step_fn = forward_step
+    GPTModel._postprocess = _postprocess_with(GPTModel._postprocess)
+
+
+def data_step(dataloader_iter: Iterator[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """NeMo's, with `loss_rows` [n] in the batch: where in [batch, sequence] the loss counts; and `loss_count`."""
+    from nemo.collections.llm.gpt.model.base import gpt_data_step
+
+    batch = next(dataloader_iter)
+    rows = (batch[0] if isinstance(batch, tuple) else batch)["loss_mask"].flatten().nonzero().flatten()
+    step: dict[str, Any] = gpt_data_step(iter([batch]), *args, **kwargs)
+    height = max(1, -(-len(rows) // ROWS)) * ROWS
+    padded = torch.zeros(height, dtype=torch.long, pin_memory=torch.cuda.is_available())
+    padded[: len(rows)] = rows
+    return step | {"loss_rows": padded.cuda(non_blocking=True), "loss_count": len(rows)}
+
+
+def forward_step(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """NeMo's, after telling the head which rows it is to work on."""
+    from nemo.collections.llm.gpt.model.base import gpt_forward_step
+
+    head = model
+    while hasattr(head, "module"):
+        head = head.module
+    head.loss_rows, head.loss_count = batch["loss_rows"], batch["loss_count"]
+    return gpt_forward_step(model, batch)
+
+
+def _postprocess_with(whole: Any) -> Any:
+    def postprocess(self: Any, hidden_states: torch.Tensor, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
+        """Loss [batch, sequence], zero where it does not count, from hidden states [sequence, batch, hidden]."""
+        rows = getattr(self, "loss_rows", None)
+        if labels is None or rows is None or not self.post_process:
+            return whole(self, hidden_states, *args, labels=labels, **kwargs)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        picked = hidden_states.transpose(0, 1).flatten(0, 1).index_select(0, rows).unsqueeze(1)
+        logits, _ = self.output_layer(picked, weight=weight)
+        loss = self.compute_language_model_loss(labels.flatten().index_select(0, rows).unsqueeze(0), logits).flatten()
+        count = self.loss_count
+        return loss.new_zeros(labels.numel()).index_copy(0, rows[:count], loss[:count]).view_as(labels)
+
+    return postprocess

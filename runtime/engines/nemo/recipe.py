@@ -1,0 +1,169 @@
+"""NeMo's own fine-tuning recipe with the plan's numbers. In: plan, checkpoint, data. Out: what trains when called.
+
+This module imports NeMo (15-40 s): only a training does.
+"""
+
+import functools
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import nemo_run as run
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from megatron.core.distributed import DistributedDataParallelConfig
+from nemo import lightning as nl
+from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
+from nemo.collections.llm.recipes.precision.mixed_precision import bf16_with_fp8_mixed
+from nemo.lightning import _strategy_lib
+
+from runtime.data.prepare import Files
+from runtime.job.progress import say
+
+Plan = dict[str, Any]
+ARCHITECTURE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+
+
+def build(plan: Plan, checkpoint: Path, files: Files, log_directory: Path) -> Any:
+    """The recipe as a `run.Partial`; `fdl.build(recipe)()` trains. Nothing is written outside `log_directory`."""
+    recipe = stock(plan, log_directory)
+    set_model(recipe, plan)
+    _set_scheme(recipe, plan)
+    _set_optimizer(recipe, plan)
+    _set_parallelism(recipe, plan)
+    _set_precision(recipe, plan)
+    _set_data(recipe, plan, files)
+    _set_trainer(recipe, plan)
+    recipe.log.ckpt = recipe.log.tensorboard = None
+    recipe.log.use_datetime_version = False
+    recipe.resume = run.Config(nl.AutoResume, restore_config=run.Config(nl.RestoreConfig, path=str(checkpoint)))
+    if plan["gpu"]["name"] == "cpu":
+        _for_the_cpu(recipe)
+    # The seed of adapters and dropout is no setting of NeMo's: its default stands in this function's signature.
+    _strategy_lib.init_parallel_ranks = functools.partial(_strategy_lib.init_parallel_ranks, seed=plan["seed"])
+    return recipe
+
+
+def stock(plan: Plan, log_directory: Path) -> Any:
+    """NeMo's own recipe of the model, with as much of the plan as it takes; not every model's takes all of it."""
+    library = importlib.import_module(f"nemo.collections.llm.recipes.{plan['model']['nemo_recipe']}")
+    arguments = {
+        "dir": str(log_directory),
+        "name": "nemo",
+        "num_nodes": plan["nodes"],
+        "num_gpus_per_node": plan["gpus_per_node"],
+        "peft_scheme": "lora" if plan["scheme"] == "lora" else "none",
+        "seq_length": plan["seq_length"],
+        "packed_sequence": plan["data"]["packed"],
+        "performance_mode": True,
+    }
+    taken = inspect.signature(library.finetune_recipe).parameters
+    return library.finetune_recipe(**{key: value for key, value in arguments.items() if key in taken})
+
+
+def set_model(recipe: Any, plan: Plan) -> None:
+    """The plan's architecture, over that of the recipe's model."""
+    config, model = recipe.model.config, plan["model"]
+    for key in ARCHITECTURE:
+        setattr(config, key, model[key])
+    config.rotary_base = int(model["rope_theta"])
+    config.kv_channels = model["head_size"]
+    config.share_embeddings_and_output_weights = model["tied_embeddings"]
+    config.add_qkv_bias = model["qkv_bias"]
+    if model["rope_scaling_factor"]:
+        config.scale_factor = model["rope_scaling_factor"]
+    config.seq_length = recipe.data.seq_length = plan["seq_length"]
+    # some of NeMo's recipes count embedding and loss as layers of the pipeline; the plan counts the layers alone
+    config.account_for_embedding_in_pipeline_split = config.account_for_loss_in_pipeline_split = False
+
+
+def _set_scheme(recipe: Any, plan: Plan) -> None:
+    if plan["scheme"] == "lora":
+        recipe.peft.dim = plan["lora"]["rank"]
+        recipe.peft.alpha = plan["lora"]["alpha"]
+        recipe.peft.dropout = plan["lora"]["dropout"]
+        recipe.peft.target_modules = plan["lora"]["targets"]
+
+
+def _set_optimizer(recipe: Any, plan: Plan) -> None:
+    recipe.optim.config.lr = plan["optimizer"]["learning_rate"]
+    warmup = min(plan["optimizer"]["warmup_steps"], plan["max_steps"] - 1)  # the schedule refuses a longer one
+    if warmup != plan["optimizer"]["warmup_steps"]:
+        say(f"warmup: {warmup} steps, because max_steps = {plan['max_steps']}")
+    recipe.optim.lr_scheduler.warmup_steps = warmup
+
+
+def _set_parallelism(recipe: Any, plan: Plan) -> None:
+    strategy, split = recipe.trainer.strategy, plan["parallelism"]
+    for key in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+        "virtual_pipeline_model_parallel_size",
+        "sequence_parallel",
+    ):
+        setattr(strategy, key, split[key])
+    if split["context_parallel_size"] > 1:
+        # A rank whose part of the sequence holds no answer has no loss of its own: NeMo insists on these two.
+        recipe.model.config.calculate_per_token_loss = True
+        strategy.ddp = ddp(recipe, average_in_collective=False)
+
+
+def ddp(recipe: Any, **changes: Any) -> Any:
+    """The recipe's settings of data parallelism, which may be a word, with changes."""
+    settings = recipe.trainer.strategy.ddp
+    if isinstance(settings, str):
+        settings = run.Config(DistributedDataParallelConfig, check_for_nan_in_grad=True)
+    for key, value in changes.items():
+        setattr(settings, key, value)
+    return settings
+
+
+def _set_precision(recipe: Any, plan: Plan) -> None:
+    if plan["precision"] == "fp8":
+        recipe.trainer.plugins = bf16_with_fp8_mixed()
+    recipe.trainer.plugins.grad_reduce_in_fp32 = False
+
+
+def _set_data(recipe: Any, plan: Plan, files: Files) -> None:
+    # The module is called SquadDataModule, and downloads nothing where training.jsonl exists.
+    recipe.data.dataset_root = str(files.examples)
+    recipe.data.seed = plan["seed"]
+    recipe.data.global_batch_size = plan["global_batch_size"]
+    recipe.data.micro_batch_size = plan["micro_batch_size"]
+    if files.packed:
+        recipe.data.packed_sequence_specs = run.Config(
+            PackedSequenceSpecs,
+            packed_sequence_size=plan["seq_length"],
+            packed_train_data_path=str(files.packed / "training.npy"),
+            packed_val_data_path=str(files.packed / "validation.npy"),
+            packed_metadata_path=str(files.packed / "metadata.json"),
+        )
+
+
+def _set_trainer(recipe: Any, plan: Plan) -> None:
+    trainer = recipe.trainer
+    trainer.max_steps = plan["max_steps"]
+    trainer.limit_val_batches = 0
+    trainer.val_check_interval = None
+    trainer.enable_checkpointing = False
+    trainer.logger = False
+    # Launchers differ in the variables that they set; the job's script sets torchrun's, whatever started it.
+    trainer.plugins = [trainer.plugins, run.Config(TorchElasticEnvironment)]
+
+
+def _for_the_cpu(recipe: Any) -> None:
+    from runtime.engines.nemo import cpu
+
+    for key, value in cpu.plain().items():
+        setattr(recipe.model.config, key, value)
+    trainer, optimizer = recipe.trainer, recipe.optim.config
+    trainer.accelerator = "cpu"
+    trainer.plugins = trainer.plugins[1:]  # no mixed precision
+    trainer.callbacks = [callback for callback in trainer.callbacks if "CommOverlap" not in str(callback)]
+    trainer.strategy.ddp = ddp(recipe, overlap_grad_reduce=False, overlap_param_gather=False)
+    trainer.strategy.pipeline_dtype = None
+    optimizer.bf16 = False
+    optimizer.use_distributed_optimizer = False
+    optimizer.clip_grad = 0.0  # its kernel is CUDA's
+    recipe.data.num_workers = 0

@@ -1,0 +1,88 @@
+"""The training: one process of it. In: a plan, and this process's rank in the environment. Out: NeMo's own step lines.
+
+Environment: RANK, LOCAL_RANK, WORLD_SIZE, NODE_RANK, MASTER_ADDR, MASTER_PORT (alone: 0, 0, 1, 0, this machine, a free
+port), FTGEN_RUN_DIR for what NeMo writes (default $STAGE_PATH/logs).
+"""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from runtime.data.prepare import prepare
+from runtime.engines.nemo import convert, imports
+from runtime.engines.nemo.optimizations import switch
+from runtime.job import environment, profile
+from runtime.job.errors import JobError
+from runtime.job.progress import say, timed
+from runtime.weights import read_ahead
+
+Plan = dict[str, Any]
+
+
+def train(plan: Plan) -> int:
+    """Train plan["max_steps"] steps; 0. JobError: no checkpoint, the wrong number of processes, faulty data."""
+    _settle_ranks(plan)
+    profile.enter(plan)
+    weights = convert.directory(plan)
+    if not convert.converted(plan):
+        raise JobError(f"there is no converted checkpoint in {weights}", "run the command convert first")
+    read_ahead.begin(weights / "weights")
+    with timed("importing NeMo"):
+        _set_switches(plan)
+        switch.before_imports(plan)
+        imports.defer()
+        import fiddle
+        import torch
+
+        from runtime.engines.nemo import recipe
+    if plan["gpu"]["name"] == "cpu":
+        from runtime.engines.nemo import cpu
+
+        cpu.stand_in()
+    elif not torch.cuda.is_available():
+        raise JobError("PyTorch finds no GPU in this process", 'see nvidia-smi; gpu = "cpu" in the spec runs without')
+    environment.tell(plan)
+    files = prepare(plan, weights / "context" / "nemo_tokenizer")
+    recipe_of_run = recipe.build(plan, weights, files, _log_directory())
+    switch.apply(recipe_of_run, plan)
+    profile.add(recipe_of_run, plan)
+    training = fiddle.build(recipe_of_run)
+    say(f"training: {plan['experiment']}, {plan['max_steps']} steps")
+    training()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+def _settle_ranks(plan: Plan) -> None:
+    """Defaults for a process that is alone; PyTorch's name for the node's rank."""
+    env = os.environ
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
+        env.setdefault(name, value)
+    if "MASTER_PORT" not in env:
+        env["MASTER_PORT"] = str(_free_port())
+    env["GROUP_RANK"] = env["NODE_RANK"]
+    if int(env["WORLD_SIZE"]) != plan["gpus"]:
+        raise JobError(
+            f"{env['WORLD_SIZE']} processes train, and the plan has {plan['gpus']} GPUs",
+            "start one process for each GPU: the job's script does",
+        )
+
+
+def _set_switches(plan: Plan) -> None:
+    """What NeMo and Lightning read from the environment when they are imported or built."""
+    os.environ["PL_GLOBAL_SEED"] = str(plan["seed"])
+    if plan["gpu"]["name"] != "cpu":
+        os.environ.setdefault("NEMO_LOG_MEMORY_USAGE", "1")
+
+
+def _log_directory() -> Path:
+    return Path(os.environ.get("FTGEN_RUN_DIR") or Path(os.environ.get("STAGE_PATH") or Path.cwd(), "logs"))
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

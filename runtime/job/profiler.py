@@ -1,0 +1,48 @@
+"""The callback that records some steps. In: the tool, the steps, a file. Out: what the tool writes.
+
+This module imports torch and Lightning: only a training that is profiled does.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from runtime.job.progress import say
+
+
+class Profiler(Callback):  # type: ignore[misc]
+    """Records from the start of `first_step` to the end of `last_step`, counted from 0."""
+
+    def __init__(self, tool: str, first_step: int, last_step: int, file: str) -> None:
+        self.tool, self.first_step, self.last_step, self.file = tool, first_step, last_step, Path(file)
+        self.profile: Any = None
+
+    def on_train_batch_start(self, trainer: Any, *_args: Any) -> None:
+        """Start before the first step."""
+        if trainer.global_step != self.first_step:
+            return
+        if self.tool == "nsys":
+            torch.cuda.synchronize()
+            torch.cuda.profiler.start()
+            return
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self.profile = torch.profiler.profile(activities=activities, record_shapes=True)
+        self.profile.start()
+
+    def on_train_batch_end(self, trainer: Any, *_args: Any) -> None:
+        """Stop after the last one."""
+        if trainer.global_step != self.last_step + 1:  # Lightning has counted the step by now
+            return
+        if self.tool == "nsys":
+            torch.cuda.synchronize()
+            torch.cuda.profiler.stop()
+        elif self.profile:
+            self.profile.stop()
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.profile.export_chrome_trace(f"{self.file}.json")
+            say(f"profile: {self.file}.json")
+            self.profile = None
