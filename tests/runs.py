@@ -1,8 +1,9 @@
 """Runs made up in memory, for tests of what is made of them."""
 
+from ftgen.logs.find import Run
 from ftgen.logs.identity import from_name
-from ftgen.logs.log import Log, Step
-from ftgen.logs.read import Run
+from ftgen.logs.log import Log
+from ftgen.logs.step import Step
 from ftgen.logs.steps import Steps
 from ftgen.results.summary import judge
 

@@ -1,142 +1,106 @@
-"""How a run ended. In: the text between step lines. Out: the lines that tell, each with its kind and rank.
+"""Lines that say how a run ended, or what it was. In: text. Out: a `Told` for each, with its kind, rank and place.
 
-Between them logs hold gigabytes of other things: a text is looked at closely only if one of a few words is in it.
+A log may have gigabytes of other text. One word is looked for at a time, which is fast; patterns are for lines that have one.
 """
 
 import re
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
 from typing import NamedTuple
 
-# Lines that say how a run ended; each is found by one of WORDS.
-KINDS = {
-    "plan": rb"ftgen plan: \{",
-    "environment": rb"ftgen environment: \{",
-    "error": rb"ftgen: error: ",
-    "exit": rb"ftgen: exit status (\d{1,9})",
-    "job exit": rb"job exited with code (\d{1,9})",
-    "task exit": rb"Exited with exit code [1-9]",
-    "stopped": rb"`Trainer\.fit` stopped: `max_steps=(\d{1,9})` reached",
-    "done": rb"\[after training is done\]",
-    "not finite": rb"found NaN in|found Inf in",
-    "out of memory": rb"OutOfMemoryError|CUDA out of memory",
-    "host memory": rb"oom[-_]kill event",
-    "collective": rb"Watchdog caught collective operation timeout",
-    "cancelled": rb"\*\*\* (?:STEP|JOB) [^\n]{1,200}? DUE TO ",  # a limit, a node, somebody with more rights
-    "killed": rb"\*\*\* (?:STEP|JOB) [^\n]{1,200}? CANCELLED",  # by hand, or because another task had failed
-    "traceback": rb"Traceback \(most recent call last\)",
+# Each kind of line: the words that it is found by, and its pattern.
+KINDS: dict[str, tuple[tuple[bytes, ...], bytes]] = {
+    "plan": ((b"ftgen plan: {",), rb"ftgen plan: \{"),
+    "environment": ((b"ftgen environment: {",), rb"ftgen environment: \{"),
+    "error": ((b"ftgen: error: ",), rb"ftgen: error: "),
+    "exit": ((b"ftgen: exit status ",), rb"ftgen: exit status (\d{1,9})"),
+    "job exit": ((b"job exited with code ",), rb"job exited with code (\d{1,9})"),
+    "task exit": ((b"Exited with exit code ",), rb"Exited with exit code [1-9]"),
+    "stopped": ((b"`Trainer.fit` stopped: `",), rb"`Trainer\.fit` stopped: `max_steps=(\d{1,9})` reached"),
+    "done": ((b"[after training is done]",), rb"\[after training is done\]"),
+    "not finite": ((b"found NaN in", b"found Inf in"), rb"found NaN in|found Inf in"),
+    "out of memory": ((b"OutOfMemoryError", b"CUDA out of memory"), rb"OutOfMemoryError|CUDA out of memory"),
+    "host memory": ((b"oom_kill event", b"oom-kill event"), rb"oom[-_]kill event"),
+    "collective": ((b"Watchdog caught collective",), rb"Watchdog caught collective operation timeout"),
+    # a limit, a node, somebody with more rights; or by hand, or because another task had failed
+    "cancelled": ((b"*** STEP ", b"*** JOB "), rb"\*\*\* (?:STEP|JOB) [^\n]{1,200}? DUE TO "),
+    "killed": ((b"*** STEP ", b"*** JOB "), rb"\*\*\* (?:STEP|JOB) [^\n]{1,200}? CANCELLED"),
+    "traceback": ((b"Traceback (most recent call",), rb"Traceback \(most recent call last\)"),
 }
-WORDS = (
-    b"ftgen plan: {",
-    b"ftgen environment: {",
-    b"ftgen: error: ",
-    b"ftgen: exit status ",
-    b"job exited with code ",
-    b"Exited with exit code ",
-    b"`Trainer.fit` stopped: `",
-    b"[after training is done]",
-    b"found NaN in",
-    b"found Inf in",
-    b"OutOfMemoryError",
-    b"CUDA out of memory",
-    b"oom_kill event",
-    b"oom-kill event",
-    b"Watchdog caught collective",
-    b"*** STEP ",
-    b"*** JOB ",
-    b"Traceback (most recent call",
-)
-RARE = b"{`*["  # looking for one byte takes a tenth of the time that looking for a word does
-AT_ONCE = 32 << 10  # bytes: in less, word by word is as fast
-GUARDED = tuple((next((bytes([byte]) for byte in RARE if byte in word), b""), word) for word in WORDS)
-ENDING = re.compile(b"|".join(KINDS.values()))
-PATTERNS = {kind: re.compile(pattern) for kind, pattern in KINDS.items()}
+# What is looked for between step lines too: it tells of the run as a whole, or must be mentioned though the run went on.
+ANYWHERE = ("plan", "environment", "stopped", "not finite", "out of memory", "cancelled", "killed", "traceback")
+REPEATED = frozenset({"plan", "exit", "job exit", "stopped"})  # of these every line is told, of others the first
 # The line that ends a traceback, behind srun's, torch's and our own labels.
 EXCEPTION = re.compile(
     rb"(?m)^(?: *\d+: )?(?:\[rank\d+\]: ?|\[rank \d+ on [^]\n]{1,255}\] )?"
     rb"((?:\w{1,80}\.){0,20}\w{0,80}(?:Error|Exception|Interrupt|Exit|Expired)(?::[^\n]*)?)$"
 )
 RANK = re.compile(rb"\[rank ?(\d{1,6})(?:\]| on )|^ *(\d{1,6}): ")
-
-LAST_COUNTS = frozenset({"plan", "exit", "job exit", "stopped"})
-MOST_JSON = 1 << 20  # bytes
+LONGEST_JSON = 1 << 20  # bytes
 LONGEST_TRACEBACK = 1 << 16  # bytes
-LONGEST_NOTE = 200  # bytes kept of a line, on each side of what is told by it
+LONGEST_NOTE = 200  # bytes kept of a line, on each side of the words
+RARE = b"{`*"  # looking for one byte takes a tenth of the time that looking for a word takes
 
 
-class Ending(NamedTuple):
+class Told(NamedTuple):
     """One line that tells something of the run's end, or of the run as a whole."""
 
     kind: str
     note: str
-    line: bytes  # what of it was kept, as it stands in the log
+    line: bytes  # what is kept of it, as it stands in the log
     number: int | None = None  # an exit status, or the steps that training says it made
-    rank: int | None = None  # whose line it is, by srun's label, torch's or our own
+    rank: int | None = None  # whose line it is, by the label of srun, torch or ftgen
     json: bytes = b""  # of the kinds plan and environment
-    at: int | None = None  # byte of the file
-    file: str = ""  # another than the log
-    row: int | None = None  # the line's number, from 1, where it has been counted
+    file: str = ""  # another file than the log
+    row: int | None = None  # the line's number in the file, from 1
+    steps_before: int = 0  # step lines before it
 
 
-def endings(text: bytes) -> Iterator[Ending]:
-    """The first line of each kind, in the text's order, with the line that ends a traceback; of some kinds every line."""
-    if not tells(text):
+def _searched(kinds: tuple[str, ...]) -> tuple[tuple[tuple[bytes, bytes], ...], "re.Pattern[bytes]"]:
+    """Words to look for, each behind a rare byte in it or nothing; and the pattern of all the kinds."""
+    words = dict.fromkeys(word for kind in kinds for word in KINDS[kind][0])
+    guarded = tuple((next((bytes([byte]) for byte in RARE if byte in word), b""), word) for word in words)
+    return guarded, re.compile(b"|".join(KINDS[kind][1] for kind in kinds))
+
+
+PATTERNS = {kind: re.compile(pattern) for kind, (_, pattern) in KINDS.items()}
+ALL, SOME = _searched(tuple(KINDS)), _searched(ANYWHERE)
+
+
+def find(text: bytes, *, anywhere: bool = False) -> Iterator[Told]:
+    """The first line of each kind in the text, in the text's order; of REPEATED kinds every line.
+
+    `anywhere`: only of the kinds that are looked for between step lines too.
+    """
+    guarded, pattern = SOME if anywhere else ALL
+    if not any(rare in text and word in text for rare, word in guarded):
         return
-    told: set[str] = set()
-    for match in ENDING.finditer(text):
-        kind = next(kind for kind, pattern in PATTERNS.items() if pattern.match(text, match.start()))
-        if kind in told and kind not in LAST_COUNTS:
+    seen: set[str] = set()
+    for match in pattern.finditer(text):
+        kind = next(kind for kind in KINDS if PATTERNS[kind].match(text, match.start()))
+        if kind in seen and kind not in REPEATED:
             continue
         number = next((int(digits) for digits in match.groups() if digits), None)
         line = _line(text, match.start(), LONGEST_NOTE, before=LONGEST_NOTE)
-        json = _line(text, match.end() - 1, MOST_JSON) if kind in {"plan", "environment"} else b""
-        yield Ending(kind, _decoded(line), line, number, _rank(line), json)
-        told = set() if kind == "plan" else told | {kind}  # another attempt begins
-        if kind == "traceback" and (exception := EXCEPTION.search(text, match.end(), match.end() + LONGEST_TRACEBACK)):
-            line = exception.group()[:LONGEST_NOTE]
-            yield Ending("exception", _decoded(exception.group(1)), line, None, _rank(line))
+        json = _line(text, match.end() - 1, LONGEST_JSON) if kind in {"plan", "environment"} else b""
+        yield Told(kind, _decoded(line), line, number, _rank(line), json)
+        seen = set() if kind == "plan" else seen | {kind}  # a plan begins another attempt
+        if kind == "traceback" and (told := exception(text, match.end(), LONGEST_TRACEBACK)):
+            yield told
 
 
-def tells(text: bytes) -> bool:
-    """Whether one of WORDS is in the text, so that something may be told there."""
-    return survey(text)[0]
+def start(line: bytes) -> int:
+    """Where something is told in a line that another process printed into."""
+    found = ALL[1].search(line)
+    return found.start() if found else 0
 
 
-def survey(text: bytes, word: bytes = b"") -> tuple[bool, list[int]]:
-    """Whether something may be told in the text, and where another word ends, each time that it is there."""
-    if len(text) >= AT_ONCE and (search := _search_at_once(word)):
-        return search(text)
-    told = any(rare in text and each in text for rare, each in GUARDED)
-    return told, [match.end() for match in re.finditer(re.escape(word), text)] if word else []
-
-
-@cache
-def _search_at_once(word: bytes) -> Callable[[bytes], tuple[bool, list[int]]] | None:
-    """What looks for all the words in one go, ten times as fast as one after the other; None without the package."""
-    try:
-        import hyperscan
-    except ImportError:  # there is no wheel for this machine
+def exception(text: bytes, start: int, most: int) -> Told | None:
+    """The first line, within so many bytes from `start`, that ends a traceback."""
+    found = EXCEPTION.search(text, start, start + most)
+    if not found:
         return None
-    words = hyperscan.Database()
-    wanted = [*WORDS, word] if word else WORDS
-    flags = [hyperscan.HS_FLAG_SINGLEMATCH] * len(WORDS) + [0] * (len(wanted) - len(WORDS))
-    words.compile(expressions=list(map(re.escape, wanted)), ids=list(range(len(wanted))), flags=flags)
-
-    def search(text: bytes) -> tuple[bool, list[int]]:
-        told: list[int] = []
-        places: list[int] = []
-        others, add = len(WORDS), places.append
-
-        def found(number: int, _start: int, end: int, _flags: int, _context: object) -> None:
-            if number == others:
-                add(end)
-            else:
-                told.append(number)
-
-        words.scan(text, match_event_handler=found)
-        return bool(told), places
-
-    return search
+    line = found.group()[:LONGEST_NOTE]
+    return Told("exception", _decoded(found.group(1)), line, None, _rank(line))
 
 
 def _rank(line: bytes) -> int | None:
@@ -145,7 +109,7 @@ def _rank(line: bytes) -> int | None:
 
 
 def _line(text: bytes, at: int, most: int, *, before: int = 0) -> bytes:
-    """The line around `at`, at most `before` bytes before it and `most` after: lines need not end."""
+    """The line around `at`, at most `before` bytes before it and `most` after: some lines never end."""
     head = text[max(0, at - before) : at].rpartition(b"\n")[2]
     return head + text[at : at + most].partition(b"\n")[0]
 

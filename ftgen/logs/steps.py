@@ -1,163 +1,124 @@
-"""A run's steps. In: step lines, one by one or in chunks. Out: a mapping from a step's number to what is said of it.
+"""The steps of a run. In: step lines, one by one or many at once. Out: `Step`s by number.
 
-A chunk is read only when one of its steps is asked for, and the text of old ones is let go and read again from the file:
-so the memory that a log's steps need does not grow with the log.
+Of steps that were scanned many at once, number, loss and time are kept in arrays, and the lines themselves only of the last
+few megabytes: the rest of a step is parsed when somebody asks for it. So the memory hardly grows with the log.
 """
 
+from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from copy import copy
-from itertools import chain
 
-from ftgen.logs.chunk import Chunk
-from ftgen.logs.span import Span
-from ftgen.logs.step_line import Step, StepLine
+from ftgen.logs.formats import nemo
+from ftgen.logs.step import Step, StepLine
 
-NOTHING = Step(None, None)
-NONE = range(0), Span.of({})
-KEPT = 8 << 20  # bytes of text: the last steps', where the window is
+KEPT = 4 << 20  # bytes of step lines, the last ones: the window is there
 
 
 class Steps(Mapping[int, Step]):
     """Step by number, from 0, in ascending order."""
 
     def __init__(self, steps: Mapping[int, Step] | None = None) -> None:
-        self._single = dict(steps or {})
+        self._single = dict(steps or {})  # from lines that were parsed one by one
         self._of_bars: set[int] = set()
-        self._chunks: list[Chunk] = []  # ascending
-        self._in_chunks = 0  # steps
-        self._again: dict[int, Callable[[Chunk], Chunk]] = {}  # by a chunk's first step: how to read its text again
-        self._kept = 0  # the chunks before it have no text
-        self._text = 0  # bytes of the others
-        self._recent = NONE  # what was asked for last
+        self._numbers, self._losses, self._times = array("q"), array("d"), array("d")  # scanned, ascending
+        self._texts: deque[tuple[int, bytes]] = deque()  # lines, behind the place of the first of them in the arrays
+        self._text_bytes = 0
         self.last = max(self._single, default=-1)  # the highest number; -1 where there is no step
 
     def __repr__(self) -> str:
         return f"Steps({dict(self)})"
 
     def __len__(self) -> int:
-        return len(self._single) + self._in_chunks
+        return len(self._numbers) + sum(self._place(number) is None for number in self._single)
 
     def __iter__(self) -> Iterator[int]:
-        spans = [(number, number) for number in self._single] + [chunk[:2] for chunk in self._chunks]
-        for first, last in sorted(spans):
-            yield from range(first, last + 1)
+        if not self._single:
+            return iter(self._numbers)
+        return iter(sorted({*self._single, *self._numbers}))
 
-    def __contains__(self, step: object) -> bool:
-        return step in self._single or (isinstance(step, int) and self._chunk_with(step) is not None)
+    def __contains__(self, number: object) -> bool:
+        return number in self._single or (isinstance(number, int) and self._place(number) is not None)
 
-    def __getitem__(self, step: int) -> Step:
-        if step in self._single:
-            return self._single[step]
-        asked, found = self._recent
-        if step not in asked:
-            chunk = self._chunk_with(step)
-            if chunk is None:
-                raise KeyError(step)
-            found = self.between(chunk.first, chunk.last + 1)
-        return found.get(step, NOTHING)  # the file is not any more what it was
-
-    def copy(self) -> "Steps":
-        """The same steps, to which others can be added."""
-        other = copy(self)
-        other._single, other._of_bars = dict(self._single), set(self._of_bars)
-        other._chunks, other._again = list(self._chunks), dict(self._again)
-        return other
-
-    @property
-    def neighbours(self) -> bool:
-        """Whether there are steps that were read together, because they follow one another."""
-        return any(chunk.first < chunk.last for chunk in self._chunks)
+    def __getitem__(self, number: int) -> Step:
+        found = self.between(number, number + 1)
+        if number not in found:
+            raise KeyError(number)
+        return found[number]
 
     @property
     def planned(self) -> int | None:
-        """Steps in all, as the last one says."""
-        asked, found = self._recent
-        if asked.stop != self.last + 1 or not asked:
-            found = self.between(self.last, self.last + 1)
-        return found.said("planned")[-1] if self.last in found else None
+        """Steps of the whole run, as the last step says."""
+        return self[self.last].planned if self.last in self else None
 
-    def between(self, start: int, stop: int) -> Span:
-        """The steps from `start` to before `stop` that are there, in ascending order; no others are read."""
-        asked, found = self._recent
-        if asked.start == start and asked.stop == stop:
-            return found
-        if start in asked and stop - 1 in asked:
-            return Span.of({number: step for number, step in found.items() if start <= number < stop})
-        chunks = [chunk for chunk in self._chunks if chunk.first < stop and start <= chunk.last]
-        spans = [self._whole(chunk).steps(max(start, chunk.first), min(stop, chunk.last + 1)) for chunk in chunks]
-        if len(spans) == 1 and not self._single:
-            found = spans[0]
-        else:
-            single = {number: step for number, step in self._single.items() if start <= number < stop}
-            found = Span.of(dict(sorted(chain(single.items(), *(span.items() for span in spans)))))
-        self._recent = range(start, stop), found
-        return found
+    def between(self, start: int, stop: int) -> dict[int, Step]:
+        """The steps from `start` to before `stop` that are there, in ascending order, with all that their lines say."""
+        first, last = bisect_left(self._numbers, start), bisect_left(self._numbers, stop)
+        found = {self._numbers[first + at]: step for at, step in enumerate(self._parsed(first, last))}
+        single = {number: step for number, step in self._single.items() if start <= number < stop}
+        return dict(sorted({**found, **single}.items())) if single else found
 
-    def pieces(self) -> Iterator[Span]:
-        """All the steps in ascending order, some at a time; each piece is read when it is asked for."""
-        single, place = sorted(self._single), 0
-        for chunk in list(self._chunks):
-            end = bisect_left(single, chunk.first)
-            if place < end:
-                yield Span.of({number: self._single[number] for number in single[place:end]})
-            place = end
-            yield self._whole(chunk).steps(chunk.first, chunk.last + 1)
-        if place < len(single):
-            yield Span.of({number: self._single[number] for number in single[place:]})
+    def curve(self) -> Iterator[tuple[int, float | None, float | None]]:
+        """Number, time in seconds and loss of every step, in ascending order."""
+        for number in self:
+            place = None if number in self._single else self._place(number)
+            if place is None:
+                yield number, self._single[number].time_s, self._single[number].loss
+            else:
+                yield number, self._times[place], self._losses[place]
 
-    def add_chunk(self, chunk: Chunk, again: Callable[[Chunk], Chunk]) -> None:
-        """Take a chunk; `again` is how to read it once more."""
-        self._recent = NONE
-        if chunk.first <= self.last:
-            self._again[chunk.first] = again
-            for number, step in self._whole(chunk).steps(chunk.first, chunk.last + 1).items():
-                self.add(StepLine(number, step), number)
-            return
-        self._chunks.append(chunk)
-        self._in_chunks += chunk.last - chunk.first + 1
-        self._again[chunk.first] = again
-        self._text += len(chunk.text)
-        self.last = chunk.last
-        while self._text > KEPT and self._kept < len(self._chunks) - 1:
-            old = self._chunks[self._kept]
-            self._chunks[self._kept] = old._replace(text=b"")
-            self._text -= len(old.text)
-            self._kept += 1
+    def copy(self) -> "Steps":
+        """The same steps; one can be added to without the other."""
+        other = copy(self)
+        other._single, other._of_bars = dict(self._single), set(self._of_bars)
+        other._numbers, other._losses, other._times = self._numbers[:], self._losses[:], self._times[:]
+        other._texts = deque(self._texts)
+        return other
+
+    def add_scanned(self, lines: bytes, scanned: nemo.Scanned) -> bool:
+        """Take many lines at once; False, and nothing is taken, unless each step follows the one before it."""
+        first, count = scanned.numbers[0], len(scanned.numbers)
+        if first <= self.last or scanned.numbers != list(range(first, first + count)):
+            return False
+        self._texts.append((len(self._numbers), lines))
+        self._text_bytes += len(lines)
+        while self._text_bytes > KEPT and len(self._texts) > 1:
+            self._text_bytes -= len(self._texts.popleft()[1])
+        self._numbers.extend(scanned.numbers)
+        self._losses.extend(scanned.losses)
+        self._times.extend(scanned.times_s)
+        self.last = first + count - 1
+        return True
 
     def add(self, line: StepLine, number: int) -> None:
-        """Take one line: a step that several lines tell of is as slow as the slowest of them says."""
-        self._recent = NONE
-        if number in self._single:
-            before, of_bar = self._single[number], number in self._of_bars
-            if line.bar and not of_bar:
-                return
-            self._single[number] = line.step if of_bar else _slower(before, line.step)
-        elif chunk := self._chunk_with(number):
-            if not line.bar:
-                self._dissolve(chunk)
-                self.add(line, number)
+        """Take one line. Where several lines tell of a step, the slowest gives its time, and a line counts before a bar."""
+        before = self._single.get(number)
+        if before is None and self._place(number) is not None:
+            before = self[number]
+        of_bar = number in self._of_bars
+        if before is not None and line.bar and not of_bar:
             return
-        else:
-            self._single[number] = line.step
-            self.last = max(self.last, number)
+        self._single[number] = line.step if before is None or of_bar else _slower(before, line.step)
         (self._of_bars.add if line.bar else self._of_bars.discard)(number)
+        self.last = max(self.last, number)
 
-    def _chunk_with(self, step: int) -> Chunk | None:
-        return next((chunk for chunk in reversed(self._chunks) if chunk.first <= step <= chunk.last), None)
+    def _place(self, number: int) -> int | None:
+        """Where a scanned step is in the arrays."""
+        place = bisect_left(self._numbers, number)
+        return place if place < len(self._numbers) and self._numbers[place] == number else None
 
-    def _whole(self, chunk: Chunk) -> Chunk:
-        """The chunk with its text; without, where the file is not any more what it was."""
-        return chunk if chunk.text else self._again[chunk.first](chunk)
-
-    def _dissolve(self, chunk: Chunk) -> None:
-        place = self._chunks.index(chunk)
-        self._single |= self._whole(chunk).steps(chunk.first, chunk.last + 1)
-        del self._chunks[place]
-        self._in_chunks -= chunk.last - chunk.first + 1
-        if place < self._kept:
-            self._kept -= 1
-        self._text -= len(chunk.text)
+    def _parsed(self, first: int, last: int) -> Iterator[Step]:
+        """The scanned steps from one place to before another; only number, time and loss of those whose lines are gone."""
+        gone = self._texts[0][0] if self._texts else last
+        for place in range(first, min(gone, last)):
+            yield Step(self._times[place], self._losses[place])
+        for start, text in self._texts:
+            if start < last and first < start + text.count(b"\n"):
+                lines = text.splitlines(keepends=True)[max(first - start, 0) : last - start]
+                for place, line in enumerate(lines, max(first, start)):
+                    read = nemo.parse(line)
+                    yield read.step if read else Step(self._times[place], self._losses[place])
 
 
 def _slower(one: Step, other: Step) -> Step:

@@ -23,7 +23,7 @@ class Logged(NamedTuple):
 def logged(steps: Steps, planned: int | None) -> Logged:
     """How the steps are logged; every single one, unless most of them have the same distance from the one before."""
     there = len(steps)
-    if there == steps.last + 1 or steps.neighbours:
+    if there == steps.last + 1:
         return Logged(there)
     numbers = list(steps)
     every = _every(numbers)

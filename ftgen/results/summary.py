@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 from ftgen import catalogue
 from ftgen.catalogue import Published
-from ftgen.logs.find import Folder
+from ftgen.logs.find import Folder, Run
 from ftgen.logs.identity import Identity
 from ftgen.logs.log import Log
 from ftgen.logs.many import Progress, read_all
-from ftgen.logs.read import Run, read_log
+from ftgen.logs.read import read_log
 from ftgen.results.interval import Logged, logged
 from ftgen.results.options import options
 from ftgen.results.verdict import planned_steps, verdict_of
@@ -97,7 +97,7 @@ def judge(run: Run, log: Log, *, window: Window | None = None) -> Summary:
     tokens = tokens_per_s(what, time_s)
     utilization = model_flops_utilization(what, time_s)
     tflops = utilization * what.peak_flops / TERA if utilization and what.peak_flops else None
-    peaks = list(filter(None, part.steps.told("peak_memory")))
+    peaks = [step.peak_memory for step in part.steps.values() if step.peak_memory]
     return Summary(
         experiment=what.experiment,
         run_id=run.run_id,

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ftgen.logs.blocks import LogFileError, line_number
-from ftgen.logs.failures import Ending
+from ftgen.logs.failures import Told
+from ftgen.logs.find import Run
 from ftgen.logs.log import Log
-from ftgen.logs.read import Run, read_batch_log
+from ftgen.logs.read import read_batch_log
 from ftgen.results.interval import Logged
 from ftgen.results.window import count
 
@@ -35,12 +35,13 @@ class Verdict(NamedTuple):
 
 def verdict_of(run: Run, log: Log, planned: int | None, lines: Logged) -> Verdict:
     """Invalid before all else; complete only with every step that was planned, and nothing said against it."""
-    if log.invalid or "not finite" in log.endings:
-        return Verdict("invalid", log.invalid or _told(run, log.endings["not finite"]))
+    not_finite = log.mentioned.get("not finite") or log.endings.get("not finite")
+    if log.invalid or not_finite:
+        return Verdict("invalid", log.invalid or (_told(not_finite) if not_finite else None))
     if log.unread and not log.steps:
         return Verdict("incomplete", log.unread)
     there = lines.made
-    failure = _failure(run, log.endings, log.exit_status)
+    failure = _failure(log.endings, log.exit_status)
     if planned and _all_there(log, lines, planned):
         spoiled = log.exit_status or (log.exit_status is None and AFTER_TRAINING & log.endings.keys())
         if spoiled:
@@ -51,7 +52,7 @@ def verdict_of(run: Run, log: Log, planned: int | None, lines: Logged) -> Verdic
         progress += f", and step {log.steps.last} among them"
     if lines.wrong is not None:
         progress += f"; step {lines.wrong} is missing or out of turn"
-    failure = failure or _failure(run, read_batch_log(run), None)
+    failure = failure or _failure(read_batch_log(run), None)
     status = "failed" if failure else "incomplete"
     return Verdict(status, "; ".join(filter(None, (failure, log.unread, progress))))
 
@@ -70,27 +71,17 @@ def planned_steps(log: Log) -> int | None:
     return log.identity.max_steps or log.stopped_at or log.steps.planned
 
 
-def _failure(run: Run, endings: Mapping[str, Ending], exit_status: int | None) -> str | None:
+def _failure(endings: Mapping[str, Told], exit_status: int | None) -> str | None:
     for kind, words in FAILURES.items():
         if kind in endings:
-            return words + _told(run, endings[kind])
+            return words + _told(endings[kind])
     return f"exit status {exit_status}" if exit_status else None
 
 
-def _told(run: Run, ending: Ending) -> str:
+def _told(ending: Told) -> str:
     """The line, with the rank and the place in the file that it has."""
     if ending.file:
         return f"{ending.note} ({ending.file})"
     rank = None if ending.rank is None else f"rank {ending.rank}"
-    row = _row(run, ending)
-    place = ", ".join(filter(None, (rank, f"line {row}" if row else None)))
+    place = ", ".join(filter(None, (rank, f"line {ending.row}" if ending.row else None)))
     return f"{ending.note} ({place})" if place else ending.note
-
-
-def _row(run: Run, ending: Ending) -> int | None:
-    if ending.row or ending.at is None:
-        return ending.row
-    try:
-        return line_number(run.log, ending.at)
-    except LogFileError:
-        return None

@@ -5,11 +5,12 @@ Where the two do not fit, one of them is wrong, and the reader should know. The 
 wider than what healthy runs show.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from ftgen.logs.identity import Identity
 from ftgen.logs.log import Log
-from ftgen.logs.span import Span
+from ftgen.logs.step import Step
 from ftgen.results.window import Timed, count
 
 OUTLIER = 0.05  # a step's time from the window's median
@@ -40,48 +41,50 @@ def warnings(what: Identity, log: Log, window: Timed, tflops_per_gpu: float | No
     if most - least > min(OUTLIER, SPREAD, TREND) * least:  # else no two of them, nor their means, are further apart
         yield from _outliers(window)
         yield from _trend(window)
-    if any(steps.told("fastest_s")):
+    if any(_values(steps, "fastest_s")):
         yield from _ranks(steps)
-    if log.step_times or any(steps.told("tflops_per_gpu")):
+    if log.step_times or any(_values(steps, "tflops_per_gpu")):
         yield from _tflops(log, window, tflops_per_gpu)
 
 
-def _other_plan(what: Identity, log: Log, steps: Span) -> Iterator[str]:
+def _other_plan(what: Identity, log: Log, steps: Mapping[int, Step]) -> Iterator[str]:
     """Sizes that are not the plan's, or not the same in all of the window."""
     batch = what.global_batch_size
-    others = steps.told("global_batch_size") - {batch, None}
+    others = _values(steps, "global_batch_size") - {batch, None}
     if batch and others:
         yield f"the log has steps of global_batch_size {min(filter(None, others))}, the figures are for {batch}"
     planned = what.max_steps or log.steps.planned
-    counted = steps.told("planned") - {planned, None}
+    counted = _values(steps, "planned") - {planned, None}
     if counted:
         yield f"step lines count to {count(min(filter(None, counted)), 'step')}, the run was to have {planned}"
 
 
-def _samples(what: Identity, steps: Span) -> Iterator[str]:
+def _samples(what: Identity, steps: Mapping[int, Step]) -> Iterator[str]:
     """Samples that are not those of so many steps."""
-    consumed, batch = steps.said("consumed_samples"), what.global_batch_size
-    if batch and list(consumed) == [(number + 1) * batch for number in steps.numbers]:
-        return
-    for number, samples, size in zip(steps, consumed, steps.said("global_batch_size"), strict=True):
-        batch = what.global_batch_size or size
+    for number, step in steps.items():
+        samples, batch = step.consumed_samples, what.global_batch_size or step.global_batch_size
         if samples is not None and batch and samples != (number + 1) * batch:
             yield (
                 f"step {number} says consumed_samples {samples:.0f}, "
                 f"{count(number + 1, 'step')} of {batch} make {(number + 1) * batch}"
             )
             return
-    if not what.global_batch_size and any(consumed):
+    if not what.global_batch_size and any(_values(steps, "consumed_samples")):
         yield "consumed_samples do not tell the global batch size"
 
 
-def _memory(steps: Span) -> Iterator[str]:
-    if len(steps.told("peak_memory")) < 2:
+def _memory(steps: Mapping[int, Step]) -> Iterator[str]:
+    if len(_values(steps, "peak_memory")) < 2:
         return
     peaks = sorted((step.peak_memory, number) for number, step in steps.items() if step.peak_memory)
     if len(peaks) > 1 and peaks[-2][0] < peaks[-1][0] * (1 - MEMORY):
         (others, _), (most, number) = peaks[-2:]
         yield f"step {number} alone tells of a peak memory of {most / 2**30:.1f} GiB, others of {others / 2**30:.1f} at most"
+
+
+def _values(steps: Mapping[int, Step], name: str) -> set[Any]:
+    """What the steps say of one thing."""
+    return {getattr(step, name) for step in steps.values()}
 
 
 def median(numbers: Iterable[float]) -> float:
@@ -115,7 +118,7 @@ def _trend(window: Timed) -> Iterator[str]:
         yield f"the window's second half is {abs(second / first - 1):.1%} {way} than its first"
 
 
-def _ranks(steps: Span) -> Iterator[str]:
+def _ranks(steps: Mapping[int, Step]) -> Iterator[str]:
     for number, step in steps.items():
         if step.fastest_s and step.time_s and step.time_s > step.fastest_s * (1 + RANKS):
             yield f"step {number} is told of more than once: {step.fastest_s:.4g} to {step.time_s:.4g} s; the slowest counts"

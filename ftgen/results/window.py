@@ -4,14 +4,14 @@ Steps are numbered from 0, as NeMo prints them, whatever the framework that wrot
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import fsum, sqrt
 from operator import mul
 from typing import NamedTuple
 
 from ftgen.errors import LogError, Problem
-from ftgen.logs.span import Span
+from ftgen.logs.step import Step
 from ftgen.logs.steps import Steps
 from ftgen.results.interval import Logged
 
@@ -26,7 +26,7 @@ class Timed(NamedTuple):
 
     first: int | None
     last: int | None
-    steps: Span  # those of the window that are there, in ascending order
+    steps: Mapping[int, Step]  # those of the window that are there, in ascending order
     times_s: tuple[float, ...] = ()
     why_not: str | None = None
     mean_s: float | None = None  # the mean step time in seconds: of all the window's steps or of none
@@ -64,8 +64,8 @@ def timed(steps: Steps, window: Window, lines: Logged) -> Timed:
     found = steps.between(first, last + 1)
     if lines.every > 1:
         return _timed_at_intervals(found, window, lines)
-    times = found.said("time_s")
-    if len(times) == len(window) and None not in times:
+    times = [step.time_s for step in found.values() if step.time_s is not None]
+    if len(times) == len(window):
         mean_s = fsum(times) / len(times)
         return Timed(first, last, found, tuple(times), None, mean_s, _spread(times, mean_s))
     number = next(number for number in window if number not in found or found[number].time_s is None)
@@ -75,12 +75,12 @@ def timed(steps: Steps, window: Window, lines: Logged) -> Timed:
     )
 
 
-def _timed_at_intervals(found: Span, window: range, lines: Logged) -> Timed:
+def _timed_at_intervals(found: Mapping[int, Step], window: range, lines: Logged) -> Timed:
     """Of steps that are not all logged: each time counts for the steps of the window that it stands for."""
     first, last, every = window[0], window[-1], lines.every
     part = Timed(first, last, found, every=every)
     numbers = list(found)
-    times = [time_s for time_s in found.said("time_s") if time_s is not None]
+    times = [step.time_s for step in found.values() if step.time_s is not None]
     asked = f"the window needs {first} to {last}: no step time is reported"
     if not numbers:
         return part._replace(why_not=f"no step from {first} to {last} is logged: no step time is reported")

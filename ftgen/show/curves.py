@@ -5,13 +5,11 @@ The steps are gone through once, some at a time; a long run leaves 8 bytes a ste
 
 import math
 from array import array
-from collections.abc import Iterable
-from itertools import groupby
 from operator import itemgetter
 from statistics import median
 from typing import NamedTuple
 
-from ftgen.logs.step_line import Step
+from ftgen.logs.step import Step
 from ftgen.logs.steps import Steps
 from ftgen.units import number, significant
 
@@ -46,12 +44,11 @@ def curves(steps: Steps) -> Curves:
     total = len(steps)
     times, losses = _Line(total), _Line(total)
     seconds = array("d")
-    rows: list[tuple[str, ...]] = []
-    for piece in steps.pieces():
-        timed = times.add(piece, piece.said("time_s"))
-        seconds.extend(time_s for _, time_s in timed)
-        losses.add(piece, piece.said("loss"))
-        rows += map(_row, piece.items()) if total <= MOST_STEPS else ()
+    for number, time_s, loss in steps.curve():
+        if times.add(number, time_s):
+            seconds.append(time_s or 0.0)
+        losses.add(number, loss)
+    rows = [_row(step) for step in steps.between(0, steps.last + 1).items()] if total <= MOST_STEPS else []
     middle = median(seconds) if seconds else None
     beyond = sum(time_s > OFF_SCALE * middle for time_s in seconds) if middle else 0
     return Curves(times.curve()._replace(middle=middle, beyond=beyond), losses.curve(), rows)
@@ -67,30 +64,23 @@ class _Line:
         self.last: float | None = None
         self.parts: dict[int, list[Point]] = {}
 
-    def add(self, steps: Iterable[int], values: Iterable[float | None]) -> list[Point]:
-        """What is known and finite of the next steps."""
-        said = zip(steps, values, strict=True)
-        points = [(step, value) for step, value in said if value is not None and math.isfinite(value)]
-        for part, some in groupby(enumerate(points, self.known), self._part):
-            found = [*self.parts.get(part, ()), *(point for _, point in some)]
-            self.parts[part] = found if self.total <= MOST_POINTS else _extremes(found)
-        self.known += len(points)
-        if points:
-            self.first = points[0][1] if self.first is None else self.first
-            self.last = points[-1][1]
-        return points
+    def add(self, step: int, value: float | None) -> bool:
+        """Take the next step's value, if it is known and finite."""
+        if value is None or not math.isfinite(value):
+            return False
+        points = self.parts.setdefault(self.known * (MOST_POINTS // 2) // self.total, [])
+        points.append((step, value))
+        if len(points) > 2 and self.total > MOST_POINTS:
+            points[:] = [min(points, key=itemgetter(1)), max(points, key=itemgetter(1))]
+        self.known += 1
+        self.first = value if self.first is None else self.first
+        self.last = value
+        return True
 
     def curve(self) -> Curve:
         """What has come of it."""
         points = sorted({point for part in self.parts.values() for point in part})
         return Curve(points, self.known, self.first, self.last)
-
-    def _part(self, place: tuple[int, Point]) -> int:
-        return place[0] * (MOST_POINTS // 2) // self.total
-
-
-def _extremes(points: list[Point]) -> list[Point]:
-    return [min(points, key=itemgetter(1)), max(points, key=itemgetter(1))]
 
 
 def _row(step: tuple[int, Step]) -> tuple[str, ...]:

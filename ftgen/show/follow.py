@@ -12,9 +12,9 @@ from statistics import median
 from typing import NamedTuple
 
 from ftgen.errors import LogError
+from ftgen.logs.find import Run, find_runs
 from ftgen.logs.growing import Growing
 from ftgen.logs.log import Log
-from ftgen.logs.read import Run, find_runs
 from ftgen.results.summary import Summary, judge
 
 LAST_STEPS = 10  # whose median is the step time that the rest is reckoned by

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from ftgen.errors import LogError
 from ftgen.logs import blocks
 from ftgen.logs.blocks import Block
+from ftgen.logs.find import find_runs
 from ftgen.logs.identity import from_name, from_plan
-from ftgen.logs.log import Log, scan
-from ftgen.logs.read import find_runs, read_log
+from ftgen.logs.log import Log
+from ftgen.logs.read import read_log
 from ftgen.results.summary import summarize
 
 CASES = Path(__file__).parents[1] / "logs"
@@ -29,8 +30,7 @@ LINE = (
 
 def read(text):
     log = Log(from_name("x"))
-    for item in scan(Block(0, text)):
-        log.take(item, list)
+    log.feed(Block(0, text))
     return log
 
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from logs import make
 
 from ftgen.errors import LogError
-from ftgen.logs import blocks, failures, many
+from ftgen.logs import blocks as blocks_module
+from ftgen.logs import failures, many
 from ftgen.logs.blocks import LogFileError, blocks
 from ftgen.logs.find import find_folders, find_runs
 from ftgen.logs.many import read_all
@@ -41,47 +42,80 @@ def only(folder):
 lines = st.lists(st.tuples(st.integers(0, 40), st.sampled_from([b"\n", b"\r", b"\r\n"])), max_size=40)
 
 
-@given(lines, st.sampled_from([b"", b"tail"]), st.integers(50, 90), st.integers(1, 100))
-def test_parts_of_a_file_are_all_of_it_once(tmp_path_factory, lines, tail, block, part):
-    data = b"".join(b"x" * length + end for length, end in lines) + tail
+@given(lines, st.sampled_from([b"", b"tail"]), st.integers(50, 90), st.integers(0, 9))
+def test_blocks_are_all_of_a_file_once_from_any_line(tmp_path_factory, lines, tail, block, first):
+    parts = [b"x" * length + end for length, end in lines] + [tail]
+    data = b"".join(parts)
+    start = len(b"".join(parts[:first]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "BLOCK", block)
+        patch.setattr(blocks_module, "BLOCK", block)
         for suffix, packed in (("a", data), ("b", gzip.compress(data)), ("c", zstandard.compress(data))):
             path = tmp_path_factory.getbasetemp() / suffix
             path.write_bytes(packed)
-            starts = range(0, len(data), part)
-            found = [one for start in starts for one in blocks(path, start, start + part if start != starts[-1] else None)]
-            assert b"".join(one.raw for one in found) == data
-            assert [one.offset for one in found] == [sum(len(one.raw) for one in found[:n]) for n in range(len(found))]
+            found = list(blocks(path, start))
+            assert b"".join(one.raw for one in found) == data[start:]
+            assert [one.offset for one in found] == [
+                start + sum(len(one.raw) for one in found[:n]) for n in range(len(found))
+            ]
+            assert all(one.raw.endswith((b"\n", b"\r")) or len(one.raw) >= block for one in found[:-1])
 
 
-words = st.sampled_from([*failures.WORDS, b"ftgen plan", b"Traceback", b"\n", b"\0\xff", b"[NeMo W ", b"`{*["])
+SAID = {
+    "plan": b'ftgen plan: {"a": 1}',
+    "error": b"ftgen: error: no checkpoint",
+    "exit": b"ftgen: exit status 3",
+    "job exit": b"job exited with code 1",
+    "task exit": b"srun: error: node1: task 3: Exited with exit code 1",
+    "stopped": b"`Trainer.fit` stopped: `max_steps=100` reached.",
+    "done": b"[after training is done] datetime: 2025-12-22",
+    "not finite": b"found NaN in local grad norm",
+    "out of memory": b"[rank3]: torch.OutOfMemoryError: CUDA out of memory.",
+    "host memory": b"slurmstepd: error: Detected 1 oom_kill event in StepId=7.0",
+    "collective": b"Watchdog caught collective operation timeout: WorkNCCL",
+    "cancelled": b"slurmstepd: error: *** STEP 608.0 ON n CANCELLED AT 2025 DUE TO TIME LIMIT ***",
+    "killed": b"slurmstepd: error: *** JOB 608 ON n CANCELLED AT 2025 ***",
+    "traceback": b"Traceback (most recent call last):",
+}
+noise = st.lists(
+    st.sampled_from([b"words", b"[NeMo W ", b"`{*[", b"\0\xff", b"Exited", b"*** STEP", b"Traceback", b"x" * 99]), max_size=9
+)
 
 
-@given(st.lists(st.one_of(words, words.map(lambda word: word[1:]), st.binary(max_size=9)), max_size=9), st.integers(0, 99))
-def test_words_are_found_at_once_as_they_are_one_by_one(pieces, before):
-    text = b"x" * before + b"".join(pieces)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(failures, "AT_ONCE", len(text) + 1)
-        one_by_one = failures.tells(text)
-        patch.setattr(failures, "AT_ONCE", 0)
-        assert failures.tells(text) == one_by_one
-        failures._search_at_once.cache_clear()
-        patch.setitem(sys.modules, "hyperscan", None)  # not installed
-        assert failures.tells(text) == one_by_one
-    failures._search_at_once.cache_clear()
+@given(st.sampled_from(sorted(SAID)), noise, noise)
+def test_a_line_that_tells_is_found_in_any_text(kind, before, after):
+    text = b"\n".join([*before, SAID[kind], *after])
+    assert kind in {told.kind for told in failures.find(text)}
+    some = {told.kind for told in failures.find(text, anywhere=True)}
+    assert (kind in some) == (kind in failures.ANYWHERE)
 
 
-def test_a_talkative_log_reads_the_same_without_hyperscan(tmp_path, monkeypatch):
+def test_what_tells_is_found_in_a_talkative_log(tmp_path):
     steps = make.step_lines(400, 32, 1.32)
     talk = "[NeMo W nemo_logging:405] words {of} any *kind*\n" * 9
     log(tmp_path, [line + talk for line in steps] + ["[rank3]: torch.OutOfMemoryError: CUDA out of memory\n"])
-    fast = only(tmp_path)
-    failures._search_at_once.cache_clear()
-    monkeypatch.setitem(sys.modules, "hyperscan", None)
-    assert only(tmp_path) == fast
-    assert (fast.steps, fast.status) == (400, "ended-badly")
-    failures._search_at_once.cache_clear()
+    found = only(tmp_path)
+    assert (found.steps, found.status) == (400, "ended-badly")
+
+
+@pytest.mark.parametrize("block", [200, 5000, 1 << 20])
+def test_what_the_run_survived_is_no_ending(tmp_path, monkeypatch, block):
+    """A traceback that was handled, a step that was retried: the run went on."""
+    monkeypatch.setattr(blocks_module, "BLOCK", block)
+    steps = make.step_lines(100, 32, 1.32)
+    trace = "[rank1]: Traceback (most recent call last):\n[rank1]:   File x\n[rank1]: ValueError: bad sample\n"
+    log(tmp_path, [*steps[:40], trace, "CUDA out of memory, trying again\n", *steps[40:], *make.ended()])
+    run = only(tmp_path)
+    assert (run.status, run.reason, run.steps) == ("complete", None, 100)
+    (found,) = find_runs([tmp_path])
+    assert sorted(read_log(found).mentioned) == ["exception", "out of memory", "traceback"]
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_few_steps_of_other_ranks_come_after_the_reason(tmp_path, after):
+    steps = make.step_lines(100, 32, 1.32)
+    log(tmp_path, [*steps[:40], "[rank1]: ValueError: x\n", "[rank1]: torch.OutOfMemoryError: y\n", *steps[40 : 40 + after]])
+    run = only(tmp_path)
+    assert (run.status, "torch.OutOfMemoryError: y (rank 1, line 42)" in run.reason) == ("failed", True)
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
@@ -108,10 +142,8 @@ def test_a_zstd_log_without_the_package_says_what_to_install(tmp_path, monkeypat
     assert "pip install zstandard" in only(tmp_path).reason
 
 
-def test_several_processes_find_what_one_does(tmp_path, monkeypatch):
-    for size in ("ALONE", "BIG", "BATCH"):
-        monkeypatch.setattr(many, size, 2000)
-    monkeypatch.setattr(many, "PART", 3000)
+def test_several_processes_find_what_one_does(monkeypatch):
+    monkeypatch.setattr(many, "BATCH", 2000)
     folders = list(find_folders([CASES]))
     seen = []
     found = summarize_all(folders, processes=2, progress=seen.append)
@@ -125,13 +157,13 @@ def killed(run, log):
 
 def test_a_process_that_is_killed_is_told_of(monkeypatch):
     """As the kernel does where memory runs out."""
-    monkeypatch.setattr(many, "ALONE", 2000)
+    monkeypatch.setattr(many, "BATCH", 2000)
     with pytest.raises(LogError, match="a process that read logs was killed"):
         read_all(find_folders([CASES]), killed, processes=2)
 
 
 def test_the_steps_of_a_long_log_are_there_in_full(tmp_path, monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK", 5000)
+    monkeypatch.setattr(blocks_module, "BLOCK", 5000)
     monkeypatch.setattr("ftgen.logs.steps.KEPT", 9000)
     log(tmp_path, make.step_lines(400, 32, 1.32))
     (run,) = find_runs([tmp_path])
@@ -190,7 +222,7 @@ def test_what_is_passed_over_is_said(tmp_path, monkeypatch):
     assert len(find_runs([tmp_path], told.append)) == 1
     assert sorted(text.removeprefix(f"{tmp_path}/") for text in told) == [
         "closed: cannot be read: Permission denied: runs in it are not counted",
-        "log-a.x_2_0.out: passed over: it is no file",
+        "log-a.x_2_0.out: passed over: it is not a file",
         "log-a.x_3_0.out: passed over: No such file or directory",
     ]
 
@@ -206,7 +238,7 @@ def test_a_pipe_in_a_logs_place_does_not_hang(tmp_path):
     (run,) = find_runs([tmp_path])
     Path(run.log).unlink()
     os.mkfifo(run.log)
-    assert "cannot be read: it is no file" in summarize(run).reason
+    assert "cannot be read: it is not a file" in summarize(run).reason
     with pytest.raises(LogFileError):
         list(blocks(run.log))
 

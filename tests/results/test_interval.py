@@ -2,7 +2,7 @@
 
 import pytest
 
-from ftgen.logs.step_line import Step
+from ftgen.logs.step import Step
 from ftgen.logs.steps import Steps
 from ftgen.results.interval import Logged, logged
 from ftgen.results.window import timed

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from logs import make
 
-from ftgen.logs import chunk, log
+from ftgen.logs import blocks
 from ftgen.logs.find import find_runs
 from ftgen.logs.read import read_log
 from ftgen.results.summary import summarize
@@ -162,13 +162,12 @@ def said_or_harmless(before, after, time):
 
 
 def read_both_ways(text):
-    """The log as it is read, which is as if its lines were read one by one."""
+    """The log as it is read at once, which is as it is read line by line."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         Path(folder, f"log-a.{NAME}_1_0.out").write_bytes(text)
         (run,) = find_runs([folder])
         at_once = read_log(run)
-        patch.setattr(log, "chunk_of", lambda *_, **__: None)
-        patch.setattr(log, "whole_chunk", lambda _: None)
+        patch.setattr(blocks, "BLOCK", 100)
         assert repr(read_log(run)) == repr(at_once)
     return at_once
 
@@ -199,7 +198,7 @@ def test_an_odd_number_anywhere_is_said_or_changes_no_figure(kind):
 @pytest.mark.parametrize("put", [b"7", b".", b"-", b" ", b"e"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_word_spoils_no_other_line_and_no_other_log(kind, put):
-    """In each of a line's words, in the first line, which the others are compared with, and in the window."""
+    """In each of a line's words, in the first line and in the window."""
     text, plan = healthy(kind)
     before = summary(text, plan)
     lines = [line for line in text.splitlines(keepends=True) if b"loss" in line and b"plan" not in line]
@@ -207,7 +206,6 @@ def test_a_damaged_word_spoils_no_other_line_and_no_other_log(kind, put):
         at = text.index(line)
         for word in re.finditer(rb"[A-Za-z_]{2,}", line):
             for end in (word.start() + 1, word.start() + 2):  # put in, or in place of a letter
-                chunk._shapes.clear()  # as if it were the first log that is read
                 edited = text[: at + word.start() + 1] + put + text[at + end :]
                 read_both_ways(edited)
                 said_or_harmless(before, summary(edited, plan), of_one_value(kind))
@@ -217,7 +215,6 @@ def test_a_damaged_word_spoils_no_other_line_and_no_other_log(kind, put):
 def test_a_log_without_gpu_hides_no_memory_of_another():
     """Its peak memory is 0, in words that are the same."""
     text, plan = healthy("ours")
-    chunk._shapes.clear()
     assert summary(re.sub(rb"(memory\w*): \d+", rb"\1: 0", text), plan).peak_memory_gib is None
     assert summary(text, plan).peak_memory_gib == pytest.approx(49)
 
@@ -231,7 +228,7 @@ def test_of_two_words_for_the_memory_the_one_that_does_not_say_0_counts():
 
 def test_numbers_that_grow_much_from_one_line_to_the_next_are_read():
     text, _ = healthy("ours")
-    long = b"1" + b"0" * (chunk.LONGER + 1)
+    long = b"1" + b"0" * (25)
     shorter = re.sub(rb"peak_memory_usage: \d+", b"peak_memory_usage: 1", text, count=1)
     steps = read_both_ways(re.sub(rb"peak_memory_usage: \d{2,}", b"peak_memory_usage: " + long, shorter)).steps
     assert (steps[0].peak_memory, steps[29].peak_memory) == (1, float(long))

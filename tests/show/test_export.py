@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from runs import EVIL, summary_of
 
-from ftgen.logs.read import find_runs
+from ftgen.logs.find import find_runs
 from ftgen.results.baseline import read_baseline
 from ftgen.results.compare import Baseline
 from ftgen.results.fail_on import WORDS, failures

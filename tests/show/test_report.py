@@ -20,10 +20,10 @@ from selenium.webdriver.common.keys import Keys
 from test_export import Page
 
 from ftgen.logs import many
-from ftgen.logs.failures import Ending
+from ftgen.logs.failures import Told
 from ftgen.logs.find import find_folders, find_runs
 from ftgen.logs.read import read_log
-from ftgen.logs.step_line import Step
+from ftgen.logs.step import Step
 from ftgen.logs.steps import Steps
 from ftgen.results.baseline import read_baseline
 from ftgen.results.keys import View
@@ -60,7 +60,6 @@ def test_every_run_is_told_of_with_what_its_verdict_stands_on(text):
 
 
 def test_several_processes_read_what_one_does(monkeypatch):
-    monkeypatch.setattr(many, "ALONE", 2000)
     monkeypatch.setattr(many, "BATCH", 2000)
     read_by = [read(find_folders(LOGS), processes=processes) for processes in (1, 2)]
     assert [(one.run, one.told) for one in read_by[0]] == [(one.run, one.told) for one in read_by[1]]
@@ -117,7 +116,7 @@ def hostile(name):
     of = dict.fromkeys(("experiment", "run_id", "reason", "log", "model", "scheme", "precision"), name)
     log.plan = {name: {name: name}} if name else {}
     log.environment = {name: name}
-    log.endings = {"error": Ending("error", name, b"")}
+    log.told = {"error": Told("error", name, b"")}
     summary = summary._replace(gpu=name, warnings=(name,), notes=(name,), **of)
     return [Reading.of(summary, log), Reading.of(summary._replace(run_id=f"{name}2"), log)]
 

@@ -14,7 +14,7 @@ from runs import EVIL, summary_of
 
 from ftgen import catalogue
 from ftgen.errors import LogError
-from ftgen.logs.read import find_runs
+from ftgen.logs.find import find_runs
 from ftgen.results.keys import RUN, View
 from ftgen.results.summary import summarize
 from ftgen.show import formats, tables

@@ -1,0 +1,17 @@
+"""Megatron-Bridge's second line of a step: `Step Time : 9.09s GPU utilization: 663.5MODEL_TFLOP/s/GPU`.
+
+In: one line of bytes. Out: a `StepTime`, or None for a damaged line. The first line of a step is Megatron's.
+"""
+
+import re
+
+from ftgen.logs.step import StepTime
+
+WORD = b"MODEL_TFLOP/s/GPU"
+LINE = re.compile(rb"Step Time : (\d{1,9}(?:\.\d{1,9})?)s +GPU utilization: (\d{1,9}(?:\.\d{1,9})?)MODEL_TFLOP/s/GPU")
+
+
+def parse(line: bytes) -> StepTime | None:
+    """What the line says of a step's time."""
+    match = LINE.search(line)
+    return StepTime(float(match[1]), float(match[2])) if match else None

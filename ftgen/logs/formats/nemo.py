@@ -1,0 +1,89 @@
+"""NeMo's step lines: `Training epoch 0, iteration 7/99 | global_step: 7 | … | train_step_timing in s: 2.693`.
+
+In: one line of bytes, or many. Out: a `StepLine`, or None for a damaged line; of many lines their numbers, losses, times.
+"""
+
+import re
+from typing import NamedTuple
+
+from ftgen.logs.step import LONGEST_STEP_S, SHORTEST_STEP_S, Keys, StepLine, can_be_time, not_finite, number, step_from
+
+WORD = b"train_step_timing in s"
+NUMBER = b"global_step"
+ITERATION = re.compile(rb"\biteration +(\d{1,9})/ *(\d{1,9})$")
+KEYS: Keys = {
+    "time_s": (WORD,),
+    "loss": (b"reduced_train_loss",),
+    "grad_norm": (b"grad_norm",),
+    "tflops_per_gpu": (b"TFLOPS_per_GPU",),
+    "global_batch_size": (b"global_batch_size",),
+    "consumed_samples": (b"consumed_samples",),
+    "peak_memory": (b"peak_memory_usage", b"max_memory_reserved", b"max_memory_allocated"),  # bytes
+}
+# A line as NeMo writes it: its number, loss and time. Lines with a gradient norm are parsed one by one.
+SCAN = re.compile(
+    rb"\| global_step: (\d{1,9}) \|.*\| reduced_train_loss: ([\d.]+(?:e[-+]\d\d)?) "
+    rb"\| train_step_timing in s: ([\d.]+(?:e[-+]\d\d)?)(?= \||\n)"
+)
+
+
+class Scanned(NamedTuple):
+    """Many lines at once: what every step needs. The rest is parsed when it is asked for."""
+
+    numbers: list[int]
+    losses: list[float]
+    times_s: list[float]
+
+
+def parse(line: bytes) -> StepLine | None:
+    """What a step line says; None if it is not as NeMo wrote it."""
+    fields = fields_of(line)
+    if not can_be_time(fields.get(WORD, b"none")):
+        return None
+    last = fields.get(b"last iteration")
+    step = step_from(fields, KEYS, planned=int(last) + 1 if last else None)
+    invalid = not_finite(fields, (*KEYS["loss"], *KEYS["grad_norm"]))
+    return StepLine(_step_number(fields), step, invalid)
+
+
+def scan(lines: bytes, count: int) -> Scanned | None:
+    """The steps of `count` whole lines; None unless each is as NeMo writes it, with a finite loss and a possible time."""
+    if b"grad_norm" in lines or WORD + b"=" in lines:
+        return None
+    found = SCAN.findall(lines)
+    if len(found) != count:
+        return None
+    numbers, losses, times = zip(*found, strict=True)
+    try:
+        scanned = Scanned(list(map(int, numbers)), list(map(float, losses)), list(map(float, times)))
+    except ValueError:  # 2.6.9
+        return None
+    return scanned if min(scanned.times_s) > SHORTEST_STEP_S and max(scanned.times_s) < LONGEST_STEP_S else None
+
+
+def fields_of(line: bytes) -> dict[bytes, bytes]:
+    """`key: value | key: value` as a dictionary; empty where two lines have run into each other."""
+    parts = line.split(b"|")
+    if not line.endswith(b"\n"):
+        parts.pop()  # cut off: 2.6 may have been 2.693
+    if not parts:
+        return {}
+    if not parts[-1].strip():
+        parts.pop()  # Megatron ends its lines with a |
+    fields = dict(part.strip().partition(b":")[::2] for part in parts[1:])
+    first = parts[0].rstrip() if parts else b""  # with whatever stands before it
+    iteration = ITERATION.search(first)
+    if iteration:
+        fields[b"iteration"], fields[b"last iteration"] = iteration.group(1, 2)
+    else:
+        label, _, value = first.rpartition(b": ")
+        fields[label.rpartition(b": ")[2]] = value
+    return fields if len(fields) == len(parts) + bool(iteration) else {}
+
+
+def _step_number(fields: dict[bytes, bytes]) -> int | None:
+    """The step as printed; else the iteration."""
+    printed = number(fields.get(NUMBER))
+    if printed is not None and 0 <= printed < 1e9 and printed.is_integer():
+        return int(printed)
+    return int(fields[b"iteration"]) if b"iteration" in fields else None

@@ -1,0 +1,94 @@
+"""One step of training, as a log tells it. In: numbers as text. Out: a `Step`; None for what the log does not say.
+
+Steps are counted from 0, and seconds are seconds, whatever the framework that wrote the log counts in.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+NUMBER = re.compile(rb"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|(?i:nan|inf(?:inity)?))")  # Megatron writes INF
+DIGITS = re.compile(rb"[-+.eE\d ]*")
+LONGEST_STEP_S, SHORTEST_STEP_S = 1e6, 1e-6  # no step is longer or shorter
+LARGEST = 1e30  # no measurement is larger
+
+
+class Step(NamedTuple):
+    """What the step lines of one step said. None: not said, or not a number."""
+
+    time_s: float | None  # of the slowest rank that said so
+    loss: float | None
+    grad_norm: float | None = None
+    peak_memory: float | None = None  # bytes
+    tflops_per_gpu: float | None = None  # TFLOP/s, as the framework counts them
+    global_batch_size: int | None = None
+    consumed_samples: float | None = None  # until the end of the step
+    planned: int | None = None  # steps of the whole run
+    fastest_s: float | None = None  # of the fastest rank, where several said so
+
+
+class StepLine(NamedTuple):
+    """One step line."""
+
+    number: int | None  # from 0; None where the line does not say it
+    step: Step
+    invalid: str | None = None  # why nothing was learned in this step: a loss that is not a number, a skipped step
+    bar: bool = False  # a progress bar, which rounds
+
+
+class StepTime(NamedTuple):
+    """Megatron-Bridge's other line of a step. It comes from another rank and does not name its step."""
+
+    time_s: float
+    tflops_per_gpu: float
+
+
+Keys = Mapping[str, tuple[bytes, ...]]  # a format's keys for the fields of `Step`, in the order of preference
+
+
+def number(text: bytes | None) -> float | None:
+    """The number that the text is; None for any other text."""
+    text = text.strip() if text else b""
+    return float(text) if NUMBER.fullmatch(text) else None
+
+
+def can_be_time(text: bytes) -> bool:
+    """Whether this is a number, or at least made of its characters (2.6.9); a step with such a time counts, without it."""
+    return number(text) is not None or bool(DIGITS.fullmatch(text))
+
+
+def step_from(fields: Mapping[bytes, bytes], keys: Keys, *, second: float = 1.0, planned: int | None = None) -> Step:
+    """The step that the fields of a line tell of; `second` is how many of the line's units of time make one second."""
+    said = {name: _first(fields, several) for name, several in keys.items()}
+    time_s = said["time_s"]
+    size = said.get("global_batch_size")
+    return Step(
+        time_s=_within(time_s and time_s / second, SHORTEST_STEP_S, LONGEST_STEP_S),
+        loss=said.get("loss"),
+        grad_norm=said.get("grad_norm"),
+        peak_memory=_within(said.get("peak_memory"), 0, LARGEST),  # without a GPU it is 0
+        tflops_per_gpu=said.get("tflops_per_gpu"),
+        global_batch_size=int(size) if size is not None and 1 <= size < 1e9 else None,
+        consumed_samples=said.get("consumed_samples"),
+        planned=planned or None,
+    )
+
+
+def not_finite(fields: Mapping[bytes, bytes], keys: Sequence[bytes]) -> str | None:
+    """The first of the keys whose value is NaN or infinite, and that value."""
+    for key in keys:
+        value = number(fields.get(key))
+        if value is not None and not math.isfinite(value):
+            return f"{key.decode()} is {value}"
+    return None
+
+
+def _first(fields: Mapping[bytes, bytes], keys: Sequence[bytes]) -> float | None:
+    """The number under the first key that does not say 0."""
+    found = [number(fields[key]) for key in keys if key in fields]
+    return next((value for value in found if value != 0), found[0] if found else None)
+
+
+def _within(value: float | None, least: float, most: float) -> float | None:
+    return value if value is not None and least < value < most else None
