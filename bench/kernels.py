@@ -40,7 +40,7 @@ def main() -> int:
         return built
 
     recipe.build = build_and_profile
-    return train.finetune(module.PLAN)
+    return train.train(module.PLAN)
 
 
 def _options() -> argparse.Namespace:

@@ -40,7 +40,7 @@ def main() -> int:
         return built
 
     recipe.build = build_and_watch
-    return train.finetune(module.PLAN)
+    return train.train(module.PLAN)
 
 
 def _options() -> argparse.Namespace:
@@ -60,12 +60,12 @@ def load(entrypoint: Path, random: bool = False) -> Any:
     module.find_runtime()
     module.set_environment()
     module.set_ranks()
-    from runtime.engines.nemo import checkpoint
-    from runtime.engines.nemo.optimizations import apply
+    from runtime.engines.nemo import convert
+    from runtime.engines.nemo.optimizations import switch
 
-    apply.before_imports(module.PLAN)
+    switch.before_imports(module.PLAN)
     if random:
-        checkpoint.converted = lambda _plan: True
+        convert.converted = lambda _plan: True
     return module
 
 

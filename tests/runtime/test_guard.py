@@ -41,7 +41,7 @@ def before(owner, name, function):
 
 if stop_at == "before owner.json":
     before(claim, "this_process", stop_at)
-before(guard, "_publish", "before rename")
+before(publish, "_publish", "before rename")
 before(claim.Claim, "release", "before release")
 rename = Path.rename
 def stopping_rename(self, target):

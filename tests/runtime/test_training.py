@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 from stages import Stage, plan
 
-from runtime.engines.nemo.checkpoint import source
+from runtime.engines.nemo.convert import source
 from runtime.guard import manifest
 from runtime.weights import random_llama
 
