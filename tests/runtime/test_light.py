@@ -42,10 +42,10 @@ def test_check_says_all_that_is_missing_at_once(stage: Stage) -> None:
     errors = [line for line in output.splitlines() if line.startswith("ftgen: error: ")]
     assert len(errors) == len([line for line in output.splitlines() if line.startswith("  hint: ")])
     for expected in (
-        "STAGE_PATH: there is no folder /nowhere on this machine",
+        "STAGE_PATH: the folder /nowhere does not exist on this machine",
         "meta-llama/Meta-Llama-3-8B is gated, and there is no Hugging Face token",
-        "data.path: there is no file /nowhere/none.jsonl that can be read",
-        "the plan needs 8 GPUs on each node, and 2 can be used here",
+        "data.path: the file /nowhere/none.jsonl does not exist or cannot be read",
+        "the plan needs 8 GPUs on each node, but this process can use only 2",
     ):
         assert f"ftgen: error: {expected}" in errors
 
@@ -80,9 +80,9 @@ def test_check_knows_a_missing_package_and_a_wrong_version(stage: Stage, tmp_pat
     ("changes", "command", "error"),
     [
         ({}, "finetune", "there is no converted checkpoint in "),
-        ({"gpus": 2, "gpus_per_node": 2}, "finetune", "1 processes train, and the plan has 2 GPUs"),
+        ({"gpus": 2, "gpus_per_node": 2}, "finetune", "1 processes train, but the plan has 2 GPUs"),
         ({"checkpoint": {"source": "hub"}}, "convert", "ftgen/tiny-llama is not in the cache, and the Hugging Face hub"),
-        ({"checkpoint": {"source": "directory", "path": "none"}}, "convert", "none is no Hugging Face checkpoint"),
+        ({"checkpoint": {"source": "directory", "path": "none"}}, "convert", "none is not a Hugging Face checkpoint"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_a_hint(changes: dict[str, Any], command: str, error: str, stage: Stage) -> None:
@@ -102,10 +102,10 @@ def test_a_directory_of_another_shape_or_with_a_missing_shard_is_refused(stage: 
     asked = plan(checkpoint={"source": "directory", "path": "given"})
     config = json.loads((given / "config.json").read_text())
     (given / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
-    assert "has hidden_size = 64, and model tiny_llama has 128" in stage.run(asked, "convert")[1]
+    assert "has hidden_size = 64, but model tiny_llama has 128" in stage.run(asked, "convert")[1]
     (given / "config.json").write_text(json.dumps(config))
     (given / "model-00002-of-00003.safetensors").unlink()
-    assert "lacks model-00002-of-00003.safetensors" in stage.run(asked, "convert")[1]
+    assert "files are missing: model-00002-of-00003.safetensors" in stage.run(asked, "convert")[1]
 
 
 # --- made-up text and tokenizers
@@ -218,7 +218,7 @@ def test_faulty_lines_are_numbered_and_all_said_at_once(tmp_path: Path) -> None:
     file.write_text('{"input": "a", "output": "b"}\n\nnonsense\n[]\n{"input": "a"}\n{"input": " ", "output": "b"}\n')
     with pytest.raises(JobError) as caught:
         jsonl.read_jsonl(file)
-    for fault in (":3: not JSON", ":4: not an object", ':5: no text under "output"', ':6: no text under "input"'):
+    for fault in (":3: not JSON", ":4: not an object", ':5: "output" has no text', ':6: "input" has no text'):
         assert fault in caught.value.what
 
 
