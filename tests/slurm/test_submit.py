@@ -55,7 +55,7 @@ def test_the_chain_is_cancelled_whole_by_the_command_that_it_prints(desk):
     scripts = [desk.compile(name) for name in ("a", "b", "c")]
     first = desk.submit(*scripts, PROGRAM_TRAIN_S="30")
     until(lambda: "to cancel all of them" in desk.output(first), 20, desk.everything)
-    command = re.findall(r"cancels all of them: (scancel [\d ]+)", desk.output(first))[0].split()
+    command = re.findall(r"to cancel all of them: (scancel [\d ]+)", desk.output(first))[0].split()
     assert command[1:] == [str(first + n) for n in range(3)]
     until(lambda: desk.events("train:0"), 20, desk.everything)
     desk.cluster.call(*command)
