@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 WORD = "train_step_timing"
@@ -35,6 +36,7 @@ CHATTER = "[NeMo W 2025-01-01 00:{:02}:{:02} nemo_logging:405] /opt/venv/lib/sit
 PLAIN = """
 import re, sys
 from pathlib import Path
+from typing import Any
 LINE = re.compile(r"global_step: (\\d+).*train_step_timing in s: ([\\d.e+-]+)")
 for log in sorted(Path(sys.argv[1]).rglob("log-*.out")):
     times = {}
@@ -135,7 +137,7 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--output", type=Path, default=HERE / "results" / f"{date.today()}-reading.json")
     given = options.parse_args()
-    results = {}
+    results: dict[str, Any] = {}
     for title, make in CORPORA.items():
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)

@@ -39,8 +39,8 @@ def main() -> int:
         built.trainer.callbacks.append(run.Config(_recorder(), output=str(options.output), nudge=options.nudge))
         return built
 
-    recipe.build = build_and_watch
-    return train.finetune(module.PLAN)
+    recipe.build = build_and_watch  # type: ignore[assignment] # train.py calls it by this name
+    return train.train(module.PLAN)
 
 
 def _options() -> argparse.Namespace:
@@ -55,17 +55,19 @@ def _options() -> argparse.Namespace:
 def load(entrypoint: Path, random: bool = False) -> Any:
     """The entrypoint as a module, its environment set and its runtime ready; `random`: one that needs no checkpoint."""
     spec = importlib.util.spec_from_file_location("entrypoint", entrypoint)
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.find_runtime()
     module.set_environment()
     module.set_ranks()
-    from runtime.engines.nemo import checkpoint
-    from runtime.engines.nemo.optimizations import apply
+    from runtime.engines.nemo import convert
+    from runtime.engines.nemo.optimizations import switch
 
-    apply.before_imports(module.PLAN)
+    switch.before_imports(module.PLAN)
     if random:
-        checkpoint.converted = lambda _plan: True
+        convert.converted = lambda plan: True  # noqa: ARG005 - train.py calls it by this name
     return module
 
 
@@ -84,11 +86,12 @@ def _recorder() -> type:
     import torch
     from lightning.pytorch.callbacks import Callback
 
-    class Recorder(Callback):
+    class Recorder(Callback):  # type: ignore[misc]
         """Keeps what each step computed, and the weights' samples."""
 
         def __init__(self, output: str, nudge: bool) -> None:
-            self.output, self.nudge, self.seen = output, nudge, {"loss": [], "grad_norm": []}
+            self.output, self.nudge = output, nudge
+            self.seen: dict[str, list[float]] = {"loss": [], "grad_norm": []}
 
         def on_train_batch_start(self, trainer: Any, module: Any, *_args: Any) -> None:
             if not self.seen["loss"]:  # NeMo's own count of batches begins with 0 twice

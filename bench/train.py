@@ -71,10 +71,10 @@ def _options() -> argparse.Namespace:
 
 
 def _compile(spec: Path, variant: str, changes: list[str], options: argparse.Namespace) -> Path:
-    out = options.stage / "scripts" / variant.replace(", ", "-")
+    out: Path = options.stage / "scripts" / variant.replace(", ", "-")
     settings = [f"gpu={options.gpu}", f"max_steps={options.steps}", *options.set]
     common = [word for setting in settings for word in ("--set", setting)]
-    command = [sys.executable, "-m", "ftgen", "compile", spec, *common, *changes, "--out", out]
+    command = [sys.executable, "-m", "ftgen", "compile", str(spec), *common, *changes, "--out", str(out)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return (out / f"{spec.stem}.sh").resolve()
 
@@ -88,7 +88,7 @@ def _run(script: Path, python: str, options: argparse.Namespace) -> dict[str, An
     before = {run.log for run in _runs(options)}
     clocks = _Clocks()
     with clocks, (script.parent / f"{script.stem}.out").open("w") as output:
-        command = ["timeout", str(options.limit), "bash", script]
+        command = ["timeout", str(options.limit), "bash", str(script)]
         subprocess.run(command, env=_environment(options, python), stdout=output, stderr=output, check=False)
     (run,) = [run for run in _runs(options) if run.log not in before]
     return {"gpu": options.gpu, **described(run, options.stage), "clocks": clocks.medians(), "versions": _versions()}
@@ -129,7 +129,7 @@ def _kernels(script: Path, python: str, gpus: int, options: argparse.Namespace) 
     entrypoint = script.parent / "unpacked" / f"{script.stem}.py"
     subprocess.run(["bash", script, "--unpack", entrypoint.parent], check=True)
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(gpus)] if gpus > 1 else []
-    command = ["timeout", str(options.limit), python, *launcher, HERE / "kernels.py", entrypoint, output]
+    command = ["timeout", str(options.limit), python, *launcher, *map(str, (HERE / "kernels.py", entrypoint, output))]
     with output.with_suffix(".out").open("w") as log:
         done = subprocess.run(command, env=_environment(options, python), stdout=log, stderr=log, check=False)
     return json.loads(output.read_text()) if done.returncode == 0 and output.exists() else None

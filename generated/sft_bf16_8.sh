@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # sft_nemo_llama3_8b_bf16_8: SFT BF16 fine-tuning of llama3_8b on 1 node of 8 h100
 # Written by ftgen 0.1.0 from sft_bf16_8.toml (sha256 daa69698219ef486111beaaa64f02508cd4a3af3627e02957b4f634b6b14dc89).
-# Change the spec and compile it again rather than this file.
+# Do not change this file: change the spec and compile it again.
 #
-#   sbatch sft_bf16_8.sh           on a Slurm cluster; several scripts after it run one after the other
+#   sbatch sft_bf16_8.sh           on a Slurm cluster; if you name several scripts, they run one after the other
 #   bash sft_bf16_8.sh             on this machine
-#   bash sft_bf16_8.sh --unpack F  only write the entrypoint and the runtime into folder F
+#   bash sft_bf16_8.sh --unpack F  only write the entrypoint and the runtime files into folder F
 #
-# Reads: STAGE_PATH (where checkpoint, data and logs live; default: the folder it is submitted from),
-# HF_TOKEN (or huggingface_hub's token file) where the model is gated, FTGEN_PYTHON (an interpreter to use instead).
+# Reads: STAGE_PATH (folder of checkpoint, data and logs; default: the folder where you submit),
+# HF_TOKEN (or the token file of huggingface_hub) if the model is gated, FTGEN_PYTHON (replaces the plan's interpreter).
 #
 #SBATCH --job-name=ftgen_llama3_8b
 #SBATCH --dependency=singleton
@@ -22,13 +22,13 @@
 #SBATCH --open-mode=append
 #SBATCH --exclusive
 
-# shellcheck disable=SC2016 # what the spec says is literal: nothing in it is expanded
+# shellcheck disable=SC2016 # values from the spec are literal: bash expands nothing in them
 set -euo pipefail
 
 readonly name=sft_bf16_8
 readonly experiment=sft_nemo_llama3_8b_bf16_8
 readonly nodes=1 tasks_per_node=8 tasks=8
-# What this script sets, and a job that it submits must not inherit.
+# Variables that this script sets. A job that it submits must not inherit them.
 readonly ours=(STAGE_PATH FTGEN_RUN_DIR MASTER_ADDR MASTER_PORT PYTHONUNBUFFERED NCCL_NVLS_ENABLE NVTE_ASYNC_AMAX_REDUCTION NVTE_DP_AMAX_REDUCE_INTERVAL NVTE_FLASH_ATTN NVTE_FUSED_ATTN TOKENIZERS_PARALLELISM TORCH_NCCL_AVOID_RECORD_STREAMS)
 
 main() {
@@ -53,14 +53,14 @@ main() {
     exec 3>&1
     inherited=$(for variable in "${ours[@]}"; do [[ -z ${!variable+set} ]] || declare -p "$variable"; done)
     trap 'finish $?' EXIT
-    trap 'stop 124 "the time limit is near: the run is ended, with nothing half-made left behind"' USR1
+    trap 'stop 124 "the time limit is near: the run stops now and removes its unfinished files"' USR1
     trap 'stop 143 "SIGTERM: cancelled, pre-empted or requeued"' TERM
     trap 'stop 130 "interrupted"' INT
     find_places
     open_log $mode
     load_environment $mode
     find_python
-    # from here on a failing step ends the job with its own status
+    # from here on, a step that fails ends the job with its exit code
     if [[ $mode == convert ]]; then
         run_once convert
         return
@@ -75,7 +75,7 @@ main() {
 }
 
 say() { printf 'ftgen: %s\n' "$*"; }
-# To Slurm's own output file too: a requeued job reads there what it has submitted.
+# Prints to Slurm's own output file too. A requeued job reads there which jobs it has submitted.
 tell() {
     say "$*"
     say "$*" >&3
@@ -86,7 +86,7 @@ die() {
 }
 is_batch_job() { [[ -n ${SLURM_JOB_ID:-} && ${SLURM_TASK_PID:-} == "$$" ]]; }
 
-# `bash a.sh b.sh c.sh` runs them, one after the other, and ends with the last failure.
+# `bash a.sh b.sh c.sh` runs the scripts one after the other. The exit code is that of the last script that failed.
 run_all() {
     local script status=0
     if ((${#rest[@]} == 0)); then return; fi
@@ -94,18 +94,18 @@ run_all() {
     exit "$status"
 }
 
-# submit_the_rest AFTER [ALL]: `sbatch a.sh b.sh c.sh` makes b.sh and c.sh arguments of a.sh, which submits them, the first
-# after job AFTER, each after the one before, however that ends. A job only ever waits for jobs with smaller numbers, so
-# that none can wait for itself. ALL are the jobs before them.
+# submit_the_rest AFTER [ALL]: in `sbatch a.sh b.sh c.sh`, b.sh and c.sh are arguments of a.sh. This function submits them:
+# b.sh runs after job AFTER, c.sh after b.sh, whether these fail or not. A job waits only for jobs with smaller numbers, so no
+# job can wait for itself. ALL are the numbers of the earlier jobs.
 submit_the_rest() {
     local after=$1 all=${2:-$1} script job number=1 total=$((${#rest[@]} + 1))
-    # in a trap a bare `return` would give the status that the job ends with
+    # in a trap, `return` without a number would return the exit code of the job
     if ((total == 1)) || [[ -n ${rest_is_submitted:-} ]]; then return 0; fi
     rest_is_submitted=yes
     for script in "${rest[@]}"; do
         ((number += 1))
         job=$(sed -n "s/^ftgen: $number of $total: job \([0-9]*\) runs .*/\1/p" "/proc/$$/fd/3" 2>/dev/null | tail -n 1) || true
-        if [[ -z $job ]]; then # else it was submitted before this job was requeued
+        if [[ -z $job ]]; then # otherwise it was submitted before this job was requeued
             if ! job=$(submit "$script" "--dependency=singleton,afterany:$after" "$script"); then
                 tell "$number of $total: $script could not be submitted"
                 continue
@@ -115,11 +115,11 @@ submit_the_rest() {
         after=$job
         all+=" $job"
     done
-    tell "this cancels all of them: scancel $all"
+    tell "to cancel all of them: scancel $all"
 }
 
-# submit LIKE WORDS...: `sbatch WORDS...` as the user would have, with what they said for this job in place of its header
-# if the header of LIKE says the same as this one's. Prints the new job's number.
+# submit LIKE WORDS...: runs `sbatch WORDS...` and prints the number of the new job. If the user overrode an option of this
+# job's header, and the header of script LIKE has the same value as this header, the new job gets the same override.
 submit() (
     like=$1 options=()
     shift
@@ -133,7 +133,7 @@ submit() (
             options+=("--$option=$got")
         fi
     done
-    # the environment as the user had it; a job's own SLURM_ variables would reach into the jobs it submits
+    # restore the environment of the user; SLURM_ variables of this job would change the new job
     unset "${ours[@]}"
     eval "$inherited"
     for variable in $(compgen -e SLURM_); do
@@ -143,37 +143,37 @@ submit() (
     printf %s "${job%%;*}"
 )
 
-# header FILE OPTION: what a script's #SBATCH line says of it.
+# header FILE OPTION: the value of the option in the #SBATCH lines of a script.
 header() { sed -n -e '/^set /q' -e "s/^#SBATCH --$2=//p" "$1" 2>/dev/null; }
 
-# The checkpoint is not there: a small job makes it, and this one makes way for a copy of itself after that one.
+# The converted checkpoint does not exist: submit a small job that converts it, and a copy of this job that runs after it.
 hand_over() {
     local job copy script=$code/convert.sh
     sed -E '1,/^set /{/^#SBATCH --(dependency|exclusive|gres|gpus-per-node|ntasks-per-node)(=|$)/d}' "$0" >"$script"
     if ! job=$(submit "$0" --job-name=ftgen_llama3_8b_convert --dependency=singleton --nodes=1 --ntasks=1 --time=02:00:00 "$script" --convert); then
-        say "no job can be submitted for the conversion: it is done in this one"
+        say "cannot submit a job for the conversion: this job converts the checkpoint itself"
         return 1
     fi
     if ! copy=$(submit "$0" "--dependency=singleton,afterany:$job" "$0" --after "$job"); then
         scancel "$job" || true
-        say "no job can be submitted after the conversion: it is done in this one"
+        say "cannot submit a job that runs after the conversion: this job converts the checkpoint itself"
         return 1
     fi
-    tell "the checkpoint is not there: job $job makes it, on one node, and job $copy runs this script after it"
-    # this was no run: no log of it is to be found by who looks for runs
+    tell "the converted checkpoint does not exist: job $job converts it on one node, and job $copy runs this script after it"
+    # this job was not a run: rename its log, so that nobody takes it for the log of a run
     mv "$log" "${log/"/log-"/"/submit-"}"
     submit_the_rest "$copy" "$job $copy"
 }
 
-# STAGE_PATH, and below it the recipe's layout: logs/experiments/<experiment>/<experiment>_<id>/<experiment>/log-….out
+# Sets STAGE_PATH and, below it, the recipe's layout: logs/experiments/<experiment>/<experiment>_<id>/<experiment>/log-….out
 find_places() {
     local id=${SLURM_JOB_ID:-} runs
     export STAGE_PATH=${STAGE_PATH:-${SLURM_SUBMIT_DIR:-$PWD}}
     if [[ ! -d $STAGE_PATH ]]; then
-        die "STAGE_PATH is no folder: $STAGE_PATH" "mkdir -p it, or export STAGE_PATH=<a folder that all nodes share>"
+        die "STAGE_PATH is not a folder: $STAGE_PATH" "create it with mkdir -p, or export STAGE_PATH=<a folder that all nodes share>"
     fi
     if [[ ! -w $STAGE_PATH ]]; then
-        die "STAGE_PATH cannot be written to: $STAGE_PATH" "export STAGE_PATH=<a folder of yours that all nodes share>"
+        die "STAGE_PATH: you cannot write to $STAGE_PATH" "export STAGE_PATH=<a folder of yours that all nodes share>"
     fi
     STAGE_PATH=$(cd "$STAGE_PATH" && pwd)
     runs=$STAGE_PATH/logs/experiments/$experiment
@@ -181,7 +181,7 @@ find_places() {
     if [[ -z $id ]]; then
         id=$(date +%s)
         until mkdir "$runs/${experiment}_$id" 2>/dev/null; do
-            [[ -d $runs/${experiment}_$id ]] || die "cannot write to $runs" "is the disk full, or the folder somebody else's?"
+            [[ -d $runs/${experiment}_$id ]] || die "cannot write to $runs" "check that the disk is not full and that the folder is yours"
             ((id += 1))
         done
     fi
@@ -191,7 +191,7 @@ find_places() {
     unpack "$code"
 }
 
-# Everything from here on goes to the log, whose first line is the plan; on a terminal it is shown as well.
+# Sends all further output to the log, whose first line is the plan. On a terminal, the output is also shown.
 open_log() {
     local plan kind=log account=${SLURM_JOB_ACCOUNT:-local}
     if [[ $1 == convert ]]; then kind=convert; fi
@@ -211,7 +211,7 @@ open_log() {
 
 finish() {
     trap '' USR1 TERM INT
-    # a job that failed before it came to that; one that was stopped before it submits nothing
+    # a job that failed early still submits the rest; a job that was stopped does not
     if [[ -z ${stopping:-} ]] && is_batch_job; then submit_the_rest "$SLURM_JOB_ID"; fi
     if [[ -n ${ender:-} ]]; then kill "$ender" 2>/dev/null || true; fi
     say "exit status $1"
@@ -221,7 +221,7 @@ finish() {
     fi
 }
 
-# A signal: what runs is asked to end, and the job ends with status $1.
+# stop CODE REASON: handles a signal. The running command is asked to end, and the job ends with exit code CODE.
 stop() {
     if [[ -n ${stopping:-} ]]; then return 0; fi
     stopping=$1
@@ -231,10 +231,10 @@ stop() {
 children=()
 
 end_children() {
-    # of a job that it ends Slurm has asked every process itself, and once is enough
+    # when Slurm ends a job, it signals every process itself; do not signal them again at once
     if [[ -n ${SLURM_JOB_ID:-} ]] && ((stopping == 143)); then sleep 2; fi
     if [[ -n ${step:-} ]]; then
-        scancel --signal=TERM "$SLURM_JOB_ID.$step" || true # the tasks: srun, if it were asked, would kill them at once
+        scancel --signal=TERM "$SLURM_JOB_ID.$step" || true # signals the tasks; srun would kill them at once
     else
         kill "${children[@]}" || true
     fi
@@ -242,7 +242,7 @@ end_children() {
     kill -KILL "${children[@]}"
 }
 
-# await COMMAND...: run it so that a signal is acted upon at once; its status.
+# await COMMAND...: runs the command and returns its exit code. Signals are handled at once, not after the command.
 await() {
     local status
     "$@" &
@@ -254,8 +254,8 @@ await() {
     return "$status"
 }
 
-# A trapped signal ends bash's `wait`, and says nothing of the child. Of a child that the same signal ended, bash can miss
-# the end and wait for ever: once the job is to stop, the child's own number is looked for.
+# wait_for PID: a trapped signal ends bash's `wait` while the child still runs. If the same signal ended the child, bash can
+# miss its end and wait for ever. So once the job has to stop, this function polls with `kill -0`.
 wait_for() {
     local status=0
     wait "$1" || status=$?
@@ -289,17 +289,17 @@ load_environment() {
     elif ((nodes > 1)); then
         die "this run needs $nodes nodes of $tasks_per_node GPUs" "submit it: sbatch $name.sh"
     fi
-    # a batch script runs on the first node: another program there may have the port
+    # a batch script runs on the first node, where another program may use the port
     while (: <"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do ((MASTER_PORT += 1)); done
     export MASTER_ADDR MASTER_PORT
 }
 
-# The submitting shell's SBATCH_ variables win over this script's header.
+# SBATCH_ variables of the shell that submits override this script's header.
 warn_of_variables() {
     local variable value
     while read -r variable value; do
         if [[ -n ${!variable+set} && ${!variable} != "$value" ]]; then
-            tell "warning: $variable=${!variable}, set where the job was submitted, wins over this script (${value:-nothing})"
+            tell "warning: $variable=${!variable} from the shell that submitted the job overrides this script (${value:-nothing})"
         fi
     done <<'END_OF_FTGEN_FILE'
 SBATCH_ARRAY_INX 
@@ -325,25 +325,25 @@ SBATCH_TIMELIMIT 00:30:00
 END_OF_FTGEN_FILE
 }
 
-# The interpreter, and what srun needs for it.
+# Sets `python`, the command of the interpreter, and `srun_flags`, the options that srun needs for it.
 find_python() {
     srun_flags=()
     python=(python3)
     if [[ -n ${FTGEN_PYTHON:-} ]]; then python=("$FTGEN_PYTHON"); fi
     if ! command -v "${python[0]}" >/dev/null; then
-        die "no Python: ${python[0]}" "activate the environment that holds NeMo, or export FTGEN_PYTHON=<its interpreter>"
+        die "there is no Python: ${python[0]}" "activate the environment that has NeMo, or export FTGEN_PYTHON=<its interpreter>"
     fi
 }
 
-# One task: what the whole job needs once.
+# run_once COMMAND: runs a command of the entrypoint in one task.
 run_once() {
     await "${python[@]}" "$code/$name.py" "$1"
 }
 
-# Slurm numbers a job's steps.
+# Slurm numbers the steps of a job from 0.
 next_step() { step=$((${step:--1} + 1)); }
 
-# One task for each GPU.
+# run_tasks COMMAND: runs a command of the entrypoint in one task per GPU.
 run_tasks() {
     if [[ -n ${SLURM_JOB_ID:-} ]]; then
         run_step "$1"
@@ -355,7 +355,7 @@ run_tasks() {
         children+=($!)
     done
     for ((rank = 0; rank < tasks && status == 0; rank++)); do
-        # the first task that fails decides; the others would wait for it for ever
+        # the first task that fails gives the exit code; the other tasks would wait for it for ever
         wait -n || status=$?
     done
     if ((status)); then kill "${children[@]}" 2>/dev/null || true; fi
@@ -374,8 +374,8 @@ run_step() {
     return "$status"
 }
 
-# first_failure FROM STATUS: srun's STATUS is the highest, and that is of the tasks that it killed; the task whose end it
-# reports first, in the log after FROM bytes, decides.
+# first_failure FROM STATUS: prints the exit code of the task that failed first. srun's own STATUS is the highest of all tasks,
+# often that of a task that srun killed. The log after byte FROM has srun's reports in order.
 first_failure() {
     local report
     report=$(tail -c "+$(($1 + 1))" "$log" | sed -n '/srun: error: .*: tasks\{0,1\} /{s/.*srun: error: .*: tasks\{0,1\} [^:]*: //p;q;}') || true
@@ -389,7 +389,7 @@ first_failure() {
     esac
 }
 
-# The entrypoint and the runtime, verbatim.
+# unpack FOLDER: writes the entrypoint and the runtime files.
 unpack() {
     mkdir -p "$1"/runtime
     mkdir -p "$1"/runtime/data
@@ -400,15 +400,19 @@ unpack() {
     mkdir -p "$1"/runtime/job
     mkdir -p "$1"/runtime/weights
     cat >"$1"/runtime/__init__.py <<'END_OF_FTGEN_FILE'
-"""What runs inside the job. It uses the standard library and the framework, never ftgen.
+"""The code that runs inside the job. It uses the standard library and the framework, but never ftgen.
 
-In: the plan, in the job's entrypoint. Out: a checkpoint, data, step lines. Start with `check.py`, then `engines/nemo/train.py`.
+In: the plan in the job's entrypoint. Out: a checkpoint, data, step lines in the log. Start with `check.py` and
+`engines/nemo/train.py`.
 """
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/check.py <<'END_OF_FTGEN_FILE'
-"""The job's first seconds: what is missing, all of it, before anything is done. In: a plan. Out: an exit status.
+"""Check that a job has all it needs, before it does anything: folders, packages, weights, data, GPUs.
 
-Nothing heavy is imported: versions are read from the packages' metadata, and the GPUs of this host from its driver.
+In: a plan and the environment. Out: an exit code, and on stderr one error for each thing that is missing.
+
+The check takes about a second, because it imports no framework: it reads versions from the metadata of the packages,
+and counts the GPUs of this host by its driver.
 
 Environment: STAGE_PATH, NEMO_HOME, HF_TOKEN, HF_TOKEN_PATH, HF_HOME, CUDA_VISIBLE_DEVICES.
 """
@@ -428,10 +432,10 @@ from runtime.job.errors import JobError
 from runtime.job.progress import say
 
 Plan = dict[str, Any]
-# Package, the versions that work (a prefix), why others do not.
+# Package, prefix of the versions that work, and the reason why no other version works.
 PACKAGES = (
-    ("nemo_toolkit", "2.7.", "2.7 is the last one with nemo.collections.llm, and 3 has none"),
-    ("megatron-core", "0.15.", "NeMo 2.7 works with no other"),
+    ("nemo_toolkit", "2.7.", "2.7 is the last version with nemo.collections.llm"),
+    ("megatron-core", "0.15.", "NeMo 2.7 works with no other version"),
     ("torch", "", ""),
     ("lightning", "", ""),
     ("transformers", "", ""),
@@ -442,7 +446,7 @@ DRIVER = Path("/proc/driver/nvidia/gpus")
 
 
 def check(plan: Plan) -> int:
-    """0 when the job can begin; else 1, and on stderr a line for each thing that is missing and one for what to do."""
+    """Exit code 0 if the job can start. Otherwise 1, and on stderr an error and a hint for each thing that is missing."""
     problems = [*_stage_path(), *_packages(plan), *_weights(plan), *_data(plan), *_gpus(plan)]
     for problem in problems:
         print(f"ftgen: error: {problem}", file=sys.stderr, flush=True)
@@ -452,7 +456,7 @@ def check(plan: Plan) -> int:
 
 
 def packages(plan: Plan) -> int:
-    """The part of it that a login node can look at too: 0 when the packages of this Python are those the job needs."""
+    """Check only the packages of this Python, which works on a login node too. Exit code 0 if they are right."""
     problems = list(_packages(plan))
     for problem in problems:
         print(f"ftgen: error: {problem}", file=sys.stderr, flush=True)
@@ -465,9 +469,9 @@ def _stage_path() -> Iterator[JobError]:
     if not path:
         yield JobError("STAGE_PATH is not set", hint)
     elif not Path(path).is_dir():
-        yield JobError(f"STAGE_PATH: there is no folder {path} on this machine", hint)
+        yield JobError(f"STAGE_PATH: the folder {path} does not exist on this machine", hint)
     elif not os.access(path, os.W_OK | os.X_OK):
-        yield JobError(f"STAGE_PATH: {path} cannot be written to", hint)
+        yield JobError(f"STAGE_PATH: you cannot write to {path}", hint)
 
 
 def _packages(plan: Plan) -> Iterator[JobError]:
@@ -487,7 +491,7 @@ def _weights(plan: Plan) -> Iterator[JobError]:
     if convert.converted(plan):
         return
     if asked["source"] == "directory" and not (folder := convert.user_directory(plan)).is_dir():
-        yield JobError(f"checkpoint.path: there is no folder {folder}", "give the path of a Hugging Face checkpoint")
+        yield JobError(f"checkpoint.path: the folder {folder} does not exist", "give the path of a Hugging Face checkpoint")
     if asked["gated"] and not _has_token():
         yield JobError(
             f"{plan['model']['hf_id']} is gated, and there is no Hugging Face token",
@@ -496,7 +500,7 @@ def _weights(plan: Plan) -> Iterator[JobError]:
 
 
 def _has_token() -> bool:
-    """Whether huggingface_hub would find one; it is not read here."""
+    """Whether huggingface_hub will find a token. The token itself is not read here."""
     if os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"):
         return True
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
@@ -518,13 +522,13 @@ def _gpus(plan: Plan) -> Iterator[JobError]:
     count = gpu_count()
     if count is not None and count < plan["gpus_per_node"]:
         yield JobError(
-            f"the plan needs {plan['gpus_per_node']} GPUs on each node, and {count} can be used here",
-            'ask Slurm for them (gpu_request in the site profile), or set gpus; gpu = "cpu" runs without',
+            f"the plan needs {plan['gpus_per_node']} GPUs on each node, but this process can use only {count}",
+            'set gpu_request in the site profile, or set gpus in the spec; gpu = "cpu" needs no GPU',
         )
 
 
 def gpu_count() -> int | None:
-    """GPUs that this process may use; None when the driver is there and does not say."""
+    """The number of GPUs that this process may use. None if there is a driver, but nvidia-smi fails."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([device for device in visible.split(",") if device.strip() not in {"", "-1"}])
@@ -539,13 +543,16 @@ def gpu_count() -> int | None:
     return answer.stdout.count("UUID: GPU") if answer.returncode == 0 else None
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/data/__init__.py <<'END_OF_FTGEN_FILE'
-"""Training data: SQuAD, synthetic examples, JSONL; packing.
+"""Prepare training data: SQuAD, synthetic examples, JSONL; packing.
 
 In: a plan and a tokenizer. Out: folders below $STAGE_PATH/data. Start with `prepare.py`.
 """
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/data/jsonl.py <<'END_OF_FTGEN_FILE'
-"""The user's own examples, one {"input", "output"} a line. In: a plan. Out: training.jsonl and validation.jsonl."""
+"""Read the user's own examples from a JSONL file, one {"input", "output"} per line.
+
+In: a plan with data.path. Out: training.jsonl and validation.jsonl.
+"""
 
 import json
 import os
@@ -558,41 +565,46 @@ from runtime.guard.manifest import sha256_of
 from runtime.job.errors import JobError
 
 Plan = dict[str, Any]
-SHOWN = 5  # faulty lines that an error shows
+SHOWN = 5  # number of faulty lines that an error shows
 
 
 def identity(plan: Plan) -> dict[str, Any]:
-    """The hash of the file."""
+    """What identifies the examples: the hash of the file."""
     return {"sha256": sha256_of(user_file(plan))}
 
 
 def write(plan: Plan, folder: Path) -> None:
-    """Read the file and split it."""
+    """Write the examples of the file, split into training and validation."""
     split(read_jsonl(user_file(plan)), plan["seed"], folder)
 
 
 def user_file(plan: Plan) -> Path:
-    """The file of kind "jsonl"; a relative path is one below STAGE_PATH. JobError: it cannot be read."""
+    """Path of the file; a relative data.path is below STAGE_PATH. JobError: the file cannot be read."""
     path = Path(os.environ.get("STAGE_PATH") or Path.cwd(), plan["data"]["path"])
     if not path.is_file() or not os.access(path, os.R_OK):
-        raise JobError(f"data.path: there is no file {path} that can be read", "give the path of a file on every node")
+        raise JobError(
+            f"data.path: the file {path} does not exist or cannot be read",
+            "give the path of a file that every node can read",
+        )
     return path
 
 
 def read_jsonl(path: Path) -> list[dict[str, str]]:
-    """The examples of a file; JobError with the first faulty lines, numbered."""
+    """The examples of a file. JobError: the first faulty lines, with their line numbers."""
     found = list(_lines(path))
     if faults := [example for example in found if isinstance(example, str)]:
         more = f", and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise JobError("; ".join(faults[:SHOWN]) + more, 'each line is {"input": "...", "output": "..."}')
     examples = [example for example in found if isinstance(example, dict)]
     if len(examples) < 2:
-        raise JobError(f"{path}: {len(examples)} examples, at least 2 are needed", "one to train on, one to validate")
+        raise JobError(
+            f"{path}: has {len(examples)} examples, but at least 2 are needed", "add one for training, one for validation"
+        )
     return examples
 
 
 def _lines(path: Path) -> Iterator[dict[str, str] | str]:
-    """Of each line that is not empty its example, or what is wrong with it."""
+    """For each line that is not empty: its example, or an error text."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -608,11 +620,14 @@ def _example(line: bytes, where: str) -> dict[str, str] | str:
         return f"{where}: not an object"
     for key in ("input", "output"):
         if not isinstance(document.get(key), str) or not document[key].strip():
-            return f'{where}: no text under "{key}"'
+            return f'{where}: "{key}" has no text'
     return {key: document[key] for key in ("input", "output")}
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/data/packing.py <<'END_OF_FTGEN_FILE'
-"""Examples to packed sequences, by NeMo. In: a folder of examples and a tokenizer. Out: files that NeMo's data module reads."""
+"""Pack examples into sequences of equal length, with NeMo.
+
+In: a folder of examples and a tokenizer. Out: files for NeMo's data module.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -621,7 +636,7 @@ from runtime.job.progress import timed
 
 
 def index(folder: Path) -> None:
-    """Write NeMo's line index of each .jsonl file now; if training wrote it, several jobs would write one file at once."""
+    """Write NeMo's line index of each .jsonl file. If trainings wrote it, several jobs could write one file at once."""
     from nemo.collections.llm.gpt.data.utils import build_index_files
 
     build_index_files([str(path) for path in sorted(folder.glob("*.jsonl"))], newline_int=ord("\n"), workers=1)
@@ -646,13 +661,15 @@ def pack(plan: dict[str, Any], examples: Path, tokenizer: Path, staging: Path) -
             )
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/data/prepare.py <<'END_OF_FTGEN_FILE'
-"""The training data, made once for all jobs.
+"""Prepare the training data, once for all jobs.
 
-In: a plan and a tokenizer. Out: a folder with training.jsonl and validation.jsonl, one {"input", "output"} a line; and, if the
-plan packs, a folder with the same examples tokenized and packed into sequences of seq_length tokens.
+In: a plan and a tokenizer. Out: a folder with training.jsonl and validation.jsonl, one {"input", "output"} per line.
+If the plan packs its data, also a folder with these examples, tokenized and packed into sequences of seq_length
+tokens.
 
-The guard publishes both below $STAGE_PATH/data, so ranks, nodes and jobs that start together make them once. Each kind of data
-is a file of this folder with its name: `identity(plan)` gives what identifies its examples, `write(plan, folder)` writes them.
+The guard publishes both folders below $STAGE_PATH/data, so ranks, nodes and jobs that start together prepare them
+once. Each kind of data is a file of this package with two functions: `identity(plan)` gives what identifies its
+examples, `write(plan, folder)` writes them.
 """
 
 import json
@@ -668,18 +685,18 @@ from runtime.guard.manifest import sha256_of
 from runtime.job.progress import timed
 
 Plan = dict[str, Any]
-FORMAT = 1  # of the files that are written
+FORMAT = 1  # version of the examples' format: part of their identity
 
 
 class Files(NamedTuple):
-    """Where the data is."""
+    """The folders of the data."""
 
     examples: Path  # training.jsonl, validation.jsonl
     packed: Path | None  # training.npy, validation.npy, metadata.json
 
 
 def prepare(plan: Plan, tokenizer: Path) -> Files:
-    """Make what is missing. `tokenizer` is the folder of a Hugging Face tokenizer. JobError: a faulty file."""
+    """Prepare what does not exist yet. `tokenizer` is the folder of a Hugging Face tokenizer. JobError: faulty data."""
     examples = identity(plan)
     folder = _folder(plan["data"]["kind"], examples)
     publish.ensure(folder, examples, lambda staging: _build(plan, staging))
@@ -698,7 +715,7 @@ def prepare(plan: Plan, tokenizer: Path) -> Files:
 
 
 def identity(plan: Plan) -> dict[str, Any]:
-    """What identifies the examples."""
+    """What identifies the examples: two plans with the same identity use the same folder."""
     kind = plan["data"]["kind"]
     own: dict[str, Any] = _module(kind).identity(plan)
     return {"kind": f"{kind} examples", "format": FORMAT, "seed": plan["seed"]} | own
@@ -720,17 +737,20 @@ def _module(kind: str) -> Any:
     return import_module(f"runtime.data.{kind}")
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/data/split.py <<'END_OF_FTGEN_FILE'
-"""Examples to training and validation. In: a list of examples. Out: training.jsonl and validation.jsonl."""
+"""Split examples into training and validation.
+
+In: a list of examples. Out: training.jsonl and validation.jsonl.
+"""
 
 import json
 import random
 from pathlib import Path
 
-VALIDATION = 0.05  # of all examples, as NeMo's SQuAD module splits them
+VALIDATION = 0.05  # fraction of all examples, the same as in NeMo's SQuAD module
 
 
 def split(examples: list[dict[str, str]], seed: int, folder: Path) -> None:
-    """Write both files; the order of the examples is kept in each."""
+    """Write both files. Each keeps the order of the examples."""
     order = list(range(len(examples)))
     random.Random(seed).shuffle(order)  # noqa: S311
     count = max(1, round(len(examples) * VALIDATION))
@@ -739,7 +759,10 @@ def split(examples: list[dict[str, str]], seed: int, folder: Path) -> None:
             file.writelines(json.dumps(examples[number]) + "\n" for number in sorted(numbers))
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/data/squad.py <<'END_OF_FTGEN_FILE'
-"""SQuAD, as NeMo downloads and splits it. In: a plan. Out: training.jsonl and validation.jsonl."""
+"""Download SQuAD and split it, with NeMo.
+
+In: a plan. Out: training.jsonl and validation.jsonl.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -748,12 +771,12 @@ from runtime.job.errors import JobError
 
 
 def identity(_plan: dict[str, Any]) -> dict[str, Any]:
-    """Nothing beside the kind and the seed."""
+    """Nothing: kind and seed, which prepare.py adds, are enough."""
     return {}
 
 
 def write(plan: dict[str, Any], folder: Path) -> None:
-    """Download and split; JobError without network."""
+    """Download and split. JobError: the download failed."""
     from nemo.collections.llm import SquadDataModule
 
     try:
@@ -765,7 +788,10 @@ def write(plan: dict[str, Any], folder: Path) -> None:
         ) from error
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/data/synthetic.py <<'END_OF_FTGEN_FILE'
-"""Made-up examples with the statistics of SQuAD. In: a plan. Out: training.jsonl and validation.jsonl."""
+"""Generate synthetic examples that are as long as those of SQuAD.
+
+In: a plan with data.examples and a seed. Out: training.jsonl and validation.jsonl.
+"""
 
 import random
 from pathlib import Path
@@ -776,20 +802,22 @@ from runtime.data.split import split
 
 
 def identity(plan: dict[str, Any]) -> dict[str, Any]:
-    """How many examples there are."""
+    """What identifies the examples, beside the seed: their number."""
     return {"examples": plan["data"]["examples"]}
 
 
 def write(plan: dict[str, Any], folder: Path) -> None:
-    """Make plan["data"]["examples"] examples from the seed."""
+    """Generate plan["data"]["examples"] examples from the seed."""
     rng = random.Random(plan["seed"])  # noqa: S311
     split([synthetic_text.example(rng) for _ in range(plan["data"]["examples"])], plan["seed"], folder)
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/data/synthetic_text.py <<'END_OF_FTGEN_FILE'
-"""Made-up text with the statistics of SQuAD: contexts, questions, answers. In: a random.Random. Out: words.
+"""Generate random text that is as long as that of SQuAD: contexts, questions, answers.
 
-Most words are the commonest English ones, drawn by Zipf's law, so that a real tokenizer cuts the text into about as
-many tokens as real text; the rest are invented names, so that a tokenizer can be trained to any vocabulary on it.
+In: a random.Random. Out: words, or an example {"input", "output"}.
+
+Most words are common English words, drawn by Zipf's law, so a real tokenizer makes about as many tokens as from real
+text. The other words are invented names, so a tokenizer of any vocabulary size can be trained on the text.
 """
 
 import random
@@ -847,8 +875,8 @@ ONSETS = [
 VOWELS = ["a", "e", "i", "o", "u", "ai", "ea", "io", "ou", "y"]
 CODAS = ["", "", "", "n", "r", "s", "l", "t", "nd", "rk", "m", "st"]
 QUESTIONS = ["What", "Who", "Where", "When", "Which", "How"]
-NAME_SHARE = 0.06  # of the words of a context
-CONTEXT_WORDS, CONTEXT_SPREAD = 140, 45  # with question and answer an example has about 160
+NAME_SHARE = 0.06  # fraction of a context's words that are names
+CONTEXT_WORDS, CONTEXT_SPREAD = 140, 45  # mean and standard deviation; an example has about 160 words in all
 _WEIGHTS = list(accumulate(1 / (rank + 2) for rank in range(len(COMMON))))
 
 
@@ -860,13 +888,13 @@ def name(rng: random.Random) -> str:
 
 
 def words(rng: random.Random, count: int, names: list[str]) -> list[str]:
-    """Common words by frequency, now and then one of `names`."""
+    """`count` common words, drawn by their frequency; some are replaced by one of `names`."""
     drawn = rng.choices(COMMON, cum_weights=_WEIGHTS, k=count)
     return [rng.choice(names) if rng.random() < NAME_SHARE else word for word in drawn]
 
 
 def context(rng: random.Random, names: list[str]) -> list[str]:
-    """A paragraph's words, in sentences."""
+    """The words of a paragraph, with capitals and full stops for sentences."""
     count = max(20, round(rng.gauss(CONTEXT_WORDS, CONTEXT_SPREAD)))
     drawn = words(rng, count, names)
     start = 0
@@ -879,7 +907,7 @@ def context(rng: random.Random, names: list[str]) -> list[str]:
 
 
 def example(rng: random.Random) -> dict[str, str]:
-    """One example in the form that NeMo gives SQuAD: the answer is a span of the context."""
+    """One example in NeMo's format of SQuAD: the answer is a span of the context."""
     paragraph = context(rng, [name(rng) for _ in range(3)])
     length = rng.choice((1, 1, 2, 2, 3, 4, 6))
     start = rng.randrange(len(paragraph) - length)
@@ -890,7 +918,7 @@ def example(rng: random.Random) -> dict[str, str]:
     }
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/__init__.py <<'END_OF_FTGEN_FILE'
-"""One folder for each framework that trains; each has the same file names.
+"""The training frameworks, one folder each, with the same file names in each.
 
 In: a plan, weights, data. Out: step lines and checkpoints. Start with `nemo/train.py`.
 """
@@ -902,11 +930,13 @@ In: a plan. Out: a converted checkpoint (`convert.py`), training (`train.py`). S
 """
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/convert.py <<'END_OF_FTGEN_FILE'
-"""The converted checkpoint, made once for all jobs. In: a plan. Out: $NEMO_HOME/models/<place>/{context,weights}.
+"""Convert a Hugging Face checkpoint to NeMo's format, once for all jobs.
 
-Where the weights come from: "hub" (Hugging Face, downloaded into $HF_HOME's cache, where a broken download goes on),
-"directory" (a Hugging Face checkpoint on a disk), "random" (made here). NeMo's own importer converts them, behind the
-guard. A checkpoint that is there already is found without importing NeMo.
+In: a plan. Out: $NEMO_HOME/models/<place>/{context,weights}.
+
+checkpoint.source in the plan says where the weights come from: "hub" (downloaded from Hugging Face into the cache of
+$HF_HOME), "directory" (a Hugging Face checkpoint on a disk), "random" (generated). NeMo's own importer converts them.
+The guard publishes the result. If the converted checkpoint exists, this module does not import NeMo.
 
 Environment: NEMO_HOME (default $STAGE_PATH/HF_ckpt), HF_HOME, HF_TOKEN or HF_TOKEN_PATH, HF_HUB_OFFLINE.
 """
@@ -934,45 +964,45 @@ ARCHITECTURE = (
     "num_query_groups",
     "vocab_size",
 )
-ROOM_FOR_CONTEXT = 64 << 20  # bytes: tokenizer, config, manifest
-MARGIN = 1.05
+CONTEXT_BYTES = 64 << 20  # tokenizer, config and manifest: an upper bound
+MARGIN = 1.05  # of the estimate of what is written
 
 
 def convert(plan: Plan) -> int:
-    """Make the checkpoint unless it is there; 0. JobError: no access, no network, no room, another shape."""
+    """Convert the checkpoint unless that is done; exit code 0. JobError: no access, network or disk space; wrong shape."""
     begin = time.monotonic()
     place = directory(plan)
     if converted(plan):
-        say(f"the converted checkpoint is there: {place} (looked for {time.monotonic() - begin:.1f} s)")
+        say(f"the converted checkpoint exists: {place} (checked in {time.monotonic() - begin:.1f} s)")
         return 0
     publish.ensure(place, source(plan), lambda staging: _build(plan, staging), need_bytes=lambda: _need_bytes(plan))
-    say(f"the converted checkpoint is in {place} (after {time.monotonic() - begin:.0f} s)")
+    say(f"the converted checkpoint is ready: {place} (after {time.monotonic() - begin:.0f} s)")
     return 0
 
 
 def converted(plan: Plan) -> bool:
-    """Whether the plan's checkpoint is there and can be used; takes milliseconds."""
+    """Whether the plan's converted checkpoint exists and has no flaw. Takes milliseconds."""
     return manifest.flaw(directory(plan), source(plan)) is None
 
 
 def verify(plan: Plan) -> int:
-    """Read every byte of the checkpoint; 0 if all is as it was made, else 1, what is not, and it is moved away."""
-    with timed(f"reading {directory(plan)}"):
+    """Read every byte of the checkpoint. Exit code 0 if it is unchanged; otherwise 1, and the checkpoint is renamed."""
+    with timed(f"reading every byte of {directory(plan)}"):
         flaw = manifest.flaw(directory(plan), source(plan), thorough=True)
     if flaw:
-        say(f"the checkpoint in {directory(plan)} cannot be used: {flaw}. The next job makes it anew")
+        say(f"the checkpoint in {directory(plan)} cannot be used: {flaw}. The next job converts it again")
         publish.set_aside(directory(plan), source(plan), thorough=True)
     return 1 if flaw else 0
 
 
 def directory(plan: Plan) -> Path:
-    """Where the plan's converted checkpoint belongs."""
+    """Path of the plan's converted checkpoint."""
     home = os.environ.get("NEMO_HOME") or Path(os.environ.get("STAGE_PATH") or Path.cwd(), "HF_ckpt")
     return Path(home, "models", plan["checkpoint"]["place"])
 
 
 def source(plan: Plan) -> dict[str, Any]:
-    """What identifies the checkpoint: two plans with the same use the same one."""
+    """What identifies the checkpoint: two plans with the same source use the same checkpoint."""
     kind = plan["checkpoint"]["source"]
     identity = {"kind": "nemo checkpoint", "source": kind} | {key: plan["model"][key] for key in ARCHITECTURE}
     if kind == "hub":
@@ -995,37 +1025,37 @@ def _build(plan: Plan, staging: Path) -> dict[str, Any]:
 
 
 def _fetch(plan: Plan, scratch: Path) -> tuple[Path, dict[str, Any]]:
-    """A directory in Hugging Face format, and what is known of it."""
+    """A directory in Hugging Face format, and its origin for the manifest."""
     kind, model = plan["checkpoint"]["source"], plan["model"]
     if kind == "hub":
         with timed(f"downloading {model['hf_id']}"):
             path = hub.download(model["hf_id"], plan["checkpoint"]["revision"])
         return path, {"commit": path.name}
     if kind == "random":
-        with timed(f"making random weights: {model['parameters']:,} parameters"):
+        with timed(f"generating random weights: {model['parameters']:,} parameters"):
             random_llama.write(plan, scratch)
         return scratch, {}
     return user_directory(plan), {}
 
 
 def _need_bytes(plan: Plan) -> int:
-    """What download and conversion write; converted weights take two bytes a parameter, four in small models."""
+    """Bytes that download and conversion write. Weights have two bytes per parameter, in small models four."""
     parameters, kind = plan["model"]["parameters"], plan["checkpoint"]["source"]
     weights = parameters * (2 if parameters >= random_llama.LARGE else 4)
     if kind == "hub":
         weights += hub.bytes_to_download(plan["model"]["hf_id"], plan["checkpoint"]["revision"])
     if kind == "random":
         weights *= 2
-    return int(weights * MARGIN) + ROOM_FOR_CONTEXT
+    return int(weights * MARGIN) + CONTEXT_BYTES
 
 
 def user_directory(plan: Plan) -> Path:
-    """Where a checkpoint of source "directory" is; a relative path is one below STAGE_PATH."""
+    """Path of a checkpoint of source "directory"; a relative checkpoint.path is below STAGE_PATH."""
     return Path(os.environ.get("STAGE_PATH") or Path.cwd(), plan["checkpoint"]["path"])
 
 
 def _refuse_unfit(plan: Plan, weights: Path) -> None:
-    """JobError unless the directory is whole and of the model's shape: the importer would fail late, or not at all."""
+    """JobError if a file is missing or the shape is not the model's: the importer would notice late, or never."""
     names = {
         "num_layers": "num_hidden_layers",
         "hidden_size": "hidden_size",
@@ -1039,14 +1069,14 @@ def _refuse_unfit(plan: Plan, weights: Path) -> None:
         index = weights / "model.safetensors.index.json"
         shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
     except (OSError, ValueError) as error:
-        raise JobError(f"{weights} is no Hugging Face checkpoint: {error}", "set checkpoint.path to one") from error
+        raise JobError(f"{weights} is not a Hugging Face checkpoint: {error}", "set checkpoint.path to one") from error
     if missing := sorted(shard for shard in shards if not (weights / shard).is_file()):
-        raise JobError(f"{weights} lacks {', '.join(missing)}", "complete the download: its files are *.safetensors")
+        raise JobError(f"{weights}: files are missing: {', '.join(missing)}", "complete the download of *.safetensors")
     for key, name in names.items():
         if config.get(name, plan["model"][key]) != plan["model"][key]:
             raise JobError(
-                f"{weights} has {name} = {config[name]}, and model {plan['model']['name']} has {plan['model'][key]}",
-                "choose the model that this checkpoint is of",
+                f"{weights} has {name} = {config[name]}, but model {plan['model']['name']} has {plan['model'][key]}",
+                "set model to the model of this checkpoint, or checkpoint.path to another checkpoint",
             )
 
 
@@ -1057,12 +1087,14 @@ def _version(name: str) -> str:
         return ""
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/cpu.py <<'END_OF_FTGEN_FILE'
-"""Megatron-Core and NeMo on a machine without a GPU: for trying things, not for measuring.
+"""Make NeMo and Megatron-Core run on a machine without a GPU. This is for tests, not for measurements.
 
-In: nothing; `stand_in()` is called once, before NeMo is used. Out: torch.cuda's calls that the two make without asking
-do nothing, tensors meant for "cuda" land on the CPU, and `PLAIN` is what a model's config needs beside that: no fused
-kernels, and Megatron's own layers in place of Transformer Engine's. Both kinds of layers keep the same names in a
-checkpoint, so what is converted here can be trained on GPUs.
+In: a process that has not used NeMo yet. Out: `stand_in()` changes torch.cuda for this process; `plain()` gives settings.
+
+`stand_in()` replaces the functions of torch.cuda that NeMo and Megatron-Core always call by functions that do
+nothing, and puts tensors for "cuda" on the CPU. `plain()` switches off the fused kernels and selects Megatron's own
+layers instead of Transformer Engine's. Both kinds of layers have the same names in a checkpoint, so GPUs can train a
+checkpoint that was converted on a CPU.
 """
 
 import contextlib
@@ -1085,7 +1117,7 @@ FUSIONS = (
     "masked_softmax_fusion",
     "persist_layer_norm",
 )
-# Where the norms are that Transformer Engine fuses into the linear layer behind them, and Megatron's own layers do not.
+# Names of the norms in Megatron's own layers. Transformer Engine fuses them into the next linear layer.
 NORMS = {
     "model.layers.*.input_layernorm.weight": "decoder.layers.*.input_layernorm.weight",
     "model.layers.*.post_attention_layernorm.weight": "decoder.layers.*.pre_mlp_layernorm.weight",
@@ -1093,17 +1125,17 @@ NORMS = {
 
 
 def plain() -> dict[str, Any]:
-    """The fields of a model's config that run anywhere."""
+    """Settings of a model's config that need no GPU."""
     from nemo.collections.llm.gpt.model.base import local_layer_spec
 
     return dict.fromkeys(FUSIONS, False) | {"transformer_layer_spec": local_layer_spec}
 
 
 def stand_in() -> None:
-    """Make torch.cuda's calls harmless, once; the rest of this process has no GPU."""
+    """Replace functions of torch.cuda for the rest of this process. A second call does nothing."""
     if torch.cuda.is_available() or torch.cuda.Stream is _Idle:
         return
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron asks for it before it looks for a GPU
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron requires it, also without a GPU
     for name, value in _stand_ins().items():
         setattr(torch.cuda, name, value)
     torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
@@ -1119,18 +1151,18 @@ def stand_in() -> None:
     megatron_random._set_cuda_rng_state = torch.cuda.set_rng_state
     megatron_random._get_cuda_rng_state = torch.cuda.get_rng_state
     if not lora.HAVE_TE:
-        lora.te = types.SimpleNamespace(Linear=None)  # it asks of each layer whether it is Transformer Engine's
-        lora_layers.HAVE_TE = False  # NeMo 2.7 takes it for installed here when it is not
+        lora.te = types.SimpleNamespace(Linear=None)  # LoRA tests whether a layer is a te.Linear
+        lora_layers.HAVE_TE = False  # NeMo 2.7 sets it to True here though Transformer Engine is not installed
     megatron_init._set_random_seed = _with_a_device(megatron_init._set_random_seed)
-    nemo_checkpoints._fix_tensors_device = _same  # it moves what was loaded between GPUs
-    # The CPU's random numbers are the GPU's here, and Megatron warns each time that it sees them change.
+    nemo_checkpoints._fix_tensors_device = _same  # it moves loaded tensors between GPUs
+    # CPU and GPU share one random generator here. Megatron would warn each time that the CPU's state changes.
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
-    _OnTheCpu().__enter__()  # for good
+    _OnTheCpu().__enter__()  # never exited
 
 
 @contextlib.contextmanager
 def plain_import() -> Iterator[None]:
-    """Within it, NeMo's importers of Hugging Face checkpoints make a plain model and find its norms."""
+    """In this block, NeMo's importers of Hugging Face checkpoints build a model with `plain()` and find its norms."""
     from nemo.collections.llm.gpt.model import llama, mistral, qwen2
     from nemo.lightning import io
 
@@ -1142,7 +1174,7 @@ def plain_import() -> Iterator[None]:
 
 
 class _Idle:
-    """A stream or an event of a device that is not there."""
+    """Stands in for a CUDA stream or event: every method does nothing."""
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         pass
@@ -1152,7 +1184,7 @@ class _Idle:
 
 
 class _OnTheCpu(TorchFunctionMode):  # type: ignore[misc]
-    """Tensors that are made for, or moved to, "cuda" stay on the CPU."""
+    """Creates tensors for "cuda" on the CPU, and leaves tensors on the CPU that are moved to "cuda"."""
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -1215,7 +1247,7 @@ def _with_defaults(init: Callable[..., None], defaults: dict[str, Any]) -> Calla
 
 
 def _with_a_device(set_random_seed: Callable[[int], None]) -> Callable[[int], None]:
-    """NeMo seeds the generator of its weights only where it counts a GPU."""
+    """NeMo seeds the generator of the weights only if there is a GPU."""
 
     def with_a_device(seed: int) -> None:
         with _replaced(torch.cuda, "device_count", lambda: 1):
@@ -1232,9 +1264,11 @@ def _with_norms(apply_transforms: Callable[..., Any]) -> Callable[..., Any]:
     return with_norms
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/importer.py <<'END_OF_FTGEN_FILE'
-"""NeMo's own importers of Hugging Face checkpoints, kept to one directory. In: a Hugging Face one. Out: a NeMo checkpoint.
+"""Run NeMo's own importer of Hugging Face checkpoints, so that it writes only into one directory.
 
-This module imports NeMo (15-40 s): only a conversion does.
+In: a directory in Hugging Face format. Out: a directory in NeMo's format.
+
+This module imports NeMo (15-40 s), so only a conversion imports it.
 """
 
 import ctypes
@@ -1258,40 +1292,40 @@ from runtime.job.errors import JobError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LIBC = ctypes.CDLL(None)
-
-
-# NeMo's importers by the `model_type` of a config.json.
+# By the `model_type` of a config.json.
 IMPORTERS = {"llama": HFLlamaImporter, "mistral": HFMistralImporter, "qwen2": HFQwen2Importer}
 
 
-class OurHabits:
-    """Of the stock importer's habits two are left out: a shared folder in /tmp, and a second process for saving."""
+class OneDirectory:
+    """Changes two things of NeMo's importer: it uses no shared folder in /tmp, and no second process to save."""
 
     tokenizer_directory: Path
 
     def save_hf_tokenizer_assets(self, tokenizer_name_or_path: str, save_path: str = "") -> str:
-        """Keep the tokenizer in a folder of our own; the checkpoint gets a copy under the folder's name."""
+        """Save the tokenizer in our own folder. NeMo copies the folder, with its name, into the checkpoint."""
         target = save_path or str(self.tokenizer_directory)
-        AutoTokenizer.from_pretrained(tokenizer_name_or_path).save_pretrained(target)  # and no code of the model's
+        AutoTokenizer.from_pretrained(tokenizer_name_or_path).save_pretrained(
+            target
+        )  # does not run code of the model's repository
         return target
 
     def nemo_setup(self, model: Any, trainer: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Save in this process: another one would import everything again, and may outlive us."""
+        """Save in this process. A second process would import everything again, and could outlive this one."""
         return super().nemo_setup(model, trainer, *args, ckpt_async_save=False, **kwargs)  # type: ignore[misc]
 
 
 def importer_of(source: Path) -> Any:
-    """NeMo's importer of this Hugging Face directory, with our habits; JobError: NeMo has none that ftgen knows."""
+    """NeMo's importer for a Hugging Face directory, changed as in `OneDirectory`. JobError: unknown model type."""
     kind = json.loads((source / "config.json").read_text()).get("model_type")
     if kind not in IMPORTERS:
-        raise JobError(f"a checkpoint of type {kind} cannot be converted", f"one of {', '.join(IMPORTERS)}")
-    return type("Importer", (OurHabits, IMPORTERS[kind]), {})(str(source))
+        raise JobError(f"cannot convert a checkpoint of model_type {kind}", f"use one of {', '.join(IMPORTERS)}")
+    return type("Importer", (OneDirectory, IMPORTERS[kind]), {})(str(source))
 
 
 def import_directory(source: Path, output: Path, scratch: Path) -> str:
-    """Convert the Hugging Face directory `source` to `output`/{context,weights}; the kind of layers it was made with.
+    """Convert the Hugging Face directory `source` to `output`/{context,weights}. Returns whose layers it was converted with.
 
-    `scratch` is a new directory's name beside them; it is removed again.
+    `scratch` is the name of a new directory for the tokenizer, which is removed at the end.
     """
     _keep_to_this_process()
     importer = importer_of(source)
@@ -1309,9 +1343,10 @@ def import_directory(source: Path, output: Path, scratch: Path) -> str:
 
 
 def _keep_to_this_process() -> None:
-    """Nothing that Megatron starts to save outlives us when we are killed: it would keep our memory and our output.
+    """Make Megatron's forked processes end with this one. Otherwise they would keep our memory and our output open.
 
-    The queue of results needs no server process of its own (two seconds to start) where saving is not asynchronous.
+    Saving is not asynchronous here, so a plain queue replaces Megatron's, which needs a server process (two seconds
+    to start).
     """
     filesystem_async._results_queue = queue.Queue()
     os.register_at_fork(after_in_child=_die_with_the_parent)
@@ -1321,12 +1356,15 @@ def _die_with_the_parent() -> None:
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/imports.py <<'END_OF_FTGEN_FILE'
-"""Packages that a fine-tune does not use, imported only once something does use them. Out: NeMo is imported sooner.
+"""Import NeMo faster: packages that a fine-tune does not use are imported only when something uses them.
 
-NeMo, Megatron-Core and what they stand on import much at their top that a training never calls: other clouds' clients,
-other loggers, quantization. Of what `DEFERRED` names, `import` gives a stand-in, whose names are classes: to import, to
-annotate with, to derive from. The real package is imported when one of them is called, asked about or iterated over, so
-what is used after all is only imported later. A package that is not installed cannot be imported, as ever.
+In: a process that has not imported NeMo. Out: an import hook for the packages in `DEFERRED`.
+
+NeMo and Megatron-Core import many packages that a training never calls: clients of clouds, loggers, quantization. For
+a package in `DEFERRED`, `import` gives a stand-in. Each name of a stand-in is a class, which other code can import,
+annotate with and derive from. When other code calls it, reads one of its values or iterates over it, the real package
+is imported. So a package that is used after all is only imported later. A package that is not installed cannot be
+imported, as usual.
 
 Environment: FTGEN_IMPORT_ALL=1 turns this off.
 """
@@ -1343,37 +1381,35 @@ from types import ModuleType
 from typing import Any
 
 OFF = "FTGEN_IMPORT_ALL"
-# Who imports each for what. Only what nothing compares with can stand here: a stand-in equals itself alone.
+# Package: who imports it, and what for. Names of these packages must not be compared: a stand-in is equal only to itself.
 DEFERRED = {
-    "accelerate": "transformers: models over several devices, where Megatron does that here",
-    "datasets": "NeMo: downloads of data sets, where runtime/data.py makes the files; with aiohttp",
+    "accelerate": "transformers: models on several devices, which Megatron does here",
+    "datasets": "NeMo: downloads of data sets, where runtime/data writes the files; with aiohttp",
     "leptonai": "nemo_run: a cloud's client; with fastapi, httpx, trio",
     "modelopt": "NeMo: quantization, pruning and distillation; with transformers' trainer",
     "nemo.collections.llm.modelopt": "NeMo: the same",
     "pandas": "NeMo: a tokenizer of tables",
     "paramiko": "nemo_run: tunnels to other machines; with cryptography",
-    "pytorch_lightning": "NeMo: a reranker; it is `lightning` once more",
+    "pytorch_lightning": "NeMo: a reranker; a second copy of `lightning`",
     "scipy": "torchmetrics, transformers: metrics of audio, the loss of object detection",
     "sklearn": "transformers: a metric of assisted decoding",
     "torch.utils.tensorboard": "Megatron-Core: a logger; with tensorboard",
     "wandb": "Megatron-Core: a logger",
 }
-# What every training asks NeMo's modelopt for, and what it then does: no checkpoint of ftgen's holds a state of modelopt,
-# and none of its models is distilled.
+# Functions of NeMo's modelopt that every training calls, and that do nothing here: no checkpoint of ftgen has a state
+# of modelopt, and no model is distilled.
 NOTHING_TO_DO = {
     "nemo.collections.llm.modelopt.set_modelopt_spec_if_exists_in_ckpt",
     "nemo.collections.llm.modelopt.model_utils.restore_modelopt_state",
     "nemo.collections.llm.modelopt.model_utils.save_modelopt_state",
     "nemo.collections.llm.modelopt.distill.utils.get_tensor_shapes_adjust_fn_for_distillation",
 }
-
-
-# Megatron-Core's memory for inference: its import compiles a CUDA extension, in every process, and starts CUDA.
+# Megatron-Core's memory for inference. Its import compiles a CUDA extension and initializes CUDA, in every process.
 MANAGED_MEMORY = "megatron.core.inference.unified_memory"
 
 
 def defer() -> None:
-    """From now on what `DEFERRED` names is imported when it is used; what has been imported stays."""
+    """Defer the packages in `DEFERRED` from now on. A package that is already imported stays as it is."""
     if os.environ.get(OFF, "0") in {"", "0"} and not any(isinstance(finder, Deferring) for finder in sys.meta_path):
         sys.meta_path.insert(0, Deferring(DEFERRED))
         without = ModuleType(MANAGED_MEMORY)
@@ -1382,15 +1418,15 @@ def defer() -> None:
 
 
 class Deferring(MetaPathFinder, Loader):
-    """Finds stand-ins for the modules of packages that are there and not wanted yet."""
+    """Import hook: gives stand-ins for modules of packages that are installed and not used yet."""
 
     def __init__(self, packages: Iterable[str]) -> None:
         self.waiting = {package for package in packages if package not in sys.modules}
-        self.written: list[tuple[str, str, Any]] = []  # to names of modules, while they were stand-ins
+        self.written: list[tuple[str, str, Any]] = []  # assignments to names of stand-ins: module, name, value
         self.lock = threading.Lock()
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The real one's, but for its loader."""
+        """The real module's spec, with this object as the loader."""
         package = next((package for package in self.waiting if _is_in(package, name)), None)
         if package is None:
             return None
@@ -1404,14 +1440,14 @@ class Deferring(MetaPathFinder, Loader):
         return spec
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """A stand-in."""
+        """Create the stand-in."""
         return StandIn(spec.name, self, str(spec.loader_state))
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing: that is what takes time."""
+        """Do nothing: executing the real module is what takes time."""
 
     def real(self, package: str, module: str, key: str) -> Any:
-        """What `key` ("a" or "a.b") of the module stands for: from now on the package is the real one."""
+        """The real object behind `key` ("a" or "a.b") of the module. The real package replaces the stand-in."""
         with self.lock:
             if was_waiting := package in self.waiting:
                 self.waiting.remove(package)
@@ -1432,7 +1468,7 @@ class Deferring(MetaPathFinder, Loader):
 
 
 def _attribute(owner: Any, key: str) -> Any:
-    """As getattr; what was imported below a stand-in is not imported below the real one yet."""
+    """Like getattr. Also finds a sub-module that was imported as a stand-in, but not yet for real."""
     if isinstance(owner, ModuleType) and not hasattr(owner, key):
         with contextlib.suppress(ModuleNotFoundError):
             return importlib.import_module(f"{owner.__name__}.{key}")
@@ -1444,7 +1480,7 @@ def _is_in(package: str, name: str) -> bool:
 
 
 class StandIn(ModuleType):
-    """Stands for a module; every name can be had from it."""
+    """Stands in for a module. It has every name."""
 
     def __init__(self, name: str, finder: Deferring, package: str) -> None:
         super().__init__(name)
@@ -1457,13 +1493,13 @@ class StandIn(ModuleType):
                 return _nothing
             if not _is_special(key):
                 return _name(finder, package, self.__name__, key)
-            if key not in {"__version__", "__all__"}:  # asked by inspect and warnings of every module
+            if key not in {"__version__", "__all__"}:  # inspect and warnings read other special names of every module
                 raise AttributeError(f"module {self.__name__!r} has no attribute {key!r}")
         return finder.real(package, self.__name__, key)
 
 
 def _nothing(*_args: Any, **_kwargs: Any) -> None:
-    """Do what the real one does here."""
+    """Do nothing, as the real function does here."""
 
 
 def _is_special(key: str) -> bool:
@@ -1475,20 +1511,20 @@ def _name(finder: Deferring, package: str, module: str, key: str) -> type:
 
 
 class Name(type):
-    """The type of the classes that stand for a deferred package's names, and of those that are derived from them."""
+    """Metaclass of the classes that stand in for names of a deferred package, and of classes derived from them."""
 
     def _real(cls) -> Any:
         if "_stands_for" not in cls.__dict__:
             base = next(base for base in cls.__mro__ if "_stands_for" in base.__dict__)
             raise RuntimeError(
                 f"{cls.__module__}.{cls.__name__} cannot be used: it is derived from {base.__module__}.{base.__name__}, "
-                f"which is not imported for a fine-tune. export {OFF}=1 imports it"
+                f"which ftgen does not import for a fine-tune. export {OFF}=1 imports it"
             )
         finder, package, module, key = cls.__dict__["_stands_for"]
         return finder.real(package, module, key)
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Call what it stands for; RuntimeError: a class derived from a stand-in."""
+        """Call the real object. RuntimeError: this class is derived from a stand-in."""
         return cls._real()(*args, **kwargs)
 
     def __getattr__(cls, key: str) -> Any:
@@ -1522,26 +1558,24 @@ class Name(type):
         return cls._real()[key]
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/__init__.py <<'END_OF_FTGEN_FILE'
-"""What makes a step faster than the stock recipe: one file for each optimization.
+"""Optimizations that make a step faster than the stock recipe, one file each.
 
 In: a recipe and a plan. Out: the recipe, changed. Start with `switch.py`.
 """
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/cuda_graphs.py <<'END_OF_FTGEN_FILE'
-"""Capture each layer in local CUDA graphs of Megatron-Core, and make them right for FP8.
+"""Run each layer as a local CUDA graph of Megatron-Core, and correct two errors of these graphs in FP8.
 
-In: a recipe. Out: the recipe with graphs on, and Megatron-Core's class changed for this process.
+In: a recipe. Out: the recipe with graphs on, and Megatron-Core changed for this process.
 
-Replays of a captured layer would get two things wrong.
+1. Transposed weights. Transformer Engine keeps a transposed copy of each FP8 weight for the backward pass. The
+forward pass renews the copy if the optimizer has marked it as old. The copy was fresh during the capture, so the
+captured forward pass does not renew it: every replay would use the transposes of the first step, and the gradients
+would be wrong. Here the old copies are renewed in place before the graph of a layer is replayed.
 
-Transposed weights: Transformer Engine keeps a transposed copy of each FP8 weight for the backward pass. The forward pass renews
-it when the optimizer has marked it as old. A captured forward pass contains only what ran during capture, when the copy was
-fresh, so replays would keep the transposes of the first step and the gradients would be wrong. Here the copies are renewed in
-place, before the graph of a layer is replayed: once a step, when they are old.
-
-Scales of a fused MLP: before Megatron-Core captures a layer, it runs the layer on whatever is in its buffers, and then restores
-the amax history and scales of Transformer Engine. It misses those of a fused MLP, which is not a submodule. Here they are
-restored too.
+2. Scales of a fused MLP. Before Megatron-Core captures a layer, it runs the layer on whatever its buffers contain,
+and then restores the amax history and the scales of Transformer Engine. It misses those of a fused MLP, which is not
+a submodule. Here they are restored too.
 """
 
 import functools
@@ -1553,15 +1587,15 @@ from typing import Any
 def apply(recipe: Any, _plan: dict[str, Any]) -> None:
     """Switch local graphs on."""
     if "expandable_segments" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
-        os.environ.pop("PYTORCH_CUDA_ALLOC_CONF")  # Megatron-Core refuses graphs with it
+        os.environ.pop("PYTORCH_CUDA_ALLOC_CONF")  # Megatron-Core allows no graphs with it
     recipe.model.config.cuda_graph_impl = "local"
     recipe.trainer.strategy.use_te_rng_tracker = True
     recipe.data.packed_sequence_specs.pad_cu_seqlens = True
-    mend_fp8()
+    correct_fp8()
 
 
-def mend_fp8() -> None:
-    """Make captured layers right in FP8; call it once, before the model is built."""
+def correct_fp8() -> None:
+    """Correct both errors. Call it once, before the model is built."""
     from megatron.core.transformer.cuda_graphs import _CudaGraphRunner
 
     _CudaGraphRunner.replay_graph_capture = _with_fresh_transposes(_CudaGraphRunner.replay_graph_capture)
@@ -1583,7 +1617,7 @@ def _with_fresh_transposes(replay: Any) -> Any:
 
 
 def _fp8_weights(module: Any) -> list[Any]:
-    """The module's weights in FP8 that have a transposed copy."""
+    """The FP8 weights of the module that have a transposed copy."""
     return [weight for weight in module.parameters() if getattr(weight, "_transpose", None) is not None]
 
 
@@ -1599,42 +1633,50 @@ def _with_scales_kept(create: Any) -> Any:
 
 
 def _fused_operations(layer: Any) -> Iterator[Any]:
-    """The basic operations of a layer's fused MLP, which Megatron-Core keeps in a tuple of its own."""
+    """The operations of a layer's fused MLP, which Megatron-Core keeps in the tuple `_fused_impl`."""
     for module in layer.modules():
         for fused in getattr(module, "_fused_impl", None) or ():
             yield from (operation for operation in fused.modules() if hasattr(operation, "_save_fp8_metas"))
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/fused_cross_entropy.py <<'END_OF_FTGEN_FILE'
-"""Use Transformer Engine's fused cross entropy. In: a recipe. Out: the recipe, with its model's config changed."""
+"""Use Transformer Engine's fused cross entropy.
+
+In: a recipe. Out: the recipe with another loss in its model's config.
+"""
 
 from typing import Any
 
 
 def apply(recipe: Any, _plan: dict[str, Any]) -> None:
-    """Switch the loss; right for micro_batch_size = 1 only (Transformer Engine 2.9)."""
+    """Switch the fused loss on. It is correct only with micro_batch_size = 1 (Transformer Engine 2.9)."""
     recipe.model.config.cross_entropy_loss_fusion = True
     recipe.model.config.cross_entropy_fusion_impl = "te"
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/fused_swiglu.py <<'END_OF_FTGEN_FILE'
-"""Use Transformer Engine's fused SwiGLU, in FP8 with the cast in it. In: a recipe. Out: the recipe, changed."""
+"""Use Transformer Engine's fused SwiGLU, which in FP8 includes the cast.
+
+In: a recipe. Out: the recipe with the op fuser on for the MLP.
+"""
 
 from typing import Any
 
 
 def apply(recipe: Any, plan: dict[str, Any]) -> None:
-    """Switch the op fuser on for the MLP alone, unless the plan has all of it on."""
+    """Switch the op fuser on for the MLP. Adapters are not fused, unless the plan also has op_fuser on."""
     recipe.model.config.use_transformer_engine_op_fuser = True
     if not plan["optimizations"]["op_fuser"]:
         from nemo.collections.llm.peft import lora
 
-        lora.HAVE_TE_FUSED_LORA = False  # the same setting would also fuse the adapters, which rounds their input
+        lora.HAVE_TE_FUSED_LORA = False  # otherwise the setting would also fuse the adapters, which rounds their input
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/fused_wgrad_accumulation.py <<'END_OF_FTGEN_FILE'
 """Accumulate weight gradients in the GEMM that computes them, without APEX.
 
-In: a recipe. Out: the recipe with the fusion on. This module also stands in for APEX's extension
-`fused_weight_gradient_mlp_cuda`: Megatron-Core and NeMo fuse only if that can be imported. Transformer Engine's GEMMs then
-accumulate into main_grad, and the two functions below do so for Megatron's LM head.
+In: a recipe. Out: the recipe with the fusion on.
+
+Megatron-Core and NeMo use the fusion only if they can import APEX's extension `fused_weight_gradient_mlp_cuda`. This
+module stands in for that extension. Then the GEMMs of Transformer Engine accumulate into main_grad, and the two
+`wgrad_gemm` functions below do the same for Megatron's LM head.
 """
 
 import sys
@@ -1644,7 +1686,7 @@ import torch
 
 
 def before_imports() -> None:
-    """Be importable under the extension's name before Megatron-Core looks for it."""
+    """Make this module importable as the extension, before Megatron-Core looks for it."""
     sys.modules.setdefault("fused_weight_gradient_mlp_cuda", sys.modules[__name__])
 
 
@@ -1654,7 +1696,7 @@ def apply(recipe: Any, _plan: dict[str, Any]) -> None:
 
 
 def wgrad_gemm_accum_fp16(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
-    """main_grad [out, in] += grad_outputᵀ [out, n] @ inputs [n, in], all of one 16-bit type."""
+    """main_grad [out, in] += grad_outputᵀ [out, n] @ inputs [n, in]; all have the same 16-bit type."""
     main_grad.addmm_(grad_output.t(), inputs)
 
 
@@ -1667,9 +1709,10 @@ END_OF_FTGEN_FILE
 
 In: a recipe. Out: the recipe, with steps that pick those tokens.
 
-A fine-tune has a loss on the answers alone; for every other token the stock recipe computes the head and the cross entropy and
-multiplies them by zero. The loss mask is read while the batch is still on the CPU, so that nothing waits for the GPU. Each row
-is the same sum as before, but a GEMM of another height may add in another order.
+In a fine-tune, only the tokens of the answers have a loss. For every other token, the stock recipe computes the LM
+head and the cross entropy and multiplies the result by zero. Here the loss mask is read while the batch is still on
+the CPU, so nothing waits for the GPU. Each row of logits is the same sum as before, but a GEMM with another number of
+rows may add in another order.
 """
 
 from collections.abc import Iterator
@@ -1677,7 +1720,7 @@ from typing import Any
 
 import torch
 
-ROWS = 128  # row counts are rounded up to it, so that few shapes occur
+ROWS = 128  # the number of tokens is rounded up to a multiple, so that few shapes occur
 
 
 def apply(recipe: Any, _plan: dict[str, Any]) -> None:
@@ -1686,7 +1729,7 @@ def apply(recipe: Any, _plan: dict[str, Any]) -> None:
 
 
 def install(config: Any) -> None:
-    """Make a GPTConfig's steps pick the tokens with a loss. For one tensor-, pipeline- and context-parallel rank."""
+    """Make the steps of a GPTConfig pick the tokens with a loss. Requires TP = PP = CP = 1."""
     from megatron.core.models.gpt import GPTModel
 
     config.data_step_fn = data_step
@@ -1695,7 +1738,7 @@ def install(config: Any) -> None:
 
 
 def data_step(dataloader_iter: Iterator[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """NeMo's, with `loss_rows` [n] in the batch: where in [batch, sequence] the loss counts; and `loss_count`."""
+    """NeMo's data step. Adds `loss_rows` [n] to the batch: flat indices into [batch, sequence], padded; and `loss_count`."""
     from nemo.collections.llm.gpt.model.base import gpt_data_step
 
     batch = next(dataloader_iter)
@@ -1708,7 +1751,7 @@ def data_step(dataloader_iter: Iterator[Any], *args: Any, **kwargs: Any) -> dict
 
 
 def forward_step(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    """NeMo's, after telling the head which rows it is to work on."""
+    """NeMo's forward step, after giving the model the rows with a loss."""
     from nemo.collections.llm.gpt.model.base import gpt_forward_step
 
     head = model
@@ -1720,7 +1763,7 @@ def forward_step(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 
 def _postprocess_with(whole: Any) -> Any:
     def postprocess(self: Any, hidden_states: torch.Tensor, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
-        """Loss [batch, sequence], zero where it does not count, from hidden states [sequence, batch, hidden]."""
+        """Loss [batch, sequence], zero for tokens without a loss, from hidden states [sequence, batch, hidden]."""
         rows = getattr(self, "loss_rows", None)
         if labels is None or rows is None or not self.post_process:
             return whole(self, hidden_states, *args, labels=labels, **kwargs)
@@ -1736,12 +1779,13 @@ END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/merge_micro_batches.py <<'END_OF_FTGEN_FILE'
 """Run all packs of a step as one micro-batch.
 
-In: a recipe with packed data. Out: the recipe, with a data module that gives a step's whole batch and a step that merges it.
+In: a recipe with packed data. Out: the recipe, with a data module that gives a step's whole batch and a data step
+that merges it.
 
-The stock recipe runs one micro-batch of one pack after the other. Here the batch of a step, [packs, length], is laid end to end
-as [1, packs * length]; the boundaries of the examples (cu_seqlens) come along, so attention stays inside each example. The
-gradient equals the stock one: the loss of every token is weighted so that the means of the packs are averaged, as they are
-when each pack is a micro-batch of its own. The logged loss is the mean over all tokens, as before.
+The stock recipe runs one micro-batch after the other, each with one pack. Here the batch of a step, [packs, length],
+is reshaped to [1, packs * length]. The boundaries of the examples (cu_seqlens) are kept, so attention stays inside
+each example. The gradient equals the stock gradient, which averages the mean losses of the packs: the loss of each
+token gets a weight to that end. The logged loss is the mean over all tokens, as before.
 """
 
 from typing import Any
@@ -1752,13 +1796,13 @@ from runtime.engines.nemo.optimizations.packs import ChangedStep, cu_seqlens, en
 
 
 def apply(recipe: Any, plan: dict[str, Any]) -> None:
-    """Merge the micro-batches of a step. For packed data, CP = PP = 1."""
+    """Merge the micro-batches of a step. Requires packed data and CP = PP = 1."""
     packs = plan["global_batch_size"] // plan["parallelism"]["data_parallel_size"]
     install(recipe.data, recipe.model.config, packs)
 
 
 def install(data: Any, config: Any, packs: int) -> None:
-    """Make NeMo's data module give `packs` packs at a time, and a GPTConfig's steps merge them."""
+    """Make NeMo's data module give `packs` packs at a time, and the data step of a GPTConfig merge them."""
     from nemo.collections.llm.gpt.data.fine_tuning import FineTuningDataModule
     from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 
@@ -1769,11 +1813,11 @@ def install(data: Any, config: Any, packs: int) -> None:
 
 
 def merge(batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch [packs, length] of NeMo's packed dataset as one of [1, packs * length], with `loss_weights` of that shape."""
+    """A batch [packs, length] of NeMo's packed dataset, reshaped to [1, packs * length], and with `loss_weights`."""
     _, length = batch["tokens"].shape
     rows = ends_of(batch)
     ends = sorted({0} | {pack * length + end for pack, row in enumerate(rows) for end in row})
-    count = sum(len(row) - 1 for row in rows) + 1  # the same for every batch where NeMo pads cu_seqlens
+    count = sum(len(row) - 1 for row in rows) + 1  # the same for every batch if NeMo pads cu_seqlens
     ends += [ends[-1]] * (count - len(ends))
     flat = {key: batch[key].reshape(1, -1) for key in ("tokens", "labels", "loss_mask", "position_ids")}
     return {
@@ -1786,14 +1830,14 @@ def merge(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _loss_weights(loss_mask: torch.Tensor) -> torch.Tensor:
-    """[packs, length], float32: the weight of each token's loss that makes the mean over all tokens that of the packs' means."""
+    """Weights [packs, length], float32, which make the mean of all tokens' losses the mean of the packs' mean losses."""
     tokens = loss_mask.sum(dim=1, keepdim=True, dtype=torch.float32)
     return (tokens.sum() / (len(loss_mask) * tokens.clamp(min=1))).expand(loss_mask.shape)
 
 
 def _weighted(stock: Any) -> Any:
     def forward(self: Any, batch: dict[str, Any], loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        """The weighted sum of the losses for the gradient; the logged loss is not weighted."""
+        """NeMo's reduction, with a weighted sum of the losses for the gradient. The logged loss is not weighted."""
         total, tokens, logged = stock(self, batch, loss)
         if batch.get("loss_weights") is not None:
             total = (loss.float() * batch["loss_mask"] * batch["loss_weights"]).sum()
@@ -1802,19 +1846,22 @@ def _weighted(stock: Any) -> Any:
     return forward
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/op_fuser.py <<'END_OF_FTGEN_FILE'
-"""Use Transformer Engine's op fuser everywhere, which rounds differently. In: a recipe. Out: the recipe, changed."""
+"""Use Transformer Engine's op fuser for the MLP and the LoRA adapters. It rounds differently.
+
+In: a recipe. Out: the recipe with the op fuser on.
+"""
 
 from typing import Any
 
 
 def apply(recipe: Any, _plan: dict[str, Any]) -> None:
-    """Switch it on."""
+    """Switch the op fuser on."""
     recipe.model.config.use_transformer_engine_op_fuser = True
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/packs.py <<'END_OF_FTGEN_FILE'
-"""What the optimizations of packed sequences share: a data step that changes the batch, and the boundaries of sequences.
+"""Shared by the optimizations of packed sequences: a data step that changes the batch, and the boundaries of sequences.
 
-In: NeMo's data step and its batches on the CPU. Out: the same, changed.
+In: NeMo's data step and its batches on the CPU. Out: a data step and batches that are changed.
 """
 
 from collections.abc import Iterator
@@ -1830,22 +1877,23 @@ class ChangedStep:
         self.step, self.change = step, change
 
     def __call__(self, dataloader_iter: Iterator[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The result of the replaced step for the changed batch; `loss_weights` is kept if the change adds it."""
         batch = next(dataloader_iter)
         changed = self.change(batch[0] if isinstance(batch, tuple) else batch)
         step: dict[str, Any] = self.step(iter([changed]), *args, **kwargs)
-        if "loss_weights" in changed and step.get("loss_weights") is None:  # NeMo's step drops the keys it does not know
+        if "loss_weights" in changed and step.get("loss_weights") is None:  # NeMo's step drops unknown keys
             step["loss_weights"] = changed["loss_weights"].cuda(non_blocking=True)
         return step
 
 
 def ends_of(batch: dict[str, Any]) -> list[list[int]]:
-    """For each row the boundaries of its sequences, from 0 on; in NeMo's cu_seqlens they are followed by -1."""
+    """The boundaries of the sequences in each row, starting with 0, without the -1 that pads NeMo's cu_seqlens."""
     lengths = batch["cu_seqlens_argmin"].flatten().tolist()
     return [row[:length] for row, length in zip(batch["cu_seqlens"].tolist(), lengths, strict=True)]
 
 
 def cu_seqlens(ends: list[int]) -> dict[str, torch.Tensor]:
-    """The boundaries of one row, in the form that NeMo's forward step reads."""
+    """The boundaries of one row, as the tensors that NeMo's forward step reads."""
     return {
         "cu_seqlens": torch.tensor([[*ends, -1]], dtype=torch.int32),
         "cu_seqlens_argmin": torch.tensor([[len(ends)]]),
@@ -1854,7 +1902,7 @@ END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/scale_small_tensor.py <<'END_OF_FTGEN_FILE'
 """Apply LoRA's scale to the small tensor between the adapter's two matrices.
 
-In: nothing of the recipe. Out: NeMo's adapter class, changed for this process.
+In: a recipe, which stays as it is. Out: NeMo's adapter class, changed for this process.
 """
 
 from typing import Any
@@ -1863,14 +1911,14 @@ import torch
 
 
 def apply(_recipe: Any, _plan: dict[str, Any]) -> None:
-    """Change the adapters of this process."""
+    """Scale the small tensor in this process."""
     scale_small_tensor()
 
 
 def scale_small_tensor() -> None:
     """Multiply [tokens, rank] by alpha / rank, instead of the adapter's output [tokens, features].
 
-    The same bits where alpha / rank is a power of two. For one tensor-parallel rank and no dropout.
+    The result has the same bits if alpha / rank is a power of two. Requires TP = 1 and no dropout.
     """
     from nemo.collections.llm.peft.utils import ParallelLinearAdapter
 
@@ -1884,11 +1932,11 @@ END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/short_padding.py <<'END_OF_FTGEN_FILE'
 """Cut the padding of each pack into several short sequences.
 
-In: a recipe with packed data. Out: the recipe, with a data step that cuts.
+In: a recipe with packed data. Out: the recipe, with a data step that cuts the padding.
 
-To attention and rotary embedding, the padding at the end of a pack is one more sequence, and it can be as long as the emptiest
-pack leaves it. With padded cu_seqlens, the kernels then treat every sequence as if it were that long. This cuts the padding
-into sequences that are no longer than the longest example.
+For attention and rotary embedding, the padding at the end of a pack is one more sequence. In a pack with few
+examples, it is much longer than any example. With padded cu_seqlens, the kernels then treat every sequence as if it
+were that long. This optimization cuts the padding into sequences that are no longer than the longest example.
 """
 
 import json
@@ -1900,16 +1948,16 @@ import torch
 
 from runtime.engines.nemo.optimizations.packs import ChangedStep, cu_seqlens, ends_of
 
-MULTIPLE = 64  # tokens that an attention kernel works on at a time: the longest sequence is rounded up to a multiple
+MULTIPLE = 64  # tokens in a tile of the attention kernel; the longest sequence is rounded up to a multiple
 
 
 def apply(recipe: Any, _plan: dict[str, Any]) -> None:
-    """Make the recipe's data step cut the padding. For packed data and one context-parallel rank."""
+    """Make the recipe's data step cut the padding. Requires packed data and CP = 1."""
     install(recipe.data, recipe.model.config)
 
 
 def install(data: Any, config: Any) -> None:
-    """Change a GPTConfig's data step; the length of the longest example is read from the packs' metadata."""
+    """Change the data step of a GPTConfig. The packs' metadata has the length of the longest example."""
     metadata = json.loads(Path(data.packed_sequence_specs.packed_metadata_path).read_text())
     longest = max(split["dataset_max_seqlen"] for split in metadata)
     limit = -(-longest // MULTIPLE) * MULTIPLE
@@ -1917,9 +1965,10 @@ def install(data: Any, config: Any) -> None:
 
 
 def cut_padding(batch: dict[str, Any], longest: int) -> dict[str, Any]:
-    """A batch of one row without sequences of more than `longest` tokens; no example is that long, so only padding is cut.
+    """The batch (one row) with sequences cut to at most `longest` tokens. No example is longer: only padding is cut.
 
-    cu_seqlens [1, n] always grows by as much as the longest possible padding needs: CUDA graphs need one shape.
+    cu_seqlens [1, n] always gets as many entries as the longest possible padding needs, because CUDA graphs need a
+    fixed shape.
     """
     ends = ends_of(batch)[0]
     cut = [0]
@@ -1930,7 +1979,10 @@ def cut_padding(batch: dict[str, Any], longest: int) -> dict[str, Any]:
     return batch | cu_seqlens(cut) | {"max_seqlen": torch.tensor([[longest]], dtype=torch.int32)}
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/skip_nan_check.py <<'END_OF_FTGEN_FILE'
-"""Do not look for NaN in the gradients of each step. In: a recipe. Out: the recipe, with its data parallelism changed."""
+"""Do not check the gradients of each step for NaN.
+
+In: a recipe. Out: the recipe with other data-parallel settings.
+"""
 
 from typing import Any
 
@@ -1944,23 +1996,23 @@ END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/skip_shard_transposes.py <<'END_OF_FTGEN_FILE'
 """Do not transpose the shards of FP8 weights after the optimizer's step.
 
-In: nothing of the recipe. Out: Transformer Engine, changed for this process.
+In: a recipe, which stays as it is. Out: Transformer Engine, changed for this process.
 
-With a distributed optimizer, each rank casts its shard of every weight to FP8 as a matrix of one row. Transformer Engine also
-writes a transpose of that row. Nobody reads it (the transpose of the whole weight is made when all shards are there), and it
-takes far longer than the cast.
+With a distributed optimizer, each rank casts its shard of every weight to FP8, as a matrix with one row. Transformer
+Engine also writes a transpose of that row, which takes far longer than the cast. Nothing reads that transpose: once
+all shards are gathered, Transformer Engine transposes the whole weight.
 """
 
 from typing import Any
 
 
 def apply(_recipe: Any, _plan: dict[str, Any]) -> None:
-    """Change the cast of this process."""
+    """Leave out the transposes in this process."""
     skip_transposes()
 
 
 def skip_transposes() -> None:
-    """Leave the transposes of shards out; call it once, before the optimizer is built. The weights are the same bits."""
+    """Leave out the transposes of shards. Call it once, before the optimizer is built. The weights keep the same bits."""
     from transformer_engine.pytorch.tensor import utils
 
     utils._cast_master_weights_to_fp8_delayed_scaling = _without_transposes(
@@ -1981,10 +2033,12 @@ def _without_transposes(cast: Any) -> Any:
     return cast_rows
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/switch.py <<'END_OF_FTGEN_FILE'
-"""Switch on the optimizations that the plan names. In: a recipe and a plan. Out: the recipe, changed.
+"""Switch on the optimizations that the plan selects.
 
-Each optimization is a file of this folder with its name and a function `apply(recipe, plan)`. One that is off leaves the stock
-recipe as it is. The catalogue's optimizations.toml has the measured effect and the numerics of each.
+In: a recipe and a plan. Out: the recipe, changed.
+
+Each optimization is a file of this folder with a function `apply(recipe, plan)`. If it is off, the stock recipe stays
+as it is. The catalogue's optimizations.toml describes the measured effect and the numerics of each.
 """
 
 from importlib import import_module
@@ -1997,7 +2051,7 @@ BEFORE_IMPORTS = ("fused_wgrad_accumulation",)  # Megatron-Core decides about th
 
 
 def before_imports(plan: Plan) -> None:
-    """What must be done before NeMo and Megatron-Core are imported."""
+    """Prepare those optimizations that need it before NeMo and Megatron-Core are imported."""
     for name in BEFORE_IMPORTS:
         if plan["optimizations"][name]:
             _module(name).before_imports()
@@ -2015,9 +2069,11 @@ def _module(name: str) -> Any:
     return import_module(f"{__package__}.{name}")
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/recipe.py <<'END_OF_FTGEN_FILE'
-"""NeMo's own fine-tuning recipe with the plan's numbers. In: plan, checkpoint, data. Out: what trains when called.
+"""Build NeMo's own fine-tuning recipe, with the numbers of the plan.
 
-This module imports NeMo (15-40 s): only a training does.
+In: a plan, a checkpoint, data. Out: a recipe, as a `run.Partial`.
+
+This module imports NeMo (15-40 s), so only a training imports it.
 """
 
 import functools
@@ -2042,7 +2098,7 @@ ARCHITECTURE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_h
 
 
 def build(plan: Plan, checkpoint: Path, files: Files, log_directory: Path) -> Any:
-    """The recipe as a `run.Partial`; `fdl.build(recipe)()` trains. Nothing is written outside `log_directory`."""
+    """The recipe; `fiddle.build(recipe)()` trains. It writes only into `log_directory`."""
     recipe = stock(plan, log_directory)
     set_model(recipe, plan)
     _set_scheme(recipe, plan)
@@ -2056,13 +2112,13 @@ def build(plan: Plan, checkpoint: Path, files: Files, log_directory: Path) -> An
     recipe.resume = run.Config(nl.AutoResume, restore_config=run.Config(nl.RestoreConfig, path=str(checkpoint)))
     if plan["gpu"]["name"] == "cpu":
         _for_the_cpu(recipe)
-    # The seed of adapters and dropout is no setting of NeMo's: its default stands in this function's signature.
+    # NeMo has no setting for the seed of adapters and dropout: it is only a default argument of this function.
     _strategy_lib.init_parallel_ranks = functools.partial(_strategy_lib.init_parallel_ranks, seed=plan["seed"])
     return recipe
 
 
 def stock(plan: Plan, log_directory: Path) -> Any:
-    """NeMo's own recipe of the model, with as much of the plan as it takes; not every model's takes all of it."""
+    """NeMo's own recipe of the model. It gets those of our arguments that it has; they differ between models."""
     library = importlib.import_module(f"nemo.collections.llm.recipes.{plan['model']['nemo_recipe']}")
     arguments = {
         "dir": str(log_directory),
@@ -2074,12 +2130,12 @@ def stock(plan: Plan, log_directory: Path) -> Any:
         "packed_sequence": plan["data"]["packed"],
         "performance_mode": True,
     }
-    taken = inspect.signature(library.finetune_recipe).parameters
-    return library.finetune_recipe(**{key: value for key, value in arguments.items() if key in taken})
+    accepted = inspect.signature(library.finetune_recipe).parameters
+    return library.finetune_recipe(**{key: value for key, value in arguments.items() if key in accepted})
 
 
 def set_model(recipe: Any, plan: Plan) -> None:
-    """The plan's architecture, over that of the recipe's model."""
+    """Set the plan's architecture in the recipe's model."""
     config, model = recipe.model.config, plan["model"]
     for key in ARCHITECTURE:
         setattr(config, key, model[key])
@@ -2090,7 +2146,7 @@ def set_model(recipe: Any, plan: Plan) -> None:
     if model["rope_scaling_factor"]:
         config.scale_factor = model["rope_scaling_factor"]
     config.seq_length = recipe.data.seq_length = plan["seq_length"]
-    # some of NeMo's recipes count embedding and loss as layers of the pipeline; the plan counts the layers alone
+    # some of NeMo's recipes count embedding and loss as pipeline layers; the plan counts only transformer layers
     config.account_for_embedding_in_pipeline_split = config.account_for_loss_in_pipeline_split = False
 
 
@@ -2104,9 +2160,11 @@ def _set_scheme(recipe: Any, plan: Plan) -> None:
 
 def _set_optimizer(recipe: Any, plan: Plan) -> None:
     recipe.optim.config.lr = plan["optimizer"]["learning_rate"]
-    warmup = min(plan["optimizer"]["warmup_steps"], plan["max_steps"] - 1)  # the schedule refuses a longer one
+    warmup = min(
+        plan["optimizer"]["warmup_steps"], plan["max_steps"] - 1
+    )  # the scheduler requires fewer warmup steps than steps
     if warmup != plan["optimizer"]["warmup_steps"]:
-        say(f"warmup: {warmup} steps, because max_steps = {plan['max_steps']}")
+        say(f"warmup is shortened to {warmup} steps, because max_steps = {plan['max_steps']}")
     recipe.optim.lr_scheduler.warmup_steps = warmup
 
 
@@ -2121,13 +2179,13 @@ def _set_parallelism(recipe: Any, plan: Plan) -> None:
     ):
         setattr(strategy, key, split[key])
     if split["context_parallel_size"] > 1:
-        # A rank whose part of the sequence holds no answer has no loss of its own: NeMo insists on these two.
+        # A rank whose part of the sequence has no answer tokens has no loss. NeMo then requires these two settings.
         recipe.model.config.calculate_per_token_loss = True
         strategy.ddp = ddp(recipe, average_in_collective=False)
 
 
 def ddp(recipe: Any, **changes: Any) -> Any:
-    """The recipe's settings of data parallelism, which may be a word, with changes."""
+    """The recipe's data-parallel settings with changes. In some recipes they are only the name of a strategy."""
     settings = recipe.trainer.strategy.ddp
     if isinstance(settings, str):
         settings = run.Config(DistributedDataParallelConfig, check_for_nan_in_grad=True)
@@ -2143,7 +2201,7 @@ def _set_precision(recipe: Any, plan: Plan) -> None:
 
 
 def _set_data(recipe: Any, plan: Plan, files: Files) -> None:
-    # The module is called SquadDataModule, and downloads nothing where training.jsonl exists.
+    # The recipe's data module is SquadDataModule. It downloads nothing if training.jsonl exists.
     recipe.data.dataset_root = str(files.examples)
     recipe.data.seed = plan["seed"]
     recipe.data.global_batch_size = plan["global_batch_size"]
@@ -2165,7 +2223,7 @@ def _set_trainer(recipe: Any, plan: Plan) -> None:
     trainer.val_check_interval = None
     trainer.enable_checkpointing = False
     trainer.logger = False
-    # Launchers differ in the variables that they set; the job's script sets torchrun's, whatever started it.
+    # Slurm and torchrun set different variables. The entrypoint always sets those of torchrun.
     trainer.plugins = [trainer.plugins, run.Config(TorchElasticEnvironment)]
 
 
@@ -2182,14 +2240,16 @@ def _for_the_cpu(recipe: Any) -> None:
     trainer.strategy.pipeline_dtype = None
     optimizer.bf16 = False
     optimizer.use_distributed_optimizer = False
-    optimizer.clip_grad = 0.0  # its kernel is CUDA's
+    optimizer.clip_grad = 0.0  # its kernel needs CUDA
     recipe.data.num_workers = 0
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/train.py <<'END_OF_FTGEN_FILE'
-"""The training: one process of it. In: a plan, and this process's rank in the environment. Out: NeMo's own step lines.
+"""Train: one process per rank.
 
-Environment: RANK, LOCAL_RANK, WORLD_SIZE, NODE_RANK, MASTER_ADDR, MASTER_PORT (alone: 0, 0, 1, 0, this machine, a free
-port), FTGEN_RUN_DIR for what NeMo writes (default $STAGE_PATH/logs).
+In: a plan, and the rank of this process in the environment. Out: NeMo's own step lines on stdout.
+
+Environment: RANK, LOCAL_RANK, WORLD_SIZE, NODE_RANK, MASTER_ADDR, MASTER_PORT (defaults for a single process: 0, 0,
+1, 0, this machine, a free port); FTGEN_RUN_DIR, where NeMo writes (default $STAGE_PATH/logs).
 """
 
 import os
@@ -2209,15 +2269,15 @@ Plan = dict[str, Any]
 
 
 def train(plan: Plan) -> int:
-    """Train plan["max_steps"] steps; 0. JobError: no checkpoint, the wrong number of processes, faulty data."""
-    _settle_ranks(plan)
+    """Train plan["max_steps"] steps; exit code 0. JobError: no checkpoint, no GPU, a wrong WORLD_SIZE, faulty data."""
+    _set_ranks(plan)
     profile.enter(plan)
     weights = convert.directory(plan)
     if not convert.converted(plan):
         raise JobError(f"there is no converted checkpoint in {weights}", "run the command convert first")
     read_ahead.begin(weights / "weights")
     with timed("importing NeMo"):
-        _set_switches(plan)
+        _set_variables(plan)
         switch.before_imports(plan)
         imports.defer()
         import fiddle
@@ -2229,7 +2289,7 @@ def train(plan: Plan) -> int:
 
         cpu.stand_in()
     elif not torch.cuda.is_available():
-        raise JobError("PyTorch finds no GPU in this process", 'see nvidia-smi; gpu = "cpu" in the spec runs without')
+        raise JobError("PyTorch finds no GPU in this process", 'see nvidia-smi; gpu = "cpu" in the spec needs no GPU')
     environment.tell(plan)
     files = prepare(plan, weights / "context" / "nemo_tokenizer")
     recipe_of_run = recipe.build(plan, weights, files, _log_directory())
@@ -2243,8 +2303,8 @@ def train(plan: Plan) -> int:
     return 0
 
 
-def _settle_ranks(plan: Plan) -> None:
-    """Defaults for a process that is alone; PyTorch's name for the node's rank."""
+def _set_ranks(plan: Plan) -> None:
+    """Set defaults for a single process, and GROUP_RANK, which is PyTorch's name for NODE_RANK."""
     env = os.environ
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in alone.items():
@@ -2254,13 +2314,13 @@ def _settle_ranks(plan: Plan) -> None:
     env["GROUP_RANK"] = env["NODE_RANK"]
     if int(env["WORLD_SIZE"]) != plan["gpus"]:
         raise JobError(
-            f"{env['WORLD_SIZE']} processes train, and the plan has {plan['gpus']} GPUs",
-            "start one process for each GPU: the job's script does",
+            f"{env['WORLD_SIZE']} processes train, but the plan has {plan['gpus']} GPUs",
+            "start one process per GPU, as the job's script does",
         )
 
 
-def _set_switches(plan: Plan) -> None:
-    """What NeMo and Lightning read from the environment when they are imported or built."""
+def _set_variables(plan: Plan) -> None:
+    """Set the variables that NeMo and Lightning read when they are imported or built."""
     os.environ["PL_GLOBAL_SEED"] = str(plan["seed"])
     if plan["gpu"]["name"] != "cpu":
         os.environ.setdefault("NEMO_LOG_MEMORY_USAGE", "1")
@@ -2276,29 +2336,33 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/guard/__init__.py <<'END_OF_FTGEN_FILE'
-"""A folder is published once, whole, for all who ask.
+"""Build a folder once, however many jobs and ranks need it, and publish it only when it is complete.
 
-In: a place, what identifies its content, and a function that builds it. Out: the folder. Start with `publish.py`.
+In: a path, what identifies its content, and a function that builds it. Out: the folder. Start with `publish.py`.
 """
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/guard/claim.py <<'END_OF_FTGEN_FILE'
-"""Who may build a thing: numbered claims on a shared file system. In: a directory of claims. Out: the right to build.
+"""Decide which of many processes builds a folder, by numbered claims on a shared file system.
 
-Claim n is the directory `<claims>/<n>`; the highest number is the current one, and taking over from n is `mkdir n+1`,
-which exactly one process can do anywhere (file locks succeed for everyone on many cluster file systems). No claim is
-ever deleted, so that a number never means two owners. A claim holds
+In: a directory of claims. Out: a `Claim`, the right to build, for one process at a time.
 
-    owner.json   who has it: host, boot, pid namespace, pid and its start time, Slurm job and restart
-    heartbeat    a counter that its owner raises every few seconds
-    released     there once the owner is through, well or not
+Claim n is the directory `<claims>/<n>`. The claim with the highest number is the current one. A process takes over
+from n by `mkdir n+1`, which succeeds for exactly one process of all machines. (File locks are no alternative: on many
+cluster file systems they succeed for every process.) A claim is never deleted, so a number never has two owners. A
+claim contains
 
-An owner counts as dead as soon as somebody can tell: its process is gone from this machine, or Slurm says that its job
-has ended; and in any case when its heartbeat stands still, by the clock of the one who waits: clocks differ between
-machines, so no time that another one wrote is ever compared. Taking over from an owner that was only asleep does no
-harm: it finds that its number is no longer the highest (`is_current`).
+    owner.json   its owner: host, boot, pid namespace, pid and its start time, Slurm job and restart
+    heartbeat    a counter that the owner increases every few seconds
+    released     exists once the owner has finished or failed
 
-Environment: FTGEN_STALE_S, seconds without a heartbeat after which an owner is dead (60); FTGEN_HOST, this machine's
-name (for tests); SLURM_JOB_ID, SLURM_RESTART_COUNT.
+An owner counts as dead in three cases: it ran on this machine and its process has ended; Slurm says that its job has
+ended; its heartbeat has not changed for FTGEN_STALE_S. The waiting process measures that time with its own clock and
+never compares a time that another machine wrote, because clocks differ between machines. Taking over from an owner
+that was only suspended does no harm: when it wakes, its number is no longer the highest (`is_current`), and it
+publishes nothing.
+
+Environment: FTGEN_STALE_S, seconds without a heartbeat after which an owner counts as dead (60); FTGEN_HOST, the name
+of this machine (for tests); SLURM_JOB_ID, SLURM_RESTART_COUNT.
 """
 
 import json
@@ -2312,22 +2376,22 @@ from pathlib import Path
 from typing import Any
 
 STALE_S = 60.0
-BEATS_PER_STALE = 12  # heartbeats that must fail before an owner is given up
-SLURM_EVERY_S = 20.0  # between two questions to Slurm's controller
+BEATS_PER_STALE = 12  # heartbeats that an owner must miss to count as dead
+SLURM_EVERY_S = 20.0  # between two calls of squeue
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"}
 ENDED |= {"OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"}
 
 
 def stale_s() -> float:
-    """Seconds without a heartbeat after which an owner is dead."""
+    """Seconds without a heartbeat after which an owner counts as dead."""
     return float(os.environ.get("FTGEN_STALE_S") or STALE_S)
 
 
 class Claim:
-    """A claim that this process holds; its heart beats until `release`."""
+    """A claim that this process owns. A thread writes the heartbeat until `release`."""
 
     def __init__(self, claims: Path, generation: int) -> None:
-        """Say who owns the claim that this process has just made, and start its heart."""
+        """Write the owner into the claim directory, which this process has just made, and start the heartbeat."""
         self.claims, self.generation = claims, generation
         self.directory = claims / str(generation)
         self._pid = os.getpid()
@@ -2337,17 +2401,18 @@ class Claim:
         threading.Thread(target=self._beat_until_released, daemon=True).start()
 
     def is_current(self) -> bool:
-        """Whether nobody has taken over."""
+        """Whether no other process has taken over."""
         return highest(self.claims) == self.generation
 
     def release(self) -> None:
-        """Let the next one begin at once; a forked child that ends does not speak for its parent."""
+        """Let the next process take over at once. In a forked child this does nothing: the parent still owns the claim."""
         if os.getpid() == self._pid and not self._stop.is_set():
             self._stop.set()
             _write(self.directory / "released", "")
 
     def _beat_until_released(self) -> None:
-        # Signals are for the main thread: one that comes here would not wake it from a long call.
+        # The main thread handles signals: a signal delivered to this thread would not interrupt a long call of the
+        # main thread.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         count = 0
         while not self._stop.wait(stale_s() / BEATS_PER_STALE):
@@ -2355,22 +2420,22 @@ class Claim:
             self._beat(count)
 
     def _beat(self, count: int) -> None:
-        # In place and of one length: a full disk must not stop the heart of the process that will make room on it.
+        # Overwritten in place with the same length, so that the heartbeat goes on when the disk is full.
         _write(self.directory / "heartbeat", f"{count:012d}\n", in_place=count > 0)
 
 
 class Watch:
-    """The current claim as one who waits sees it."""
+    """The current claim, as a waiting process sees it."""
 
     def __init__(self, claims: Path) -> None:
-        """Begin to watch; nothing is read yet."""
+        """Nothing is read yet."""
         self.claims = claims
         self._seen: tuple[int, str] = (0, "")
         self._since = 0.0
         self._asked_slurm = float("-inf")
 
     def claim(self) -> Claim | None:
-        """The next claim if the current one is free and no other process was faster, else None: ask again later."""
+        """The next claim, if the current one is free and no other process was faster. Otherwise None: try again later."""
         current = highest(self.claims)
         if current and not self._is_free(current):
             return None
@@ -2381,10 +2446,10 @@ class Watch:
         return Claim(self.claims, current + 1)
 
     def holder(self) -> str:
-        """Who holds the current claim, in words."""
+        """The owner of the current claim, as text for the log."""
         owner = self._owner(highest(self.claims))
         if not owner:
-            return "a process that has not said who it is"
+            return "an unknown process"
         job = f", Slurm job {owner['slurm_job']}" if owner.get("slurm_job") else ""
         return f"process {owner.get('pid')} on {owner.get('host')}{job}"
 
@@ -2392,16 +2457,16 @@ class Watch:
         if (self.claims / str(current) / "released").exists():
             return True
         owner = self._owner(current)
-        return _process_is_gone(owner) or self._slurm_job_is_over(owner) or self._heart_stands_still(current)
+        return _process_is_gone(owner) or self._slurm_job_is_over(owner) or self._heartbeat_has_stopped(current)
 
     def _owner(self, current: int) -> dict[str, Any]:
         try:
             owner = json.loads((self.claims / str(current) / "owner.json").read_text())
         except (OSError, ValueError):
-            return {}  # it died before it wrote it, or is about to: the heartbeat decides
+            return {}  # the owner has not written it yet, or died before: the heartbeat decides
         return owner if isinstance(owner, dict) else {}
 
-    def _heart_stands_still(self, current: int) -> bool:
+    def _heartbeat_has_stopped(self, current: int) -> bool:
         try:
             beat = (self.claims / str(current) / "heartbeat").read_text()
         except OSError:
@@ -2416,7 +2481,9 @@ class Watch:
             return False
         self._asked_slurm = time.monotonic()
         if job == here["slurm_job"]:
-            return bool(owner.get("slurm_restart") != here["slurm_restart"])  # our job, before it was requeued
+            return bool(
+                owner.get("slurm_restart") != here["slurm_restart"]
+            )  # an earlier run of this job, before Slurm requeued it
         return _slurm_state(job) in ENDED
 
 
@@ -2426,11 +2493,11 @@ def highest(claims: Path) -> int:
 
 
 def this_process() -> dict[str, Any]:
-    """What tells this process from every other one, on this machine or another."""
+    """What identifies this process among all processes of all machines."""
     return {
         "host": os.environ.get("FTGEN_HOST") or socket.gethostname(),
         "boot": _read("/proc/sys/kernel/random/boot_id"),
-        "pid_namespace": _pid_namespace(),  # in a container the same number is another process
+        "pid_namespace": _pid_namespace(),  # a pid in a container is not the same process outside
         "pid": os.getpid(),
         "start": _process(os.getpid())[1],
         "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
@@ -2439,7 +2506,7 @@ def this_process() -> dict[str, Any]:
 
 
 def _process_is_gone(owner: dict[str, Any]) -> bool:
-    """Whether the owner ran here and does no more; False where that cannot be told."""
+    """Whether the owner ran on this machine and has ended. False if it ran elsewhere."""
     here = this_process()
     if not owner.get("start") or any(owner.get(key) != here[key] for key in ("host", "boot", "pid_namespace")):
         return False
@@ -2448,8 +2515,10 @@ def _process_is_gone(owner: dict[str, Any]) -> bool:
 
 
 def _process(pid: int) -> tuple[str, str]:
-    """State and start time (clock ticks since boot) of a process; two empty strings when there is none."""
-    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()  # a process's name may hold anything, ")" too
+    """State and start time (clock ticks since boot) of a process; two empty strings if it does not exist."""
+    fields = (
+        _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    )  # the name of a process can contain any character, also ")"
     return (fields[0], fields[19]) if len(fields) > 19 else ("", "")
 
 
@@ -2459,7 +2528,7 @@ def _slurm_state(job: str) -> str:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return answer.stdout.strip() if answer.returncode == 0 else ""  # unknown jobs may be another cluster's
+    return answer.stdout.strip() if answer.returncode == 0 else ""  # an unknown job may belong to another cluster
 
 
 def _pid_namespace() -> str:
@@ -2484,17 +2553,21 @@ def _write(path: Path, text: str, *, in_place: bool = False) -> None:
         else:
             path.write_text(text)
     except OSError:
-        pass  # a full or absent file system: others will go by the heartbeat
+        pass  # the file system is full or gone: other processes rely on the heartbeat
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/guard/manifest.py <<'END_OF_FTGEN_FILE'
-"""What a published directory is made of. In: a directory and what identifies it. Out: its manifest, or its first flaw.
+"""Write and check the manifest of a published directory.
 
-manifest.json holds {"format", "source", "origin", "files": {path: {"size": bytes, "mtime": seconds, "sha256": hex}}}:
-`source` identifies what was asked for and is compared, `origin` is what the build met and is not. A file is
-taken for unchanged when it is small and its hash is right, or when its size and its time (in whole seconds: some file
-systems forget the rest) are those of the manifest; a large file with another time is hashed again, so that a copied
-directory stays good. `thorough` hashes every file. Files that the manifest does not name do not matter: frameworks
-leave caches beside their data.
+In: a directory and the source that it must have. Out: manifest.json in the directory, or the first flaw as text.
+
+manifest.json contains {"format", "source", "origin", "files": {path: {"size": bytes, "mtime": seconds, "sha256":
+hex}}}. `source` is what the plan asked for, and is compared. `origin` is what the build found (a commit, versions),
+and is not compared.
+
+Size and hash of every file must be those of the manifest. A large file is hashed only if its modification time has
+changed, as it does when a directory is copied; times are compared in whole seconds, because some file systems store
+no more. `thorough` hashes every file. Files that the manifest does not name are ignored, because frameworks write
+caches beside their data.
 """
 
 import json
@@ -2506,15 +2579,15 @@ from typing import Any
 
 FORMAT = 1
 NAME = "manifest.json"
-SMALL = 1 << 20  # bytes; reading less costs about as much as asking for its size on a shared file system
+SMALL = 1 << 20  # bytes; on a shared file system, reading a smaller file takes about as long as asking for its size
 
 Source = dict[str, Any]
 
 
 def write(directory: Path, source: Source, origin: Source) -> None:
-    """Put a manifest into a finished directory, and everything in it onto the disk."""
+    """Write the manifest of a finished directory, and sync all its files to the disk."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
-    with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter
+    with ThreadPoolExecutor(4) as pool:  # hashing releases the GIL
         entries = list(pool.map(_entry, paths))
     files = {path.relative_to(directory).as_posix(): entry for path, entry in zip(paths, entries, strict=True)}
     text = json.dumps({"format": FORMAT, "source": source, "origin": origin, "files": files}, indent=1, sort_keys=True)
@@ -2527,18 +2600,18 @@ def write(directory: Path, source: Source, origin: Source) -> None:
 
 
 def flaw(directory: Path, source: Source, *, thorough: bool = False) -> str | None:
-    """What is wrong with a published directory, None when it can be used; never raises for what it finds there."""
+    """The first thing that is wrong with a published directory, or None. Never raises, whatever the directory contains."""
     try:
         document = json.loads((directory / NAME).read_text())
         if document["format"] != FORMAT or not document["files"]:
-            return f"{NAME} is of another format"
+            return f"{NAME} has another format"
         if difference := _difference(document["source"], json.loads(json.dumps(source))):
             return difference
         with ThreadPoolExecutor(4) as pool:
             flaws = pool.map(lambda item: _file_flaw(directory / item[0], item[1], thorough), document["files"].items())
         return next((found for found in flaws if found), None)
     except FileNotFoundError:
-        return f"there is no {NAME}" if directory.exists() else "it does not exist"
+        return f"it has no {NAME}" if directory.exists() else "it does not exist"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{NAME} cannot be read: {error}"
 
@@ -2570,7 +2643,7 @@ def _entry(path: Path) -> dict[str, Any]:
 def _difference(found: Source, wanted: Source) -> str | None:
     for key in sorted(found.keys() | wanted.keys()):
         if found.get(key) != wanted.get(key):
-            return f"it was made with {key} = {found.get(key)!r}, not {wanted.get(key)!r}"
+            return f"it was built with {key} = {found.get(key)!r}, not {wanted.get(key)!r}"
     return None
 
 
@@ -2583,18 +2656,20 @@ def _file_flaw(path: Path, entry: dict[str, Any], thorough: bool) -> str | None:
         return f"{path.name} has {status.st_size} bytes, not {entry['size']}"
     unchanged = status.st_size > SMALL and int(status.st_mtime) == entry["mtime"]
     if (thorough or not unchanged) and sha256_of(path) != entry["sha256"]:
-        return f"{path.name} has another content than when it was made"
+        return f"{path.name} has changed since it was built"
     return None
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/guard/publish.py <<'END_OF_FTGEN_FILE'
-"""A directory that is published once, for all who ask. In: its place and how to build it. Out: the directory, finished.
+"""Build a directory once, however many jobs and ranks need it, and publish it only when it is complete.
+
+In: its path (`place`), its source, and a function that builds it. Out: the path of the finished directory.
 
     ensure(place, source, build)
 
-`build(staging)` fills a staging directory beside the place; it gets a manifest and reaches its place by one rename, so
-that what stands there is whole or is not there. Only a directory whose manifest names the same source and the files as
-they are is ever used; anything else found in the place is renamed aside, never deleted. One process builds (`claim`),
-the others wait for it and use its result; where it died, the next one starts over.
+`build(staging)` fills a staging directory beside `place`. The staging directory gets a manifest and is renamed to
+`place`, so a directory at `place` is always complete. It is used only if its manifest has the same source and its
+files are unchanged; otherwise it is renamed, never deleted. One process builds (see claim.py). The others wait and
+use the result. If the builder dies, the next process starts again.
 
 In <parent of place>:  <name>/  .<name>.claims/<n>/  .<name>.staging-<n>/  <name>.untrusted-<time>/
 """
@@ -2617,8 +2692,8 @@ from runtime.guard.manifest import Source
 from runtime.job.errors import JobError
 from runtime.job.progress import say
 
-REMIND_S = 60.0  # between two lines of one who waits
-POLL_S = 2.0  # between two looks at the claim, once the first seconds are over
+REMIND_S = 60.0  # between two progress lines of a waiting process
+POLL_S = 2.0  # longest time between two looks at the claim
 FULL = {errno.ENOSPC, errno.EDQUOT}
 GIB = 1 << 30
 
@@ -2626,10 +2701,10 @@ Build = Callable[[Path], dict[str, Any] | None]
 
 
 def ensure(place: Path, source: Source, build: Build, *, need_bytes: int | Callable[[], int] = 0) -> Path:
-    """The directory `place`, made by `build` unless it is there already; `need_bytes` of room are asked for first.
+    """The directory `place`; `build` makes it unless it already exists. Before, `need_bytes` must be free on the disk.
 
-    `build` may return what it learned of the origin: it is recorded in the manifest, and nothing is compared with it.
-    JobError: the directory cannot be written, the disk is too small or fills up. SIGTERM meanwhile: SystemExit(143).
+    `build` may return its origin, which the manifest records but nothing compares. JobError: the directory cannot be
+    written, or the disk is full. SIGTERM while building: SystemExit(143).
     """
     if manifest.flaw(place, source) is None:
         return place
@@ -2639,27 +2714,27 @@ def ensure(place: Path, source: Source, build: Build, *, need_bytes: int | Calla
         with _held(claim):
             if manifest.flaw(place, source) is None or _make(place, source, build, need_bytes, claim):
                 break
-        say(f"another process took over while {place} was being made: waiting for it")
+        say(f"another process took over while this one was building {place}: waiting for it")
     return place
 
 
 def require_space(directory: Path, need_bytes: int, what: str) -> None:
-    """JobError unless the directory's file system has room for `need_bytes` (a quota shows only when it is hit)."""
+    """JobError unless `need_bytes` are free on the file system. A quota is not seen here; writing fails later."""
     free = shutil.disk_usage(directory).free
     if free < need_bytes:
         raise JobError(
-            f"{what} needs {need_bytes / GIB:.1f} GiB in {directory}, and {free / GIB:.1f} GiB are free",
-            "make room there, or set STAGE_PATH to a directory on a larger file system",
+            f"{what} needs {need_bytes / GIB:.1f} GiB in {directory}, but only {free / GIB:.1f} GiB are free",
+            "free some space there, or set STAGE_PATH to a directory on a larger file system",
         )
 
 
 def staging_of(place: Path, generation: int) -> Path:
-    """Where owner `generation` builds."""
+    """The staging directory of claim number `generation`."""
     return place.parent / f".{place.name}.staging-{generation}"
 
 
 def _next_claim(place: Path, source: Source, claims: Path) -> Claim | None:
-    """Wait until it is our turn to build; None once somebody else has."""
+    """Wait for the claim to build. None if another process has built the directory meanwhile."""
     watch, begin = Watch(claims), time.monotonic()
     said: float | None = None
     while True:
@@ -2667,7 +2742,7 @@ def _next_claim(place: Path, source: Source, claims: Path) -> Claim | None:
             return claim
         now = time.monotonic()
         if said is None or now - said > REMIND_S:
-            say(f"waiting for {place}: {watch.holder()} is making it ({now - begin:.0f} s so far)")
+            say(f"waiting for {place}: {watch.holder()} is building it ({now - begin:.0f} s so far)")
             said = now
         time.sleep(min(POLL_S, 0.05 + (now - begin) / 10))
         if (place / manifest.NAME).exists() and manifest.flaw(place, source) is None:
@@ -2675,7 +2750,7 @@ def _next_claim(place: Path, source: Source, claims: Path) -> Claim | None:
 
 
 def _make(place: Path, source: Source, build: Build, need_bytes: int | Callable[[], int], claim: Claim) -> bool:
-    """Build and publish; False when another process took over meanwhile."""
+    """Build and publish. False if another process took over meanwhile."""
     _sweep(place, claim)
     staging = staging_of(place, claim.generation)
     try:
@@ -2690,7 +2765,7 @@ def _make(place: Path, source: Source, build: Build, need_bytes: int | Callable[
     except Exception:
         if claim.is_current():
             raise
-        return False  # the one who took over removed our staging directory under our feet: its result is as good
+        return False  # the process that took over has removed our staging directory, and builds the same
     finally:
         _remove(staging)
 
@@ -2698,12 +2773,12 @@ def _make(place: Path, source: Source, build: Build, need_bytes: int | Callable[
 def _publish(staging: Path, place: Path, source: Source, claim: Claim) -> bool:
     while claim.is_current():
         try:
-            staging.rename(place)  # fails when something is there
+            staging.rename(place)  # fails if `place` exists
         except OSError as error:
             if error.errno not in {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}:
                 raise
             if manifest.flaw(place, source) is None:
-                return True  # an owner that we had given up woke and was faster
+                return True  # an owner that counted as dead woke up and was faster
             set_aside(place, source)
         else:
             manifest.sync(place.parent)
@@ -2712,20 +2787,20 @@ def _publish(staging: Path, place: Path, source: Source, claim: Claim) -> bool:
 
 
 def set_aside(place: Path, source: Source, *, thorough: bool = False) -> None:
-    """Rename what is in the place and cannot be trusted, and say so; `thorough` reads all of it."""
+    """If the directory at `place` has a flaw, rename it and print why. `thorough` reads every byte."""
     flaw = manifest.flaw(place, source, thorough=thorough)
     if flaw is None or not os.path.lexists(place):
         return
     aside = place.with_name(f"{place.name}.untrusted-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     place.rename(aside)
-    if manifest.flaw(aside, source, thorough=thorough) is None:  # another owner published between the look and the rename
+    if manifest.flaw(aside, source, thorough=thorough) is None:  # another process published a good one meanwhile
         aside.rename(place)
         return
-    say(f"{place} is not used: {flaw}. It was moved to {aside}, which nothing needs any more", any_rank=True)
+    say(f"{place} is not used: {flaw}. It was moved to {aside}, which you can delete", any_rank=True)
 
 
 def _sweep(place: Path, claim: Claim) -> None:
-    """Remove what dead owners were building."""
+    """Remove the staging directories of dead owners."""
     for staging in place.parent.glob(f".{place.name}.staging-*"):
         number = staging.name.rpartition("-")[2]
         if number.isdigit() and int(number) < claim.generation:
@@ -2735,7 +2810,7 @@ def _sweep(place: Path, claim: Claim) -> None:
 
 
 def _remove(staging: Path) -> None:
-    """Remove by way of a rename: an owner that wakes up halfway must not publish what is left."""
+    """Rename, then remove: an owner that wakes up meanwhile must not publish a half-removed directory."""
     trash = staging.with_name(f"{staging.name.replace('.staging-', '.trash-')}-{os.getpid()}")
     try:
         staging.rename(trash)
@@ -2746,7 +2821,7 @@ def _remove(staging: Path) -> None:
 
 @contextmanager
 def _held(claim: Claim) -> Iterator[None]:
-    """The claim is released however the block ends, by SIGTERM too."""
+    """Release the claim at the end of the block, also after an exception or SIGTERM."""
     with _sigterm_ends_the_block():
         try:
             yield
@@ -2763,8 +2838,8 @@ def _sigterm_ends_the_block() -> Iterator[None]:
 
     def end(_signal: int, _frame: FrameType | None) -> None:
         if os.getpid() != owner:
-            os._exit(143)  # a forked child has no right to clean up
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm may send several: none of them ends the cleaning up
+            os._exit(143)  # a forked child must not clean up
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm may send several; they must not interrupt the clean-up
         raise SystemExit(143)
 
     before = signal.signal(signal.SIGTERM, end)
@@ -2779,23 +2854,23 @@ def _make_directory(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise JobError(
-            f"{directory} cannot be made: {error.strerror}", "set STAGE_PATH to a directory that you can write to"
+            f"cannot create {directory}: {error.strerror}", "set STAGE_PATH to a directory that you can write to"
         ) from error
     if not os.access(directory, os.W_OK | os.X_OK):
-        raise JobError(f"{directory} cannot be written to", "set STAGE_PATH to a directory that you can write to")
+        raise JobError(f"you cannot write to {directory}", "set STAGE_PATH to a directory that you can write to")
 
 
 @contextmanager
 def _plain_disk_errors(directory: Path) -> Iterator[None]:
-    """A full disk is one line, however deep in a library it was met."""
+    """Turn an error for a full disk into a JobError, however deep in a library it was raised."""
     try:
         yield
     except Exception as error:
         if not any(isinstance(cause, OSError) and cause.errno in FULL for cause in _causes(error)):
             raise
         raise JobError(
-            f"the disk of {directory} is full, or your quota there is used up",
-            "make room there, or set STAGE_PATH to a directory on a larger file system",
+            f"the disk of {directory} is full, or your quota is used up",
+            "free some space there, or set STAGE_PATH to a directory on a larger file system",
         ) from error
 
 
@@ -2805,13 +2880,16 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/job/__init__.py <<'END_OF_FTGEN_FILE'
-"""The job itself: errors, progress, the environment it found, profiling.
+"""Errors, progress lines, environment and profiling of a job.
 
 In: a plan and the process environment. Out: lines in the log. Start with `progress.py` and `errors.py`.
 """
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/job/environment.py <<'END_OF_FTGEN_FILE'
-"""What the training found around it: versions, machine, job. Out: one line of JSON in the log, which the report shows."""
+"""Write the environment of a training into its log: versions, machine, Slurm job. `ftgen report` shows it.
+
+In: a plan and the process environment. Out: one line in the log, `ftgen environment: {...}`.
+"""
 
 import json
 import os
@@ -2826,13 +2904,13 @@ JOB = {"job": "SLURM_JOB_ID", "nodes": "SLURM_JOB_NODELIST", "partition": "SLURM
 
 
 def tell(plan: dict[str, Any]) -> None:
-    """One line, of the first rank alone."""
+    """Print the line; only rank 0 does."""
     if os.environ.get("RANK", "0") == "0":
         print(f"ftgen environment: {json.dumps(found(plan))}", flush=True)
 
 
 def found(plan: dict[str, Any]) -> dict[str, Any]:
-    """Names and versions; what is not there is left out."""
+    """The environment as names and values; what this machine does not have is left out."""
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "packages": {name: number for name in PACKAGES if (number := _version(name))},
@@ -2864,11 +2942,14 @@ def _version(package: str) -> str | None:
         return None
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/job/errors.py <<'END_OF_FTGEN_FILE'
-"""Errors that the user can mend, as data: what is wrong, and what to do about it."""
+"""The error for everything that the user can fix.
+
+In: what is wrong and what to do, one line each. Out: an exception, which the entrypoint prints as `ftgen: error: ...`.
+"""
 
 
 class JobError(Exception):
-    """One thing the user must change; as text it is that line, and the hint on a line of its own. Exit status 1."""
+    """Something that the user must change. As text: what is wrong, then the hint on its own line. Exit code 1."""
 
     def __init__(self, what: str, hint: str = "") -> None:
         """`what` and `hint` are one line each."""
@@ -2877,14 +2958,17 @@ class JobError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        """Show the rule, then the hint."""
+        """What is wrong, then the hint."""
         return self.what + (f"\n  hint: {self.hint}" if self.hint else "")
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/job/profile.py <<'END_OF_FTGEN_FILE'
-"""Profiling some steps of some ranks. In: plan["profile"]. Out: a file for each rank in $FTGEN_RUN_DIR/profile.
+"""Profile some steps of some ranks.
 
-"nsys": the process becomes a child of Nsight Systems, which records between cudaProfilerStart and cudaProfilerStop.
-"pytorch": torch.profiler, written as a Chrome trace. Steps are counted as in the log, from 0.
+In: plan["profile"]. Out: one file per profiled rank in $FTGEN_RUN_DIR/profile.
+
+With the tool "nsys", the process restarts as a child of Nsight Systems, which records from cudaProfilerStart to
+cudaProfilerStop. With "pytorch", torch.profiler records and writes a Chrome trace. Steps are counted from 0, as in
+the log.
 """
 
 import os
@@ -2901,35 +2985,35 @@ INSIDE = "FTGEN_INSIDE_NSYS"  # set for the process that Nsight Systems started
 
 
 def wanted(plan: Plan) -> bool:
-    """Whether this process is one of those to profile."""
+    """Whether the plan profiles the rank of this process."""
     return bool(plan.get("profile")) and int(os.environ.get("RANK", "0")) in plan["profile"]["ranks"]
 
 
 def file(plan: Plan) -> Path:
-    """Where the profile of this rank goes, without its suffix."""
+    """Path of this rank's profile, without the suffix."""
     run = os.environ.get("FTGEN_RUN_DIR") or Path(os.environ.get("STAGE_PATH") or Path.cwd(), "logs")
     steps = f"steps_{plan['profile']['first_step']}-{plan['profile']['last_step']}"
     return Path(run, "profile", f"{steps}_rank_{os.environ.get('RANK', '0')}")
 
 
 def enter(plan: Plan) -> None:
-    """Start this process again under Nsight Systems, if that is wanted and not done yet. JobError: there is no nsys."""
+    """Restart this process under Nsight Systems, if the plan asks for it. JobError: nsys is not installed."""
     if not wanted(plan) or plan["profile"]["tool"] != "nsys" or INSIDE in os.environ:
         return
     nsys = shutil.which("nsys")
     if not nsys:
-        raise JobError("there is no nsys on this node", 'install Nsight Systems, or set profile.tool = "pytorch"')
+        raise JobError("nsys is not installed on this node", 'install Nsight Systems, or set profile.tool = "pytorch"')
     file(plan).parent.mkdir(parents=True, exist_ok=True)
     os.environ[INSIDE] = "1"
     options = ["--trace=cuda,nvtx", "--capture-range=cudaProfilerApi", "--capture-range-end=stop", "--force-overwrite=true"]
     command = [nsys, "profile", *options, f"--output={file(plan)}", sys.executable, *sys.argv]
     say("profiling: " + " ".join(command))
     sys.stdout.flush()
-    os.execv(nsys, command)  # noqa: S606 - the profiler takes this process's place
+    os.execv(nsys, command)  # noqa: S606 - the profiler replaces this process
 
 
 def add(recipe: Any, plan: Plan) -> None:
-    """Let the recipe's trainer start and stop the profiler."""
+    """Add a callback to the recipe that starts and stops the profiler."""
     if not wanted(plan):
         return
     import nemo_run as run
@@ -2945,9 +3029,11 @@ def _callback() -> Any:
     return Profiler
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/job/profiler.py <<'END_OF_FTGEN_FILE'
-"""The callback that records some steps. In: the tool, the steps, a file. Out: what the tool writes.
+"""The Lightning callback that starts and stops the profiler.
 
-This module imports torch and Lightning: only a training that is profiled does.
+In: the tool, the first and the last step, a file. Out: the profile that the tool writes.
+
+This module imports torch and Lightning, so only a profiled training imports it.
 """
 
 from pathlib import Path
@@ -2960,14 +3046,14 @@ from runtime.job.progress import say
 
 
 class Profiler(Callback):  # type: ignore[misc]
-    """Records from the start of `first_step` to the end of `last_step`, counted from 0."""
+    """Profile from the start of `first_step` to the end of `last_step`, counted from 0."""
 
     def __init__(self, tool: str, first_step: int, last_step: int, file: str) -> None:
         self.tool, self.first_step, self.last_step, self.file = tool, first_step, last_step, Path(file)
         self.profile: Any = None
 
     def on_train_batch_start(self, trainer: Any, *_args: Any) -> None:
-        """Start before the first step."""
+        """Start the profiler before `first_step`."""
         if trainer.global_step != self.first_step:
             return
         if self.tool == "nsys":
@@ -2981,8 +3067,8 @@ class Profiler(Callback):  # type: ignore[misc]
         self.profile.start()
 
     def on_train_batch_end(self, trainer: Any, *_args: Any) -> None:
-        """Stop after the last one."""
-        if trainer.global_step != self.last_step + 1:  # Lightning has counted the step by now
+        """Stop the profiler after `last_step`."""
+        if trainer.global_step != self.last_step + 1:  # Lightning has already counted this step
             return
         if self.tool == "nsys":
             torch.cuda.synchronize()
@@ -2995,7 +3081,10 @@ class Profiler(Callback):  # type: ignore[misc]
             self.profile = None
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/job/progress.py <<'END_OF_FTGEN_FILE'
-"""Lines that say what the job is doing, whole ones, as they happen; under several ranks the first alone speaks."""
+"""Print progress lines into the log.
+
+In: a text. Out: a line `ftgen: text` on stdout, printed at once. With several ranks, only rank 0 prints.
+"""
 
 import os
 import time
@@ -3004,29 +3093,31 @@ from contextlib import contextmanager
 
 
 def say(text: str, *, any_rank: bool = False) -> None:
-    """Print `ftgen: text` at once; ranks other than 0 are silent, unless what they say happens in one rank alone."""
+    """Print `ftgen: text` on rank 0. `any_rank` prints on every rank: for an event that happens on one rank only."""
     if any_rank or os.environ.get("RANK", "0") == "0":
         print(f"ftgen: {text}", flush=True)
 
 
 @contextmanager
 def timed(what: str) -> Iterator[None]:
-    """Say `what` when it begins, and the seconds it took when it ends well."""
+    """Print `what` at the start of the block, and the seconds that it took if it ends without an exception."""
     say(f"{what} ...")
     begin = time.monotonic()
     yield
     say(f"{what}: done in {time.monotonic() - begin:.1f} s")
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/weights/__init__.py <<'END_OF_FTGEN_FILE'
-"""Weights in Hugging Face format: downloaded, made at random, read ahead.
+"""Get weights in Hugging Face format: download them, or generate random ones; and read a checkpoint ahead.
 
 In: a plan. Out: a folder with safetensors. Start with `hub.py`.
 """
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/weights/hub.py <<'END_OF_FTGEN_FILE'
-"""The Hugging Face hub, as far as a conversion needs it. In: a repository, a revision. Out: a directory, or JobError.
+"""Download a model from the Hugging Face hub.
 
-The token is huggingface_hub's own affair (HF_TOKEN, or the file HF_TOKEN_PATH): it is never passed on or shown.
+In: a repository and a revision. Out: a directory, or a JobError.
+
+huggingface_hub finds the token itself (HF_TOKEN, or the file HF_TOKEN_PATH). This module never passes it on or prints it.
 """
 
 from collections.abc import Iterator
@@ -3036,17 +3127,17 @@ from typing import Any
 
 from runtime.job.errors import JobError
 
-# What the importer reads. Not Meta's own format, which many repositories carry too ("original/", *.pth).
+# The files that the importer reads. Many repositories also have the weights in Meta's own format ("original/", *.pth).
 PATTERNS = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "*.safetensors*"]
-OUTSIDE = ["*/*"]  # the patterns match in folders too
+OUTSIDE = ["*/*"]  # PATTERNS also match files in sub-folders
 
 
 class UnreachableError(JobError):
-    """There is no way to the hub from here."""
+    """The hub cannot be reached from this machine."""
 
 
 def download(repository: str, revision: str | None) -> Path:
-    """The repository's files in $HF_HOME's cache, the newest of the revision; a broken download goes on."""
+    """Folder of the revision's newest commit in the cache of $HF_HOME. An interrupted download continues."""
     from huggingface_hub import snapshot_download
 
     with _plain_errors(repository, revision):
@@ -3054,7 +3145,7 @@ def download(repository: str, revision: str | None) -> Path:
 
 
 def bytes_to_download(repository: str, revision: str | None) -> int:
-    """Bytes of the files that `download` still lacks."""
+    """Bytes that `download` would still have to download."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.utils import filter_repo_objects
 
@@ -3062,7 +3153,7 @@ def bytes_to_download(repository: str, revision: str | None) -> int:
         with _plain_errors(repository, revision):
             info = HfApi().model_info(repository, revision=revision, files_metadata=True)
     except UnreachableError:
-        return 0  # all may be in the cache: `download` tells
+        return 0  # the cache may have everything; if it does not, `download` raises this error again
     wanted = filter_repo_objects(
         info.siblings or [], allow_patterns=PATTERNS, ignore_patterns=OUTSIDE, key=lambda file: str(file.rfilename)
     )
@@ -3073,7 +3164,7 @@ def bytes_to_download(repository: str, revision: str | None) -> int:
 
 
 def has_token() -> bool:
-    """Whether there is a token to show, in the environment or in a file."""
+    """Whether there is a token, in the environment or in a file."""
     from huggingface_hub import get_token
 
     return bool(get_token())
@@ -3095,34 +3186,38 @@ def _plain_errors(repository: str, revision: str | None) -> Iterator[None]:
         raise JobError(f"{repository} has no revision {revision!r}", f"see {page}/tree/main") from error
     except errors.RepositoryNotFoundError as error:
         raise JobError(
-            f"{repository} is not on the Hugging Face hub, or may not be seen with this token",
-            f"look at {page}, and export HF_TOKEN=<your token> if it is private",
+            f"{repository} is not on the Hugging Face hub, or this token has no access to it",
+            f"look at {page}; if it is private, export HF_TOKEN=<your token>",
         ) from error
     except Exception as error:
         offline = isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError)
         if offline or any(word in type(error).__name__ for word in ("Connect", "Timeout")):
             raise UnreachableError(
-                f"{repository} is not in the cache, and the Hugging Face hub cannot be reached from here",
+                f"{repository} is not in the cache, and the Hugging Face hub cannot be reached from this machine",
                 'convert on a node with network, or set checkpoint.source = "random" or "directory" in the spec',
             ) from error
         raise _refusal(repository, error) from error
 
 
 def _refusal(repository: str, error: Exception) -> Exception:
-    """What the hub answers, in one line; an error of another kind as it is."""
+    """The hub's answer as a JobError. An error without an HTTP status is returned unchanged."""
     status: Any = getattr(getattr(error, "response", None), "status_code", None)
     if status in {401, 403}:
         return JobError(f"the Hugging Face hub refuses {repository} ({status})", "export HF_TOKEN=<a token with access>")
     if status:
-        return JobError(f"the Hugging Face hub answers {status} for {repository}", "try again: a broken download goes on")
+        return JobError(
+            f"the Hugging Face hub answers {status} for {repository}", "try again: the download continues where it stopped"
+        )
     return error
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/weights/random_llama.py <<'END_OF_FTGEN_FILE'
-"""A Llama of the plan's shape with random weights, in Hugging Face format. In: a plan. Out: a directory to import.
+"""Generate a Llama with the plan's shape and random weights, in Hugging Face format.
 
-It is for speed: it trains as fast as the real one, and no hub is needed. The tokenizer is a byte-level BPE of exactly
-`vocab_size` entries. Weights are made and written shard by shard, several at a time: 8 billion of them need 5 GiB of
-memory with eight threads (measured; 2.6 with two), not 16.
+In: a plan. Out: a directory that the importer reads.
+
+Such a model measures speed without a download: it trains as fast as the real one. The tokenizer is a byte-level BPE
+with exactly `vocab_size` entries. Each thread generates and writes one shard at a time, so 8 billion weights need 5
+GiB of memory with eight threads and 2.6 GiB with two (measured), instead of 16 GiB.
 """
 
 import json
@@ -3138,15 +3233,15 @@ if TYPE_CHECKING:
     import torch
 
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>"]
-LARGE = 10**9  # parameters from which weights are kept in bfloat16, as published models keep them
-# Of Llama-3 8B, embedding and head are one shard of 1.05 billion weights and each layer one of 0.22: with as many threads
-# the first ends as the others do, and more would only need more memory.
+LARGE = 10**9  # parameters; from this size on, weights are bfloat16, as in published models; smaller models have float32
+# In Llama-3 8B, the shard of embedding and head has 1.05 billion weights and that of a layer 0.22 billion. With 8
+# threads, the first shard is finished at the same time as the 32 others. More threads would only need more memory.
 THREADS = 8
-STD = 0.02  # of the random weights, Llama's `initializer_range`
+STD = 0.02  # standard deviation of the weights: `initializer_range` in Llama's config.json
 
 
 def write(plan: dict[str, Any], directory: Path) -> None:
-    """Config, tokenizer and weights of plan["model"], made from plan["seed"]."""
+    """Write config, tokenizer and weights of plan["model"], generated from plan["seed"]."""
     directory.mkdir(parents=True, exist_ok=True)
     model = plan["model"]
     dtype = "bfloat16" if model["parameters"] >= LARGE else "float32"
@@ -3203,7 +3298,7 @@ def _write_tokenizer(vocab_size: int, max_length: int, directory: Path) -> None:
 
 
 def _corpus(vocab_size: int) -> list[str]:
-    """Text with enough different names to give as many tokens as are asked for."""
+    """Texts with enough different names to train a tokenizer of `vocab_size` entries."""
     rng = random.Random(vocab_size)  # noqa: S311
     examples = (synthetic_text.example(rng) for _ in range(400))
     names = [synthetic_text.name(rng) for _ in range(vocab_size // 2)]
@@ -3211,11 +3306,11 @@ def _corpus(vocab_size: int) -> list[str]:
 
 
 def _write_weights(model: dict[str, Any], dtype: str, seed: int, directory: Path, threads: int) -> None:
-    """The files, the same whatever the number of threads, and their index."""
+    """Write the shards and their index. The bytes do not depend on the number of threads."""
     shards = _shards(model)
     files = [directory / f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
-    seeds = [seed * 1000 + number for number in range(len(shards))]  # a shard can be made again by itself
-    with ThreadPoolExecutor(threads) as pool:  # the first is the largest, and is begun first
+    seeds = [seed * 1000 + number for number in range(len(shards))]  # one seed per shard: a shard can be generated alone
+    with ThreadPoolExecutor(threads) as pool:  # the first shard is the largest, and starts first
         size = sum(pool.map(_write_shard, shards, files, seeds, [dtype] * len(shards)))
     index = {key: file.name for shapes, file in zip(shards, files, strict=True) for key in shapes}
     document = {"metadata": {"total_size": size}, "weight_map": index}
@@ -3223,7 +3318,7 @@ def _write_weights(model: dict[str, Any], dtype: str, seed: int, directory: Path
 
 
 def _write_shard(shapes: dict[str, tuple[int, ...]], file: Path, seed: int, dtype: str) -> int:
-    """One file; the bytes of its weights. The time goes into torch and safetensors, which let other threads run."""
+    """Write one shard; returns the size of its weights in bytes. Most of the time is spent without the GIL."""
     import torch
     from safetensors.torch import save_file
 
@@ -3234,7 +3329,7 @@ def _write_shard(shapes: dict[str, tuple[int, ...]], file: Path, seed: int, dtyp
 
 
 def _shards(model: dict[str, Any]) -> list[dict[str, tuple[int, ...]]]:
-    """The shapes of every weight, by name, in as many files as there are layers, and one."""
+    """For each shard the shapes of its weights, by name: first embedding, last norm and head, then one shard per layer."""
     hidden, ffn, vocab = model["hidden_size"], model["ffn_hidden_size"], model["vocab_size"]
     kv = hidden // model["num_attention_heads"] * model["num_query_groups"]
     layer = {
@@ -3260,14 +3355,16 @@ def _shards(model: dict[str, Any]) -> list[dict[str, tuple[int, ...]]]:
 def _weight(shape: tuple[int, ...], dtype: "torch.dtype", generator: "torch.Generator") -> "torch.Tensor":
     import torch
 
-    mean = 1 if len(shape) == 1 else 0  # the norms
+    mean = 1 if len(shape) == 1 else 0  # only norms have one dimension
     return torch.empty(shape, dtype=dtype).normal_(mean, STD, generator=generator)
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/weights/read_ahead.py <<'END_OF_FTGEN_FILE'
-"""The checkpoint's weights, read while NeMo is imported. In: a folder. Out: its files in the node's page cache, perhaps.
+"""Read the checkpoint into the page cache while NeMo is imported, so that loading it is faster.
 
-Loading then finds in memory what would come from a disk. Nothing depends on it: it stops at the first error, and leaves
-alone what would fill more than half of the memory that is free.
+In: a folder. Out: a thread that reads the folder's files.
+
+The training does not depend on it: the thread stops at the first error, and does not start if the files need more
+than half of the available memory.
 """
 
 import contextlib
@@ -3279,7 +3376,7 @@ PIECE = 16 << 20  # bytes
 
 
 def begin(folder: Path) -> threading.Thread | None:
-    """Read the folder's files in a thread; None where another rank of this node does, or they are too large."""
+    """Start the thread. None on ranks other than the first of a node, and if the files are too large."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return None
     try:
@@ -3294,7 +3391,7 @@ def begin(folder: Path) -> threading.Thread | None:
 
 
 def _read(files: list[Path]) -> None:
-    """Plain reads, which let the interpreter go on: a shared file system may ignore advice."""
+    """Read the files. Plain reads release the GIL; a shared file system may ignore posix_fadvise."""
     buffer = bytearray(PIECE)
     with contextlib.suppress(OSError):
         for path in files:
@@ -3304,7 +3401,7 @@ def _read(files: list[Path]) -> None:
 
 
 def _free() -> int:
-    """Bytes of memory that are available; 0 where Linux does not say."""
+    """Available memory in bytes; 0 if the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -3313,18 +3410,20 @@ def _free() -> int:
 END_OF_FTGEN_FILE
     cat >"$1"/sft_bf16_8.py <<'END_OF_FTGEN_FILE'
 #!/usr/bin/env python3
-"""sft_nemo_llama3_8b_bf16_8: what each task of the job runs.
+"""sft_nemo_llama3_8b_bf16_8: the program that each task of the job runs.
 
-Written by ftgen 0.1.0 from sft_bf16_8.toml. The job's script does this for you; by hand it is
+In: the plan below and one command. Out: an exit code.
+
+Written by ftgen 0.1.0 from sft_bf16_8.toml. The job's script runs it. To run it by hand:
 
     STAGE_PATH=/shared/folder python3 sft_bf16_8.py check|packages|converted|convert|verify|finetune
 
-    check      say what is missing before anything is done
-    packages   only whether this Python has the packages that it needs
-    converted  exit 0 if the converted checkpoint is there, 1 if not
-    convert    download the weights and convert them to NeMo's format, unless that has been done
-    verify     read every byte of the converted checkpoint; one that is not as it was made is moved away
-    finetune   train; one process for each GPU, told apart by RANK, LOCAL_RANK and WORLD_SIZE (or Slurm's own variables)
+    check      print everything that is missing
+    packages   check only the packages of this Python
+    converted  exit code 0 if the converted checkpoint exists, 1 if not
+    convert    download the weights and convert them to NeMo's format, unless that is done
+    verify     read every byte of the converted checkpoint; if a byte has changed, rename the checkpoint
+    finetune   train; start one process per GPU, with RANK, LOCAL_RANK and WORLD_SIZE (or Slurm's own variables)
 """
 
 import json
@@ -3468,26 +3567,26 @@ HERE = Path(__file__).resolve().parent
 
 
 def find_runtime() -> None:
-    """Put the folder that holds runtime/ on the path: beside this file in a run directory, above it in ftgen's sources."""
+    """Add the folder of runtime/ to sys.path. It is beside this file in a run directory, and above it in ftgen's sources."""
     for folder in (HERE, HERE.parent):
         if (folder / "runtime" / "check.py").is_file():
             sys.path.insert(0, str(folder))
             return
-    sys.exit(f"ftgen: error: no runtime/ beside {__file__}\n  hint: bash {PLAN['name']}.sh --unpack FOLDER writes both")
+    sys.exit(f"ftgen: error: there is no runtime/ beside {__file__}\n  hint: bash {PLAN['name']}.sh --unpack FOLDER writes both")
 
 
 def find_sources() -> None:
-    """Put other sources of the framework first on the path; exits where they are not there as the plan wants them."""
+    """Add the plan's own sources of the framework to sys.path, before all others. Exits if one of them is missing."""
     for source in PLAN["sources"]:
         folder = Path(os.environ["STAGE_PATH"], source["folder"])
         if not (folder / ".ftgen-commit").is_file():
-            sys.exit(f"ftgen: error: there is no {folder}\n  hint: ftgen setup --site SITE {PLAN['name']}.toml clones it")
+            sys.exit(f"ftgen: error: {folder} is missing\n  hint: ftgen setup --site SITE {PLAN['name']}.toml clones it")
         sys.path.insert(0, str(folder))
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
 
 
 def set_environment() -> None:
-    """The variables of the recipe, set here too because a container's own would win over the script's."""
+    """Set the plan's variables again: in a container, those of the image override those of the script."""
     env = os.environ
     stage = env.setdefault("STAGE_PATH", str(Path.cwd()))
     env.setdefault("FTGEN_RUN_DIR", str(Path(stage, "logs", "by_hand", PLAN["experiment"])))
@@ -3499,7 +3598,7 @@ def set_environment() -> None:
 
 
 def set_ranks() -> None:
-    """Slurm's word for each task's place, under the names that PyTorch reads; it wins over what a shell or image left."""
+    """Copy Slurm's ranks to the variables that PyTorch reads. They override what a shell or an image has set."""
     names = {"RANK": "PROCID", "LOCAL_RANK": "LOCALID", "NODE_RANK": "NODEID", "WORLD_SIZE": "STEP_NUM_TASKS"}
     if all(f"SLURM_{slurm}" in os.environ for slurm in names.values()):
         os.environ.update({name: os.environ[f"SLURM_{slurm}"] for name, slurm in names.items()})
@@ -3509,7 +3608,7 @@ def set_ranks() -> None:
 
 
 def finetune() -> int:
-    """Train; where several ranks do, a failure says whose it is, on each line, however many fail at once."""
+    """Train. With several ranks, each line of an error starts with its rank and host, because many can fail at once."""
     from runtime.engines.nemo import train
     from runtime.job.errors import JobError
 
@@ -3525,7 +3624,7 @@ def finetune() -> int:
 
 
 def main(command: str) -> int:
-    """Run one command; its exit status."""
+    """Run one command; returns its exit code."""
     find_runtime()
     set_environment()
     find_sources()

@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
-"""sft_nemo_llama3_8b_fp8_32: what each task of the job runs.
+"""sft_nemo_llama3_8b_fp8_32: the program that each task of the job runs.
 
-Written by ftgen 0.1.0 from sft_fp8_32.toml. The job's script does this for you; by hand it is
+In: the plan below and one command. Out: an exit code.
+
+Written by ftgen 0.1.0 from sft_fp8_32.toml. The job's script runs it. To run it by hand:
 
     STAGE_PATH=/shared/folder python3 sft_fp8_32.py check|packages|converted|convert|verify|finetune
 
-    check      say what is missing before anything is done
-    packages   only whether this Python has the packages that it needs
-    converted  exit 0 if the converted checkpoint is there, 1 if not
-    convert    download the weights and convert them to NeMo's format, unless that has been done
-    verify     read every byte of the converted checkpoint; one that is not as it was made is moved away
-    finetune   train; one process for each GPU, told apart by RANK, LOCAL_RANK and WORLD_SIZE (or Slurm's own variables)
+    check      print everything that is missing
+    packages   check only the packages of this Python
+    converted  exit code 0 if the converted checkpoint exists, 1 if not
+    convert    download the weights and convert them to NeMo's format, unless that is done
+    verify     read every byte of the converted checkpoint; if a byte has changed, rename the checkpoint
+    finetune   train; start one process per GPU, with RANK, LOCAL_RANK and WORLD_SIZE (or Slurm's own variables)
 """
 
 import json
@@ -154,26 +156,26 @@ HERE = Path(__file__).resolve().parent
 
 
 def find_runtime() -> None:
-    """Put the folder that holds runtime/ on the path: beside this file in a run directory, above it in ftgen's sources."""
+    """Add the folder of runtime/ to sys.path. It is beside this file in a run directory, and above it in ftgen's sources."""
     for folder in (HERE, HERE.parent):
         if (folder / "runtime" / "check.py").is_file():
             sys.path.insert(0, str(folder))
             return
-    sys.exit(f"ftgen: error: no runtime/ beside {__file__}\n  hint: bash {PLAN['name']}.sh --unpack FOLDER writes both")
+    sys.exit(f"ftgen: error: there is no runtime/ beside {__file__}\n  hint: bash {PLAN['name']}.sh --unpack FOLDER writes both")
 
 
 def find_sources() -> None:
-    """Put other sources of the framework first on the path; exits where they are not there as the plan wants them."""
+    """Add the plan's own sources of the framework to sys.path, before all others. Exits if one of them is missing."""
     for source in PLAN["sources"]:
         folder = Path(os.environ["STAGE_PATH"], source["folder"])
         if not (folder / ".ftgen-commit").is_file():
-            sys.exit(f"ftgen: error: there is no {folder}\n  hint: ftgen setup --site SITE {PLAN['name']}.toml clones it")
+            sys.exit(f"ftgen: error: {folder} is missing\n  hint: ftgen setup --site SITE {PLAN['name']}.toml clones it")
         sys.path.insert(0, str(folder))
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
 
 
 def set_environment() -> None:
-    """The variables of the recipe, set here too because a container's own would win over the script's."""
+    """Set the plan's variables again: in a container, those of the image override those of the script."""
     env = os.environ
     stage = env.setdefault("STAGE_PATH", str(Path.cwd()))
     env.setdefault("FTGEN_RUN_DIR", str(Path(stage, "logs", "by_hand", PLAN["experiment"])))
@@ -185,7 +187,7 @@ def set_environment() -> None:
 
 
 def set_ranks() -> None:
-    """Slurm's word for each task's place, under the names that PyTorch reads; it wins over what a shell or image left."""
+    """Copy Slurm's ranks to the variables that PyTorch reads. They override what a shell or an image has set."""
     names = {"RANK": "PROCID", "LOCAL_RANK": "LOCALID", "NODE_RANK": "NODEID", "WORLD_SIZE": "STEP_NUM_TASKS"}
     if all(f"SLURM_{slurm}" in os.environ for slurm in names.values()):
         os.environ.update({name: os.environ[f"SLURM_{slurm}"] for name, slurm in names.items()})
@@ -195,7 +197,7 @@ def set_ranks() -> None:
 
 
 def finetune() -> int:
-    """Train; where several ranks do, a failure says whose it is, on each line, however many fail at once."""
+    """Train. With several ranks, each line of an error starts with its rank and host, because many can fail at once."""
     from runtime.engines.nemo import train
     from runtime.job.errors import JobError
 
@@ -211,7 +213,7 @@ def finetune() -> int:
 
 
 def main(command: str) -> int:
-    """Run one command; its exit status."""
+    """Run one command; returns its exit code."""
     find_runtime()
     set_environment()
     find_sources()

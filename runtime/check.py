@@ -1,6 +1,9 @@
-"""The job's first seconds: what is missing, all of it, before anything is done. In: a plan. Out: an exit status.
+"""Check that a job has all it needs, before it does anything: folders, packages, weights, data, GPUs.
 
-Nothing heavy is imported: versions are read from the packages' metadata, and the GPUs of this host from its driver.
+In: a plan and the environment. Out: an exit code, and on stderr one error for each thing that is missing.
+
+The check takes about a second, because it imports no framework: it reads versions from the metadata of the packages,
+and counts the GPUs of this host by its driver.
 
 Environment: STAGE_PATH, NEMO_HOME, HF_TOKEN, HF_TOKEN_PATH, HF_HOME, CUDA_VISIBLE_DEVICES.
 """
@@ -20,10 +23,10 @@ from runtime.job.errors import JobError
 from runtime.job.progress import say
 
 Plan = dict[str, Any]
-# Package, the versions that work (a prefix), why others do not.
+# Package, prefix of the versions that work, and the reason why no other version works.
 PACKAGES = (
-    ("nemo_toolkit", "2.7.", "2.7 is the last one with nemo.collections.llm, and 3 has none"),
-    ("megatron-core", "0.15.", "NeMo 2.7 works with no other"),
+    ("nemo_toolkit", "2.7.", "2.7 is the last version with nemo.collections.llm"),
+    ("megatron-core", "0.15.", "NeMo 2.7 works with no other version"),
     ("torch", "", ""),
     ("lightning", "", ""),
     ("transformers", "", ""),
@@ -34,7 +37,7 @@ DRIVER = Path("/proc/driver/nvidia/gpus")
 
 
 def check(plan: Plan) -> int:
-    """0 when the job can begin; else 1, and on stderr a line for each thing that is missing and one for what to do."""
+    """Exit code 0 if the job can start. Otherwise 1, and on stderr an error and a hint for each thing that is missing."""
     problems = [*_stage_path(), *_packages(plan), *_weights(plan), *_data(plan), *_gpus(plan)]
     for problem in problems:
         print(f"ftgen: error: {problem}", file=sys.stderr, flush=True)
@@ -44,7 +47,7 @@ def check(plan: Plan) -> int:
 
 
 def packages(plan: Plan) -> int:
-    """The part of it that a login node can look at too: 0 when the packages of this Python are those the job needs."""
+    """Check only the packages of this Python, which works on a login node too. Exit code 0 if they are right."""
     problems = list(_packages(plan))
     for problem in problems:
         print(f"ftgen: error: {problem}", file=sys.stderr, flush=True)
@@ -57,9 +60,9 @@ def _stage_path() -> Iterator[JobError]:
     if not path:
         yield JobError("STAGE_PATH is not set", hint)
     elif not Path(path).is_dir():
-        yield JobError(f"STAGE_PATH: there is no folder {path} on this machine", hint)
+        yield JobError(f"STAGE_PATH: the folder {path} does not exist on this machine", hint)
     elif not os.access(path, os.W_OK | os.X_OK):
-        yield JobError(f"STAGE_PATH: {path} cannot be written to", hint)
+        yield JobError(f"STAGE_PATH: you cannot write to {path}", hint)
 
 
 def _packages(plan: Plan) -> Iterator[JobError]:
@@ -79,7 +82,7 @@ def _weights(plan: Plan) -> Iterator[JobError]:
     if convert.converted(plan):
         return
     if asked["source"] == "directory" and not (folder := convert.user_directory(plan)).is_dir():
-        yield JobError(f"checkpoint.path: there is no folder {folder}", "give the path of a Hugging Face checkpoint")
+        yield JobError(f"checkpoint.path: the folder {folder} does not exist", "give the path of a Hugging Face checkpoint")
     if asked["gated"] and not _has_token():
         yield JobError(
             f"{plan['model']['hf_id']} is gated, and there is no Hugging Face token",
@@ -88,7 +91,7 @@ def _weights(plan: Plan) -> Iterator[JobError]:
 
 
 def _has_token() -> bool:
-    """Whether huggingface_hub would find one; it is not read here."""
+    """Whether huggingface_hub will find a token. The token itself is not read here."""
     if os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"):
         return True
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
@@ -110,13 +113,13 @@ def _gpus(plan: Plan) -> Iterator[JobError]:
     count = gpu_count()
     if count is not None and count < plan["gpus_per_node"]:
         yield JobError(
-            f"the plan needs {plan['gpus_per_node']} GPUs on each node, and {count} can be used here",
-            'ask Slurm for them (gpu_request in the site profile), or set gpus; gpu = "cpu" runs without',
+            f"the plan needs {plan['gpus_per_node']} GPUs on each node, but this process can use only {count}",
+            'set gpu_request in the site profile, or set gpus in the spec; gpu = "cpu" needs no GPU',
         )
 
 
 def gpu_count() -> int | None:
-    """GPUs that this process may use; None when the driver is there and does not say."""
+    """The number of GPUs that this process may use. None if there is a driver, but nvidia-smi fails."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([device for device in visible.split(",") if device.strip() not in {"", "-1"}])

@@ -1,4 +1,7 @@
-"""Examples to packed sequences, by NeMo. In: a folder of examples and a tokenizer. Out: files for NeMo's data module."""
+"""Pack examples into sequences of equal length, with NeMo.
+
+In: a folder of examples and a tokenizer. Out: files for NeMo's data module.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +10,7 @@ from runtime.job.progress import timed
 
 
 def index(folder: Path) -> None:
-    """Write NeMo's line index of each .jsonl file now; if training wrote it, several jobs would write one file at once."""
+    """Write NeMo's line index of each .jsonl file. If trainings wrote it, several jobs could write one file at once."""
     from nemo.collections.llm.gpt.data.utils import build_index_files
 
     build_index_files([str(path) for path in sorted(folder.glob("*.jsonl"))], newline_int=ord("\n"), workers=1)

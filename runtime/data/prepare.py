@@ -1,11 +1,12 @@
-"""The training data, made once for all jobs.
+"""Prepare the training data, once for all jobs.
 
-In: a plan and a tokenizer. Out: a folder with training.jsonl and validation.jsonl, one {"input", "output"} a line; and,
-if the plan packs, a folder with the same examples tokenized and packed into sequences of seq_length tokens.
+In: a plan and a tokenizer. Out: a folder with training.jsonl and validation.jsonl, one {"input", "output"} per line.
+If the plan packs its data, also a folder with these examples, tokenized and packed into sequences of seq_length
+tokens.
 
-The guard publishes both below $STAGE_PATH/data, so ranks, nodes and jobs that start together make them once. Each kind
-of data is a file of this folder with its name: `identity(plan)` gives what identifies its examples,
-`write(plan, folder)` writes them.
+The guard publishes both folders below $STAGE_PATH/data, so ranks, nodes and jobs that start together prepare them
+once. Each kind of data is a file of this package with two functions: `identity(plan)` gives what identifies its
+examples, `write(plan, folder)` writes them.
 """
 
 import json
@@ -21,18 +22,18 @@ from runtime.guard.manifest import sha256_of
 from runtime.job.progress import timed
 
 Plan = dict[str, Any]
-FORMAT = 1  # of the files that are written
+FORMAT = 1  # version of the examples' format: part of their identity
 
 
 class Files(NamedTuple):
-    """Where the data is."""
+    """The folders of the data."""
 
     examples: Path  # training.jsonl, validation.jsonl
     packed: Path | None  # training.npy, validation.npy, metadata.json
 
 
 def prepare(plan: Plan, tokenizer: Path) -> Files:
-    """Make what is missing. `tokenizer` is the folder of a Hugging Face tokenizer. JobError: a faulty file."""
+    """Prepare what does not exist yet. `tokenizer` is the folder of a Hugging Face tokenizer. JobError: faulty data."""
     examples = identity(plan)
     folder = _folder(plan["data"]["kind"], examples)
     publish.ensure(folder, examples, lambda staging: _build(plan, staging))
@@ -51,7 +52,7 @@ def prepare(plan: Plan, tokenizer: Path) -> Files:
 
 
 def identity(plan: Plan) -> dict[str, Any]:
-    """What identifies the examples."""
+    """What identifies the examples: two plans with the same identity use the same folder."""
     kind = plan["data"]["kind"]
     own: dict[str, Any] = _module(kind).identity(plan)
     return {"kind": f"{kind} examples", "format": FORMAT, "seed": plan["seed"]} | own

@@ -1,14 +1,17 @@
-"""Examples to training and validation. In: a list of examples. Out: training.jsonl and validation.jsonl."""
+"""Split examples into training and validation.
+
+In: a list of examples. Out: training.jsonl and validation.jsonl.
+"""
 
 import json
 import random
 from pathlib import Path
 
-VALIDATION = 0.05  # of all examples, as NeMo's SQuAD module splits them
+VALIDATION = 0.05  # fraction of all examples, the same as in NeMo's SQuAD module
 
 
 def split(examples: list[dict[str, str]], seed: int, folder: Path) -> None:
-    """Write both files; the order of the examples is kept in each."""
+    """Write both files. Each keeps the order of the examples."""
     order = list(range(len(examples)))
     random.Random(seed).shuffle(order)  # noqa: S311
     count = max(1, round(len(examples) * VALIDATION))

@@ -1,4 +1,7 @@
-"""SQuAD, as NeMo downloads and splits it. In: a plan. Out: training.jsonl and validation.jsonl."""
+"""Download SQuAD and split it, with NeMo.
+
+In: a plan. Out: training.jsonl and validation.jsonl.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -7,12 +10,12 @@ from runtime.job.errors import JobError
 
 
 def identity(_plan: dict[str, Any]) -> dict[str, Any]:
-    """Nothing beside the kind and the seed."""
+    """Nothing: kind and seed, which prepare.py adds, are enough."""
     return {}
 
 
 def write(plan: dict[str, Any], folder: Path) -> None:
-    """Download and split; JobError without network."""
+    """Download and split. JobError: the download failed."""
     from nemo.collections.llm import SquadDataModule
 
     try:

@@ -1,7 +1,9 @@
-"""Made-up text with the statistics of SQuAD: contexts, questions, answers. In: a random.Random. Out: words.
+"""Generate random text that is as long as that of SQuAD: contexts, questions, answers.
 
-Most words are the commonest English ones, drawn by Zipf's law, so that a real tokenizer cuts the text into about as
-many tokens as real text; the rest are invented names, so that a tokenizer can be trained to any vocabulary on it.
+In: a random.Random. Out: words, or an example {"input", "output"}.
+
+Most words are common English words, drawn by Zipf's law, so a real tokenizer makes about as many tokens as from real
+text. The other words are invented names, so a tokenizer of any vocabulary size can be trained on the text.
 """
 
 import random
@@ -59,8 +61,8 @@ ONSETS = [
 VOWELS = ["a", "e", "i", "o", "u", "ai", "ea", "io", "ou", "y"]
 CODAS = ["", "", "", "n", "r", "s", "l", "t", "nd", "rk", "m", "st"]
 QUESTIONS = ["What", "Who", "Where", "When", "Which", "How"]
-NAME_SHARE = 0.06  # of the words of a context
-CONTEXT_WORDS, CONTEXT_SPREAD = 140, 45  # with question and answer an example has about 160
+NAME_SHARE = 0.06  # fraction of a context's words that are names
+CONTEXT_WORDS, CONTEXT_SPREAD = 140, 45  # mean and standard deviation; an example has about 160 words in all
 _WEIGHTS = list(accumulate(1 / (rank + 2) for rank in range(len(COMMON))))
 
 
@@ -72,13 +74,13 @@ def name(rng: random.Random) -> str:
 
 
 def words(rng: random.Random, count: int, names: list[str]) -> list[str]:
-    """Common words by frequency, now and then one of `names`."""
+    """`count` common words, drawn by their frequency; some are replaced by one of `names`."""
     drawn = rng.choices(COMMON, cum_weights=_WEIGHTS, k=count)
     return [rng.choice(names) if rng.random() < NAME_SHARE else word for word in drawn]
 
 
 def context(rng: random.Random, names: list[str]) -> list[str]:
-    """A paragraph's words, in sentences."""
+    """The words of a paragraph, with capitals and full stops for sentences."""
     count = max(20, round(rng.gauss(CONTEXT_WORDS, CONTEXT_SPREAD)))
     drawn = words(rng, count, names)
     start = 0
@@ -91,7 +93,7 @@ def context(rng: random.Random, names: list[str]) -> list[str]:
 
 
 def example(rng: random.Random) -> dict[str, str]:
-    """One example in the form that NeMo gives SQuAD: the answer is a span of the context."""
+    """One example in NeMo's format of SQuAD: the answer is a span of the context."""
     paragraph = context(rng, [name(rng) for _ in range(3)])
     length = rng.choice((1, 1, 2, 2, 3, 4, 6))
     start = rng.randrange(len(paragraph) - length)

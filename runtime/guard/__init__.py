@@ -1,4 +1,4 @@
-"""A folder is published once, whole, for all who ask.
+"""Build a folder once, however many jobs and ranks need it, and publish it only when it is complete.
 
-In: a place, what identifies its content, and a function that builds it. Out: the folder. Start with `publish.py`.
+In: a path, what identifies its content, and a function that builds it. Out: the folder. Start with `publish.py`.
 """

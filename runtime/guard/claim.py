@@ -1,20 +1,24 @@
-"""Who may build a thing: numbered claims on a shared file system. In: a directory of claims. Out: the right to build.
+"""Decide which of many processes builds a folder, by numbered claims on a shared file system.
 
-Claim n is the directory `<claims>/<n>`; the highest number is the current one, and taking over from n is `mkdir n+1`,
-which exactly one process can do anywhere (file locks succeed for everyone on many cluster file systems). No claim is
-ever deleted, so that a number never means two owners. A claim holds
+In: a directory of claims. Out: a `Claim`, the right to build, for one process at a time.
 
-    owner.json   who has it: host, boot, pid namespace, pid and its start time, Slurm job and restart
-    heartbeat    a counter that its owner raises every few seconds
-    released     there once the owner is through, well or not
+Claim n is the directory `<claims>/<n>`. The claim with the highest number is the current one. A process takes over
+from n by `mkdir n+1`, which succeeds for exactly one process of all machines. (File locks are no alternative: on many
+cluster file systems they succeed for every process.) A claim is never deleted, so a number never has two owners. A
+claim contains
 
-An owner counts as dead as soon as somebody can tell: its process is gone from this machine, or Slurm says that its job
-has ended; and in any case when its heartbeat stands still, by the clock of the one who waits: clocks differ between
-machines, so no time that another one wrote is ever compared. Taking over from an owner that was only asleep does no
-harm: it finds that its number is no longer the highest (`is_current`).
+    owner.json   its owner: host, boot, pid namespace, pid and its start time, Slurm job and restart
+    heartbeat    a counter that the owner increases every few seconds
+    released     exists once the owner has finished or failed
 
-Environment: FTGEN_STALE_S, seconds without a heartbeat after which an owner is dead (60); FTGEN_HOST, this machine's
-name (for tests); SLURM_JOB_ID, SLURM_RESTART_COUNT.
+An owner counts as dead in three cases: it ran on this machine and its process has ended; Slurm says that its job has
+ended; its heartbeat has not changed for FTGEN_STALE_S. The waiting process measures that time with its own clock and
+never compares a time that another machine wrote, because clocks differ between machines. Taking over from an owner
+that was only suspended does no harm: when it wakes, its number is no longer the highest (`is_current`), and it
+publishes nothing.
+
+Environment: FTGEN_STALE_S, seconds without a heartbeat after which an owner counts as dead (60); FTGEN_HOST, the name
+of this machine (for tests); SLURM_JOB_ID, SLURM_RESTART_COUNT.
 """
 
 import json
@@ -28,22 +32,22 @@ from pathlib import Path
 from typing import Any
 
 STALE_S = 60.0
-BEATS_PER_STALE = 12  # heartbeats that must fail before an owner is given up
-SLURM_EVERY_S = 20.0  # between two questions to Slurm's controller
+BEATS_PER_STALE = 12  # heartbeats that an owner must miss to count as dead
+SLURM_EVERY_S = 20.0  # between two calls of squeue
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"}
 ENDED |= {"OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"}
 
 
 def stale_s() -> float:
-    """Seconds without a heartbeat after which an owner is dead."""
+    """Seconds without a heartbeat after which an owner counts as dead."""
     return float(os.environ.get("FTGEN_STALE_S") or STALE_S)
 
 
 class Claim:
-    """A claim that this process holds; its heart beats until `release`."""
+    """A claim that this process owns. A thread writes the heartbeat until `release`."""
 
     def __init__(self, claims: Path, generation: int) -> None:
-        """Say who owns the claim that this process has just made, and start its heart."""
+        """Write the owner into the claim directory, which this process has just made, and start the heartbeat."""
         self.claims, self.generation = claims, generation
         self.directory = claims / str(generation)
         self._pid = os.getpid()
@@ -53,17 +57,18 @@ class Claim:
         threading.Thread(target=self._beat_until_released, daemon=True).start()
 
     def is_current(self) -> bool:
-        """Whether nobody has taken over."""
+        """Whether no other process has taken over."""
         return highest(self.claims) == self.generation
 
     def release(self) -> None:
-        """Let the next one begin at once; a forked child that ends does not speak for its parent."""
+        """Let the next process take over at once. In a forked child this does nothing: the parent still owns the claim."""
         if os.getpid() == self._pid and not self._stop.is_set():
             self._stop.set()
             _write(self.directory / "released", "")
 
     def _beat_until_released(self) -> None:
-        # Signals are for the main thread: one that comes here would not wake it from a long call.
+        # The main thread handles signals: a signal delivered to this thread would not interrupt a long call of the
+        # main thread.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         count = 0
         while not self._stop.wait(stale_s() / BEATS_PER_STALE):
@@ -71,22 +76,22 @@ class Claim:
             self._beat(count)
 
     def _beat(self, count: int) -> None:
-        # In place and of one length: a full disk must not stop the heart of the process that will make room on it.
+        # Overwritten in place with the same length, so that the heartbeat goes on when the disk is full.
         _write(self.directory / "heartbeat", f"{count:012d}\n", in_place=count > 0)
 
 
 class Watch:
-    """The current claim as one who waits sees it."""
+    """The current claim, as a waiting process sees it."""
 
     def __init__(self, claims: Path) -> None:
-        """Begin to watch; nothing is read yet."""
+        """Nothing is read yet."""
         self.claims = claims
         self._seen: tuple[int, str] = (0, "")
         self._since = 0.0
         self._asked_slurm = float("-inf")
 
     def claim(self) -> Claim | None:
-        """The next claim if the current one is free and no other process was faster, else None: ask again later."""
+        """The next claim, if the current one is free and no other process was faster. Otherwise None: try again later."""
         current = highest(self.claims)
         if current and not self._is_free(current):
             return None
@@ -97,10 +102,10 @@ class Watch:
         return Claim(self.claims, current + 1)
 
     def holder(self) -> str:
-        """Who holds the current claim, in words."""
+        """The owner of the current claim, as text for the log."""
         owner = self._owner(highest(self.claims))
         if not owner:
-            return "a process that has not said who it is"
+            return "an unknown process"
         job = f", Slurm job {owner['slurm_job']}" if owner.get("slurm_job") else ""
         return f"process {owner.get('pid')} on {owner.get('host')}{job}"
 
@@ -108,16 +113,16 @@ class Watch:
         if (self.claims / str(current) / "released").exists():
             return True
         owner = self._owner(current)
-        return _process_is_gone(owner) or self._slurm_job_is_over(owner) or self._heart_stands_still(current)
+        return _process_is_gone(owner) or self._slurm_job_is_over(owner) or self._heartbeat_has_stopped(current)
 
     def _owner(self, current: int) -> dict[str, Any]:
         try:
             owner = json.loads((self.claims / str(current) / "owner.json").read_text())
         except (OSError, ValueError):
-            return {}  # it died before it wrote it, or is about to: the heartbeat decides
+            return {}  # the owner has not written it yet, or died before: the heartbeat decides
         return owner if isinstance(owner, dict) else {}
 
-    def _heart_stands_still(self, current: int) -> bool:
+    def _heartbeat_has_stopped(self, current: int) -> bool:
         try:
             beat = (self.claims / str(current) / "heartbeat").read_text()
         except OSError:
@@ -132,7 +137,9 @@ class Watch:
             return False
         self._asked_slurm = time.monotonic()
         if job == here["slurm_job"]:
-            return bool(owner.get("slurm_restart") != here["slurm_restart"])  # our job, before it was requeued
+            return bool(
+                owner.get("slurm_restart") != here["slurm_restart"]
+            )  # an earlier run of this job, before Slurm requeued it
         return _slurm_state(job) in ENDED
 
 
@@ -142,11 +149,11 @@ def highest(claims: Path) -> int:
 
 
 def this_process() -> dict[str, Any]:
-    """What tells this process from every other one, on this machine or another."""
+    """What identifies this process among all processes of all machines."""
     return {
         "host": os.environ.get("FTGEN_HOST") or socket.gethostname(),
         "boot": _read("/proc/sys/kernel/random/boot_id"),
-        "pid_namespace": _pid_namespace(),  # in a container the same number is another process
+        "pid_namespace": _pid_namespace(),  # a pid in a container is not the same process outside
         "pid": os.getpid(),
         "start": _process(os.getpid())[1],
         "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
@@ -155,7 +162,7 @@ def this_process() -> dict[str, Any]:
 
 
 def _process_is_gone(owner: dict[str, Any]) -> bool:
-    """Whether the owner ran here and does no more; False where that cannot be told."""
+    """Whether the owner ran on this machine and has ended. False if it ran elsewhere."""
     here = this_process()
     if not owner.get("start") or any(owner.get(key) != here[key] for key in ("host", "boot", "pid_namespace")):
         return False
@@ -164,8 +171,10 @@ def _process_is_gone(owner: dict[str, Any]) -> bool:
 
 
 def _process(pid: int) -> tuple[str, str]:
-    """State and start time (clock ticks since boot) of a process; two empty strings when there is none."""
-    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()  # a process's name may hold anything, ")" too
+    """State and start time (clock ticks since boot) of a process; two empty strings if it does not exist."""
+    fields = (
+        _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    )  # the name of a process can contain any character, also ")"
     return (fields[0], fields[19]) if len(fields) > 19 else ("", "")
 
 
@@ -175,7 +184,7 @@ def _slurm_state(job: str) -> str:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return answer.stdout.strip() if answer.returncode == 0 else ""  # unknown jobs may be another cluster's
+    return answer.stdout.strip() if answer.returncode == 0 else ""  # an unknown job may belong to another cluster
 
 
 def _pid_namespace() -> str:
@@ -200,4 +209,4 @@ def _write(path: Path, text: str, *, in_place: bool = False) -> None:
         else:
             path.write_text(text)
     except OSError:
-        pass  # a full or absent file system: others will go by the heartbeat
+        pass  # the file system is full or gone: other processes rely on the heartbeat

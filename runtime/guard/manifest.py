@@ -1,11 +1,15 @@
-"""What a published directory is made of. In: a directory and what identifies it. Out: its manifest, or its first flaw.
+"""Write and check the manifest of a published directory.
 
-manifest.json holds {"format", "source", "origin", "files": {path: {"size": bytes, "mtime": seconds, "sha256": hex}}}:
-`source` identifies what was asked for and is compared, `origin` is what the build met and is not. A file is
-taken for unchanged when it is small and its hash is right, or when its size and its time (in whole seconds: some file
-systems forget the rest) are those of the manifest; a large file with another time is hashed again, so that a copied
-directory stays good. `thorough` hashes every file. Files that the manifest does not name do not matter: frameworks
-leave caches beside their data.
+In: a directory and the source that it must have. Out: manifest.json in the directory, or the first flaw as text.
+
+manifest.json contains {"format", "source", "origin", "files": {path: {"size": bytes, "mtime": seconds, "sha256":
+hex}}}. `source` is what the plan asked for, and is compared. `origin` is what the build found (a commit, versions),
+and is not compared.
+
+Size and hash of every file must be those of the manifest. A large file is hashed only if its modification time has
+changed, as it does when a directory is copied; times are compared in whole seconds, because some file systems store
+no more. `thorough` hashes every file. Files that the manifest does not name are ignored, because frameworks write
+caches beside their data.
 """
 
 import json
@@ -17,15 +21,15 @@ from typing import Any
 
 FORMAT = 1
 NAME = "manifest.json"
-SMALL = 1 << 20  # bytes; reading less costs about as much as asking for its size on a shared file system
+SMALL = 1 << 20  # bytes; on a shared file system, reading a smaller file takes about as long as asking for its size
 
 Source = dict[str, Any]
 
 
 def write(directory: Path, source: Source, origin: Source) -> None:
-    """Put a manifest into a finished directory, and everything in it onto the disk."""
+    """Write the manifest of a finished directory, and sync all its files to the disk."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
-    with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter
+    with ThreadPoolExecutor(4) as pool:  # hashing releases the GIL
         entries = list(pool.map(_entry, paths))
     files = {path.relative_to(directory).as_posix(): entry for path, entry in zip(paths, entries, strict=True)}
     text = json.dumps({"format": FORMAT, "source": source, "origin": origin, "files": files}, indent=1, sort_keys=True)
@@ -38,18 +42,18 @@ def write(directory: Path, source: Source, origin: Source) -> None:
 
 
 def flaw(directory: Path, source: Source, *, thorough: bool = False) -> str | None:
-    """What is wrong with a published directory, None when it can be used; never raises for what it finds there."""
+    """The first thing that is wrong with a published directory, or None. Never raises, whatever the directory contains."""
     try:
         document = json.loads((directory / NAME).read_text())
         if document["format"] != FORMAT or not document["files"]:
-            return f"{NAME} is of another format"
+            return f"{NAME} has another format"
         if difference := _difference(document["source"], json.loads(json.dumps(source))):
             return difference
         with ThreadPoolExecutor(4) as pool:
             flaws = pool.map(lambda item: _file_flaw(directory / item[0], item[1], thorough), document["files"].items())
         return next((found for found in flaws if found), None)
     except FileNotFoundError:
-        return f"there is no {NAME}" if directory.exists() else "it does not exist"
+        return f"it has no {NAME}" if directory.exists() else "it does not exist"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{NAME} cannot be read: {error}"
 
@@ -81,7 +85,7 @@ def _entry(path: Path) -> dict[str, Any]:
 def _difference(found: Source, wanted: Source) -> str | None:
     for key in sorted(found.keys() | wanted.keys()):
         if found.get(key) != wanted.get(key):
-            return f"it was made with {key} = {found.get(key)!r}, not {wanted.get(key)!r}"
+            return f"it was built with {key} = {found.get(key)!r}, not {wanted.get(key)!r}"
     return None
 
 
@@ -94,5 +98,5 @@ def _file_flaw(path: Path, entry: dict[str, Any], thorough: bool) -> str | None:
         return f"{path.name} has {status.st_size} bytes, not {entry['size']}"
     unchanged = status.st_size > SMALL and int(status.st_mtime) == entry["mtime"]
     if (thorough or not unchanged) and sha256_of(path) != entry["sha256"]:
-        return f"{path.name} has another content than when it was made"
+        return f"{path.name} has changed since it was built"
     return None

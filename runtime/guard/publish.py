@@ -1,11 +1,13 @@
-"""A directory that is published once, for all who ask. In: its place and how to build it. Out: the directory, finished.
+"""Build a directory once, however many jobs and ranks need it, and publish it only when it is complete.
+
+In: its path (`place`), its source, and a function that builds it. Out: the path of the finished directory.
 
     ensure(place, source, build)
 
-`build(staging)` fills a staging directory beside the place; it gets a manifest and reaches its place by one rename, so
-that what stands there is whole or is not there. Only a directory whose manifest names the same source and the files as
-they are is ever used; anything else found in the place is renamed aside, never deleted. One process builds (`claim`),
-the others wait for it and use its result; where it died, the next one starts over.
+`build(staging)` fills a staging directory beside `place`. The staging directory gets a manifest and is renamed to
+`place`, so a directory at `place` is always complete. It is used only if its manifest has the same source and its
+files are unchanged; otherwise it is renamed, never deleted. One process builds (see claim.py). The others wait and
+use the result. If the builder dies, the next process starts again.
 
 In <parent of place>:  <name>/  .<name>.claims/<n>/  .<name>.staging-<n>/  <name>.untrusted-<time>/
 """
@@ -28,8 +30,8 @@ from runtime.guard.manifest import Source
 from runtime.job.errors import JobError
 from runtime.job.progress import say
 
-REMIND_S = 60.0  # between two lines of one who waits
-POLL_S = 2.0  # between two looks at the claim, once the first seconds are over
+REMIND_S = 60.0  # between two progress lines of a waiting process
+POLL_S = 2.0  # longest time between two looks at the claim
 FULL = {errno.ENOSPC, errno.EDQUOT}
 GIB = 1 << 30
 
@@ -37,10 +39,10 @@ Build = Callable[[Path], dict[str, Any] | None]
 
 
 def ensure(place: Path, source: Source, build: Build, *, need_bytes: int | Callable[[], int] = 0) -> Path:
-    """The directory `place`, made by `build` unless it is there already; `need_bytes` of room are asked for first.
+    """The directory `place`; `build` makes it unless it already exists. Before, `need_bytes` must be free on the disk.
 
-    `build` may return what it learned of the origin: it is recorded in the manifest, and nothing is compared with it.
-    JobError: the directory cannot be written, the disk is too small or fills up. SIGTERM meanwhile: SystemExit(143).
+    `build` may return its origin, which the manifest records but nothing compares. JobError: the directory cannot be
+    written, or the disk is full. SIGTERM while building: SystemExit(143).
     """
     if manifest.flaw(place, source) is None:
         return place
@@ -50,27 +52,27 @@ def ensure(place: Path, source: Source, build: Build, *, need_bytes: int | Calla
         with _held(claim):
             if manifest.flaw(place, source) is None or _make(place, source, build, need_bytes, claim):
                 break
-        say(f"another process took over while {place} was being made: waiting for it")
+        say(f"another process took over while this one was building {place}: waiting for it")
     return place
 
 
 def require_space(directory: Path, need_bytes: int, what: str) -> None:
-    """JobError unless the directory's file system has room for `need_bytes` (a quota shows only when it is hit)."""
+    """JobError unless `need_bytes` are free on the file system. A quota is not seen here; writing fails later."""
     free = shutil.disk_usage(directory).free
     if free < need_bytes:
         raise JobError(
-            f"{what} needs {need_bytes / GIB:.1f} GiB in {directory}, and {free / GIB:.1f} GiB are free",
-            "make room there, or set STAGE_PATH to a directory on a larger file system",
+            f"{what} needs {need_bytes / GIB:.1f} GiB in {directory}, but only {free / GIB:.1f} GiB are free",
+            "free some space there, or set STAGE_PATH to a directory on a larger file system",
         )
 
 
 def staging_of(place: Path, generation: int) -> Path:
-    """Where owner `generation` builds."""
+    """The staging directory of claim number `generation`."""
     return place.parent / f".{place.name}.staging-{generation}"
 
 
 def _next_claim(place: Path, source: Source, claims: Path) -> Claim | None:
-    """Wait until it is our turn to build; None once somebody else has."""
+    """Wait for the claim to build. None if another process has built the directory meanwhile."""
     watch, begin = Watch(claims), time.monotonic()
     said: float | None = None
     while True:
@@ -78,7 +80,7 @@ def _next_claim(place: Path, source: Source, claims: Path) -> Claim | None:
             return claim
         now = time.monotonic()
         if said is None or now - said > REMIND_S:
-            say(f"waiting for {place}: {watch.holder()} is making it ({now - begin:.0f} s so far)")
+            say(f"waiting for {place}: {watch.holder()} is building it ({now - begin:.0f} s so far)")
             said = now
         time.sleep(min(POLL_S, 0.05 + (now - begin) / 10))
         if (place / manifest.NAME).exists() and manifest.flaw(place, source) is None:
@@ -86,7 +88,7 @@ def _next_claim(place: Path, source: Source, claims: Path) -> Claim | None:
 
 
 def _make(place: Path, source: Source, build: Build, need_bytes: int | Callable[[], int], claim: Claim) -> bool:
-    """Build and publish; False when another process took over meanwhile."""
+    """Build and publish. False if another process took over meanwhile."""
     _sweep(place, claim)
     staging = staging_of(place, claim.generation)
     try:
@@ -101,7 +103,7 @@ def _make(place: Path, source: Source, build: Build, need_bytes: int | Callable[
     except Exception:
         if claim.is_current():
             raise
-        return False  # the one who took over removed our staging directory under our feet: its result is as good
+        return False  # the process that took over has removed our staging directory, and builds the same
     finally:
         _remove(staging)
 
@@ -109,12 +111,12 @@ def _make(place: Path, source: Source, build: Build, need_bytes: int | Callable[
 def _publish(staging: Path, place: Path, source: Source, claim: Claim) -> bool:
     while claim.is_current():
         try:
-            staging.rename(place)  # fails when something is there
+            staging.rename(place)  # fails if `place` exists
         except OSError as error:
             if error.errno not in {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}:
                 raise
             if manifest.flaw(place, source) is None:
-                return True  # an owner that we had given up woke and was faster
+                return True  # an owner that counted as dead woke up and was faster
             set_aside(place, source)
         else:
             manifest.sync(place.parent)
@@ -123,20 +125,20 @@ def _publish(staging: Path, place: Path, source: Source, claim: Claim) -> bool:
 
 
 def set_aside(place: Path, source: Source, *, thorough: bool = False) -> None:
-    """Rename what is in the place and cannot be trusted, and say so; `thorough` reads all of it."""
+    """If the directory at `place` has a flaw, rename it and print why. `thorough` reads every byte."""
     flaw = manifest.flaw(place, source, thorough=thorough)
     if flaw is None or not os.path.lexists(place):
         return
     aside = place.with_name(f"{place.name}.untrusted-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     place.rename(aside)
-    if manifest.flaw(aside, source, thorough=thorough) is None:  # another owner published between the look and the rename
+    if manifest.flaw(aside, source, thorough=thorough) is None:  # another process published a good one meanwhile
         aside.rename(place)
         return
-    say(f"{place} is not used: {flaw}. It was moved to {aside}, which nothing needs any more", any_rank=True)
+    say(f"{place} is not used: {flaw}. It was moved to {aside}, which you can delete", any_rank=True)
 
 
 def _sweep(place: Path, claim: Claim) -> None:
-    """Remove what dead owners were building."""
+    """Remove the staging directories of dead owners."""
     for staging in place.parent.glob(f".{place.name}.staging-*"):
         number = staging.name.rpartition("-")[2]
         if number.isdigit() and int(number) < claim.generation:
@@ -146,7 +148,7 @@ def _sweep(place: Path, claim: Claim) -> None:
 
 
 def _remove(staging: Path) -> None:
-    """Remove by way of a rename: an owner that wakes up halfway must not publish what is left."""
+    """Rename, then remove: an owner that wakes up meanwhile must not publish a half-removed directory."""
     trash = staging.with_name(f"{staging.name.replace('.staging-', '.trash-')}-{os.getpid()}")
     try:
         staging.rename(trash)
@@ -157,7 +159,7 @@ def _remove(staging: Path) -> None:
 
 @contextmanager
 def _held(claim: Claim) -> Iterator[None]:
-    """The claim is released however the block ends, by SIGTERM too."""
+    """Release the claim at the end of the block, also after an exception or SIGTERM."""
     with _sigterm_ends_the_block():
         try:
             yield
@@ -174,8 +176,8 @@ def _sigterm_ends_the_block() -> Iterator[None]:
 
     def end(_signal: int, _frame: FrameType | None) -> None:
         if os.getpid() != owner:
-            os._exit(143)  # a forked child has no right to clean up
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm may send several: none of them ends the cleaning up
+            os._exit(143)  # a forked child must not clean up
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm may send several; they must not interrupt the clean-up
         raise SystemExit(143)
 
     before = signal.signal(signal.SIGTERM, end)
@@ -190,23 +192,23 @@ def _make_directory(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise JobError(
-            f"{directory} cannot be made: {error.strerror}", "set STAGE_PATH to a directory that you can write to"
+            f"cannot create {directory}: {error.strerror}", "set STAGE_PATH to a directory that you can write to"
         ) from error
     if not os.access(directory, os.W_OK | os.X_OK):
-        raise JobError(f"{directory} cannot be written to", "set STAGE_PATH to a directory that you can write to")
+        raise JobError(f"you cannot write to {directory}", "set STAGE_PATH to a directory that you can write to")
 
 
 @contextmanager
 def _plain_disk_errors(directory: Path) -> Iterator[None]:
-    """A full disk is one line, however deep in a library it was met."""
+    """Turn an error for a full disk into a JobError, however deep in a library it was raised."""
     try:
         yield
     except Exception as error:
         if not any(isinstance(cause, OSError) and cause.errno in FULL for cause in _causes(error)):
             raise
         raise JobError(
-            f"the disk of {directory} is full, or your quota there is used up",
-            "make room there, or set STAGE_PATH to a directory on a larger file system",
+            f"the disk of {directory} is full, or your quota is used up",
+            "free some space there, or set STAGE_PATH to a directory on a larger file system",
         ) from error
 
 

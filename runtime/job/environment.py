@@ -1,4 +1,7 @@
-"""What the training found around it: versions, machine, job. Out: one line of JSON in the log, which the report shows."""
+"""Write the environment of a training into its log: versions, machine, Slurm job. `ftgen report` shows it.
+
+In: a plan and the process environment. Out: one line in the log, `ftgen environment: {...}`.
+"""
 
 import json
 import os
@@ -13,13 +16,13 @@ JOB = {"job": "SLURM_JOB_ID", "nodes": "SLURM_JOB_NODELIST", "partition": "SLURM
 
 
 def tell(plan: dict[str, Any]) -> None:
-    """One line, of the first rank alone."""
+    """Print the line; only rank 0 does."""
     if os.environ.get("RANK", "0") == "0":
         print(f"ftgen environment: {json.dumps(found(plan))}", flush=True)
 
 
 def found(plan: dict[str, Any]) -> dict[str, Any]:
-    """Names and versions; what is not there is left out."""
+    """The environment as names and values; what this machine does not have is left out."""
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "packages": {name: number for name in PACKAGES if (number := _version(name))},

@@ -1,8 +1,11 @@
-"""Errors that the user can mend, as data: what is wrong, and what to do about it."""
+"""The error for everything that the user can fix.
+
+In: what is wrong and what to do, one line each. Out: an exception, which the entrypoint prints as `ftgen: error: ...`.
+"""
 
 
 class JobError(Exception):
-    """One thing the user must change; as text it is that line, and the hint on a line of its own. Exit status 1."""
+    """Something that the user must change. As text: what is wrong, then the hint on its own line. Exit code 1."""
 
     def __init__(self, what: str, hint: str = "") -> None:
         """`what` and `hint` are one line each."""
@@ -11,5 +14,5 @@ class JobError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        """Show the rule, then the hint."""
+        """What is wrong, then the hint."""
         return self.what + (f"\n  hint: {self.hint}" if self.hint else "")

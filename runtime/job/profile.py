@@ -1,7 +1,10 @@
-"""Profiling some steps of some ranks. In: plan["profile"]. Out: a file for each rank in $FTGEN_RUN_DIR/profile.
+"""Profile some steps of some ranks.
 
-"nsys": the process becomes a child of Nsight Systems, which records between cudaProfilerStart and cudaProfilerStop.
-"pytorch": torch.profiler, written as a Chrome trace. Steps are counted as in the log, from 0.
+In: plan["profile"]. Out: one file per profiled rank in $FTGEN_RUN_DIR/profile.
+
+With the tool "nsys", the process restarts as a child of Nsight Systems, which records from cudaProfilerStart to
+cudaProfilerStop. With "pytorch", torch.profiler records and writes a Chrome trace. Steps are counted from 0, as in
+the log.
 """
 
 import os
@@ -18,35 +21,35 @@ INSIDE = "FTGEN_INSIDE_NSYS"  # set for the process that Nsight Systems started
 
 
 def wanted(plan: Plan) -> bool:
-    """Whether this process is one of those to profile."""
+    """Whether the plan profiles the rank of this process."""
     return bool(plan.get("profile")) and int(os.environ.get("RANK", "0")) in plan["profile"]["ranks"]
 
 
 def file(plan: Plan) -> Path:
-    """Where the profile of this rank goes, without its suffix."""
+    """Path of this rank's profile, without the suffix."""
     run = os.environ.get("FTGEN_RUN_DIR") or Path(os.environ.get("STAGE_PATH") or Path.cwd(), "logs")
     steps = f"steps_{plan['profile']['first_step']}-{plan['profile']['last_step']}"
     return Path(run, "profile", f"{steps}_rank_{os.environ.get('RANK', '0')}")
 
 
 def enter(plan: Plan) -> None:
-    """Start this process again under Nsight Systems, if that is wanted and not done yet. JobError: there is no nsys."""
+    """Restart this process under Nsight Systems, if the plan asks for it. JobError: nsys is not installed."""
     if not wanted(plan) or plan["profile"]["tool"] != "nsys" or INSIDE in os.environ:
         return
     nsys = shutil.which("nsys")
     if not nsys:
-        raise JobError("there is no nsys on this node", 'install Nsight Systems, or set profile.tool = "pytorch"')
+        raise JobError("nsys is not installed on this node", 'install Nsight Systems, or set profile.tool = "pytorch"')
     file(plan).parent.mkdir(parents=True, exist_ok=True)
     os.environ[INSIDE] = "1"
     options = ["--trace=cuda,nvtx", "--capture-range=cudaProfilerApi", "--capture-range-end=stop", "--force-overwrite=true"]
     command = [nsys, "profile", *options, f"--output={file(plan)}", sys.executable, *sys.argv]
     say("profiling: " + " ".join(command))
     sys.stdout.flush()
-    os.execv(nsys, command)  # noqa: S606 - the profiler takes this process's place
+    os.execv(nsys, command)  # noqa: S606 - the profiler replaces this process
 
 
 def add(recipe: Any, plan: Plan) -> None:
-    """Let the recipe's trainer start and stop the profiler."""
+    """Add a callback to the recipe that starts and stops the profiler."""
     if not wanted(plan):
         return
     import nemo_run as run

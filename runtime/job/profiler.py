@@ -1,6 +1,8 @@
-"""The callback that records some steps. In: the tool, the steps, a file. Out: what the tool writes.
+"""The Lightning callback that starts and stops the profiler.
 
-This module imports torch and Lightning: only a training that is profiled does.
+In: the tool, the first and the last step, a file. Out: the profile that the tool writes.
+
+This module imports torch and Lightning, so only a profiled training imports it.
 """
 
 from pathlib import Path
@@ -13,14 +15,14 @@ from runtime.job.progress import say
 
 
 class Profiler(Callback):  # type: ignore[misc]
-    """Records from the start of `first_step` to the end of `last_step`, counted from 0."""
+    """Profile from the start of `first_step` to the end of `last_step`, counted from 0."""
 
     def __init__(self, tool: str, first_step: int, last_step: int, file: str) -> None:
         self.tool, self.first_step, self.last_step, self.file = tool, first_step, last_step, Path(file)
         self.profile: Any = None
 
     def on_train_batch_start(self, trainer: Any, *_args: Any) -> None:
-        """Start before the first step."""
+        """Start the profiler before `first_step`."""
         if trainer.global_step != self.first_step:
             return
         if self.tool == "nsys":
@@ -34,8 +36,8 @@ class Profiler(Callback):  # type: ignore[misc]
         self.profile.start()
 
     def on_train_batch_end(self, trainer: Any, *_args: Any) -> None:
-        """Stop after the last one."""
-        if trainer.global_step != self.last_step + 1:  # Lightning has counted the step by now
+        """Stop the profiler after `last_step`."""
+        if trainer.global_step != self.last_step + 1:  # Lightning has already counted this step
             return
         if self.tool == "nsys":
             torch.cuda.synchronize()

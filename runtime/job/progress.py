@@ -1,4 +1,7 @@
-"""Lines that say what the job is doing, whole ones, as they happen; under several ranks the first alone speaks."""
+"""Print progress lines into the log.
+
+In: a text. Out: a line `ftgen: text` on stdout, printed at once. With several ranks, only rank 0 prints.
+"""
 
 import os
 import time
@@ -7,14 +10,14 @@ from contextlib import contextmanager
 
 
 def say(text: str, *, any_rank: bool = False) -> None:
-    """Print `ftgen: text` at once; ranks other than 0 are silent, unless what they say happens in one rank alone."""
+    """Print `ftgen: text` on rank 0. `any_rank` prints on every rank: for an event that happens on one rank only."""
     if any_rank or os.environ.get("RANK", "0") == "0":
         print(f"ftgen: {text}", flush=True)
 
 
 @contextmanager
 def timed(what: str) -> Iterator[None]:
-    """Say `what` when it begins, and the seconds it took when it ends well."""
+    """Print `what` at the start of the block, and the seconds that it took if it ends without an exception."""
     say(f"{what} ...")
     begin = time.monotonic()
     yield

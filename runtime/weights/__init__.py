@@ -1,4 +1,4 @@
-"""Weights in Hugging Face format: downloaded, made at random, read ahead.
+"""Get weights in Hugging Face format: download them, or generate random ones; and read a checkpoint ahead.
 
 In: a plan. Out: a folder with safetensors. Start with `hub.py`.
 """

@@ -1,6 +1,8 @@
-"""The Hugging Face hub, as far as a conversion needs it. In: a repository, a revision. Out: a directory, or JobError.
+"""Download a model from the Hugging Face hub.
 
-The token is huggingface_hub's own affair (HF_TOKEN, or the file HF_TOKEN_PATH): it is never passed on or shown.
+In: a repository and a revision. Out: a directory, or a JobError.
+
+huggingface_hub finds the token itself (HF_TOKEN, or the file HF_TOKEN_PATH). This module never passes it on or prints it.
 """
 
 from collections.abc import Iterator
@@ -10,17 +12,17 @@ from typing import Any
 
 from runtime.job.errors import JobError
 
-# What the importer reads. Not Meta's own format, which many repositories carry too ("original/", *.pth).
+# The files that the importer reads. Many repositories also have the weights in Meta's own format ("original/", *.pth).
 PATTERNS = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "*.safetensors*"]
-OUTSIDE = ["*/*"]  # the patterns match in folders too
+OUTSIDE = ["*/*"]  # PATTERNS also match files in sub-folders
 
 
 class UnreachableError(JobError):
-    """There is no way to the hub from here."""
+    """The hub cannot be reached from this machine."""
 
 
 def download(repository: str, revision: str | None) -> Path:
-    """The repository's files in $HF_HOME's cache, the newest of the revision; a broken download goes on."""
+    """Folder of the revision's newest commit in the cache of $HF_HOME. An interrupted download continues."""
     from huggingface_hub import snapshot_download
 
     with _plain_errors(repository, revision):
@@ -28,7 +30,7 @@ def download(repository: str, revision: str | None) -> Path:
 
 
 def bytes_to_download(repository: str, revision: str | None) -> int:
-    """Bytes of the files that `download` still lacks."""
+    """Bytes that `download` would still have to download."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.utils import filter_repo_objects
 
@@ -36,7 +38,7 @@ def bytes_to_download(repository: str, revision: str | None) -> int:
         with _plain_errors(repository, revision):
             info = HfApi().model_info(repository, revision=revision, files_metadata=True)
     except UnreachableError:
-        return 0  # all may be in the cache: `download` tells
+        return 0  # the cache may have everything; if it does not, `download` raises this error again
     wanted = filter_repo_objects(
         info.siblings or [], allow_patterns=PATTERNS, ignore_patterns=OUTSIDE, key=lambda file: str(file.rfilename)
     )
@@ -47,7 +49,7 @@ def bytes_to_download(repository: str, revision: str | None) -> int:
 
 
 def has_token() -> bool:
-    """Whether there is a token to show, in the environment or in a file."""
+    """Whether there is a token, in the environment or in a file."""
     from huggingface_hub import get_token
 
     return bool(get_token())
@@ -69,24 +71,26 @@ def _plain_errors(repository: str, revision: str | None) -> Iterator[None]:
         raise JobError(f"{repository} has no revision {revision!r}", f"see {page}/tree/main") from error
     except errors.RepositoryNotFoundError as error:
         raise JobError(
-            f"{repository} is not on the Hugging Face hub, or may not be seen with this token",
-            f"look at {page}, and export HF_TOKEN=<your token> if it is private",
+            f"{repository} is not on the Hugging Face hub, or this token has no access to it",
+            f"look at {page}; if it is private, export HF_TOKEN=<your token>",
         ) from error
     except Exception as error:
         offline = isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError)
         if offline or any(word in type(error).__name__ for word in ("Connect", "Timeout")):
             raise UnreachableError(
-                f"{repository} is not in the cache, and the Hugging Face hub cannot be reached from here",
+                f"{repository} is not in the cache, and the Hugging Face hub cannot be reached from this machine",
                 'convert on a node with network, or set checkpoint.source = "random" or "directory" in the spec',
             ) from error
         raise _refusal(repository, error) from error
 
 
 def _refusal(repository: str, error: Exception) -> Exception:
-    """What the hub answers, in one line; an error of another kind as it is."""
+    """The hub's answer as a JobError. An error without an HTTP status is returned unchanged."""
     status: Any = getattr(getattr(error, "response", None), "status_code", None)
     if status in {401, 403}:
         return JobError(f"the Hugging Face hub refuses {repository} ({status})", "export HF_TOKEN=<a token with access>")
     if status:
-        return JobError(f"the Hugging Face hub answers {status} for {repository}", "try again: a broken download goes on")
+        return JobError(
+            f"the Hugging Face hub answers {status} for {repository}", "try again: the download continues where it stopped"
+        )
     return error

@@ -1,8 +1,10 @@
-"""A Llama of the plan's shape with random weights, in Hugging Face format. In: a plan. Out: a directory to import.
+"""Generate a Llama with the plan's shape and random weights, in Hugging Face format.
 
-It is for speed: it trains as fast as the real one, and no hub is needed. The tokenizer is a byte-level BPE of exactly
-`vocab_size` entries. Weights are made and written shard by shard, several at a time: 8 billion of them need 5 GiB of
-memory with eight threads (measured; 2.6 with two), not 16.
+In: a plan. Out: a directory that the importer reads.
+
+Such a model measures speed without a download: it trains as fast as the real one. The tokenizer is a byte-level BPE
+with exactly `vocab_size` entries. Each thread generates and writes one shard at a time, so 8 billion weights need 5
+GiB of memory with eight threads and 2.6 GiB with two (measured), instead of 16 GiB.
 """
 
 import json
@@ -18,15 +20,15 @@ if TYPE_CHECKING:
     import torch
 
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>"]
-LARGE = 10**9  # parameters from which weights are kept in bfloat16, as published models keep them
-# Of Llama-3 8B, embedding and head are one shard of 1.05 billion weights and each layer one of 0.22: with as many threads
-# the first ends as the others do, and more would only need more memory.
+LARGE = 10**9  # parameters; from this size on, weights are bfloat16, as in published models; smaller models have float32
+# In Llama-3 8B, the shard of embedding and head has 1.05 billion weights and that of a layer 0.22 billion. With 8
+# threads, the first shard is finished at the same time as the 32 others. More threads would only need more memory.
 THREADS = 8
-STD = 0.02  # of the random weights, Llama's `initializer_range`
+STD = 0.02  # standard deviation of the weights: `initializer_range` in Llama's config.json
 
 
 def write(plan: dict[str, Any], directory: Path) -> None:
-    """Config, tokenizer and weights of plan["model"], made from plan["seed"]."""
+    """Write config, tokenizer and weights of plan["model"], generated from plan["seed"]."""
     directory.mkdir(parents=True, exist_ok=True)
     model = plan["model"]
     dtype = "bfloat16" if model["parameters"] >= LARGE else "float32"
@@ -83,7 +85,7 @@ def _write_tokenizer(vocab_size: int, max_length: int, directory: Path) -> None:
 
 
 def _corpus(vocab_size: int) -> list[str]:
-    """Text with enough different names to give as many tokens as are asked for."""
+    """Texts with enough different names to train a tokenizer of `vocab_size` entries."""
     rng = random.Random(vocab_size)  # noqa: S311
     examples = (synthetic_text.example(rng) for _ in range(400))
     names = [synthetic_text.name(rng) for _ in range(vocab_size // 2)]
@@ -91,11 +93,11 @@ def _corpus(vocab_size: int) -> list[str]:
 
 
 def _write_weights(model: dict[str, Any], dtype: str, seed: int, directory: Path, threads: int) -> None:
-    """The files, the same whatever the number of threads, and their index."""
+    """Write the shards and their index. The bytes do not depend on the number of threads."""
     shards = _shards(model)
     files = [directory / f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
-    seeds = [seed * 1000 + number for number in range(len(shards))]  # a shard can be made again by itself
-    with ThreadPoolExecutor(threads) as pool:  # the first is the largest, and is begun first
+    seeds = [seed * 1000 + number for number in range(len(shards))]  # one seed per shard: a shard can be generated alone
+    with ThreadPoolExecutor(threads) as pool:  # the first shard is the largest, and starts first
         size = sum(pool.map(_write_shard, shards, files, seeds, [dtype] * len(shards)))
     index = {key: file.name for shapes, file in zip(shards, files, strict=True) for key in shapes}
     document = {"metadata": {"total_size": size}, "weight_map": index}
@@ -103,7 +105,7 @@ def _write_weights(model: dict[str, Any], dtype: str, seed: int, directory: Path
 
 
 def _write_shard(shapes: dict[str, tuple[int, ...]], file: Path, seed: int, dtype: str) -> int:
-    """One file; the bytes of its weights. The time goes into torch and safetensors, which let other threads run."""
+    """Write one shard; returns the size of its weights in bytes. Most of the time is spent without the GIL."""
     import torch
     from safetensors.torch import save_file
 
@@ -114,7 +116,7 @@ def _write_shard(shapes: dict[str, tuple[int, ...]], file: Path, seed: int, dtyp
 
 
 def _shards(model: dict[str, Any]) -> list[dict[str, tuple[int, ...]]]:
-    """The shapes of every weight, by name, in as many files as there are layers, and one."""
+    """For each shard the shapes of its weights, by name: first embedding, last norm and head, then one shard per layer."""
     hidden, ffn, vocab = model["hidden_size"], model["ffn_hidden_size"], model["vocab_size"]
     kv = hidden // model["num_attention_heads"] * model["num_query_groups"]
     layer = {
@@ -140,5 +142,5 @@ def _shards(model: dict[str, Any]) -> list[dict[str, tuple[int, ...]]]:
 def _weight(shape: tuple[int, ...], dtype: "torch.dtype", generator: "torch.Generator") -> "torch.Tensor":
     import torch
 
-    mean = 1 if len(shape) == 1 else 0  # the norms
+    mean = 1 if len(shape) == 1 else 0  # only norms have one dimension
     return torch.empty(shape, dtype=dtype).normal_(mean, STD, generator=generator)

@@ -1,7 +1,9 @@
-"""The checkpoint's weights, read while NeMo is imported. In: a folder. Out: its files in the node's page cache, perhaps.
+"""Read the checkpoint into the page cache while NeMo is imported, so that loading it is faster.
 
-Loading then finds in memory what would come from a disk. Nothing depends on it: it stops at the first error, and leaves
-alone what would fill more than half of the memory that is free.
+In: a folder. Out: a thread that reads the folder's files.
+
+The training does not depend on it: the thread stops at the first error, and does not start if the files need more
+than half of the available memory.
 """
 
 import contextlib
@@ -13,7 +15,7 @@ PIECE = 16 << 20  # bytes
 
 
 def begin(folder: Path) -> threading.Thread | None:
-    """Read the folder's files in a thread; None where another rank of this node does, or they are too large."""
+    """Start the thread. None on ranks other than the first of a node, and if the files are too large."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return None
     try:
@@ -28,7 +30,7 @@ def begin(folder: Path) -> threading.Thread | None:
 
 
 def _read(files: list[Path]) -> None:
-    """Plain reads, which let the interpreter go on: a shared file system may ignore advice."""
+    """Read the files. Plain reads release the GIL; a shared file system may ignore posix_fadvise."""
     buffer = bytearray(PIECE)
     with contextlib.suppress(OSError):
         for path in files:
@@ -38,7 +40,7 @@ def _read(files: list[Path]) -> None:
 
 
 def _free() -> int:
-    """Bytes of memory that are available; 0 where Linux does not say."""
+    """Available memory in bytes; 0 if the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

@@ -12,22 +12,22 @@ def main() -> int:
     plan = json.loads(Path(sys.argv[1]).read_text())
     try:
         if sys.argv[2] == "check":
-            from runtime.job import check
+            from runtime import check
 
             return check.check(plan)
         if sys.argv[2] == "finetune":
             from runtime.engines.nemo import imports, train
 
-            status = train.finetune(plan)
+            status = train.train(plan)
             there = {name: sys.modules.get(name) for name in imports.DEFERRED}
             used = [name for name, module in there.items() if module and not isinstance(module, imports.StandIn)]
             print(f"deferred packages that were used: {used}")
             return status
-        from runtime.engines.nemo import checkpoint
+        from runtime.engines.nemo import convert
 
         if sys.argv[2] == "converted":
-            return 0 if checkpoint.converted(plan) else 1
-        return {"convert": checkpoint.convert, "verify": checkpoint.verify}[sys.argv[2]](plan)
+            return 0 if convert.converted(plan) else 1
+        return {"convert": convert.convert, "verify": convert.verify}[sys.argv[2]](plan)
     except JobError as error:
         print(f"ftgen: error: {error}", file=sys.stderr)
         return 1

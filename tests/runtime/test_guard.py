@@ -41,7 +41,7 @@ def before(owner, name, function):
 
 if stop_at == "before owner.json":
     before(claim, "this_process", stop_at)
-before(guard, "_publish", "before rename")
+before(publish, "_publish", "before rename")
 before(claim.Claim, "release", "before release")
 rename = Path.rename
 def stopping_rename(self, target):
@@ -264,13 +264,13 @@ def test_the_manifest_says_what_was_made_of_what(place: Path) -> None:
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "large is missing": lambda place: (place / "large").unlink(),
     "large has 5 bytes": lambda place: os.truncate(place / "large", 5),
-    "small has another content": lambda place: (place / "small").write_text("SMALL"),
-    "large has another content": lambda place: (
+    "small has changed since it was built": lambda place: (place / "small").write_text("SMALL"),
+    "large has changed since it was built": lambda place: (
         (place / "large").write_bytes(b"y" * (manifest.SMALL + 1)),
         os.utime(place / "large", (1, 1)),
     ),
     "manifest.json cannot be read": lambda place: (place / manifest.NAME).write_text("{"),
-    "there is no manifest.json": lambda place: (place / manifest.NAME).unlink(),
+    "it has no manifest.json": lambda place: (place / manifest.NAME).unlink(),
 }
 
 
@@ -294,7 +294,7 @@ def test_a_changed_byte_in_a_large_file_that_kept_its_time_is_found_by_reading_e
         file.write(b"y")
     os.utime(place / "large", ns=(times.st_atime_ns, times.st_mtime_ns))
     assert manifest.flaw(place, SOURCE) is None
-    assert "large has another content" in str(manifest.flaw(place, SOURCE, thorough=True))
+    assert "large has changed since it was built" in str(manifest.flaw(place, SOURCE, thorough=True))
 
 
 def test_a_copy_with_other_times_is_still_good(place: Path, tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_what_another_tool_left_is_moved_aside_and_kept(place: Path, capsys: pyt
 
 
 def test_too_little_room_is_said_before_anything_is_built(place: Path) -> None:
-    with pytest.raises(JobError, match=r"needs 1048576\.0 GiB in .*, and .* GiB are free\n  hint: make room"):
+    with pytest.raises(JobError, match=r"needs 1048576\.0 GiB in .*, but only .* GiB are free\n  hint: free some space"):
         publish.ensure(place, SOURCE, lambda _staging: pytest.fail("it was built"), need_bytes=lambda: 1 << 50)
     assert not place.exists()
 
@@ -340,7 +340,7 @@ def test_a_disk_that_fills_up_is_one_line(place: Path) -> None:
 @pytest.mark.parametrize("parent", ["file", "/sys/kernel"])  # where even root cannot make a directory
 def test_a_directory_that_cannot_be_made_is_one_line(parent: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(JobError, match=r"cannot be made: .*\n  hint: set STAGE_PATH"):
+    with pytest.raises(JobError, match=r"cannot create .*: .*\n  hint: set STAGE_PATH"):
         publish.ensure(tmp_path / parent / "folder" / "place", SOURCE, build)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from stages import Stage, plan
 
-from runtime.data import files, text
+from runtime.data import jsonl, synthetic_text
+from runtime.data.split import split
 from runtime.job.errors import JobError
 from runtime.weights import random_llama, read_ahead
 
@@ -41,10 +42,10 @@ def test_check_says_all_that_is_missing_at_once(stage: Stage) -> None:
     errors = [line for line in output.splitlines() if line.startswith("ftgen: error: ")]
     assert len(errors) == len([line for line in output.splitlines() if line.startswith("  hint: ")])
     for expected in (
-        "STAGE_PATH: there is no folder /nowhere on this machine",
+        "STAGE_PATH: the folder /nowhere does not exist on this machine",
         "meta-llama/Meta-Llama-3-8B is gated, and there is no Hugging Face token",
-        "data.path: there is no file /nowhere/none.jsonl that can be read",
-        "the plan needs 8 GPUs on each node, and 2 can be used here",
+        "data.path: the file /nowhere/none.jsonl does not exist or cannot be read",
+        "the plan needs 8 GPUs on each node, but this process can use only 2",
     ):
         assert f"ftgen: error: {expected}" in errors
 
@@ -79,9 +80,9 @@ def test_check_knows_a_missing_package_and_a_wrong_version(stage: Stage, tmp_pat
     ("changes", "command", "error"),
     [
         ({}, "finetune", "there is no converted checkpoint in "),
-        ({"gpus": 2, "gpus_per_node": 2}, "finetune", "1 processes train, and the plan has 2 GPUs"),
+        ({"gpus": 2, "gpus_per_node": 2}, "finetune", "1 processes train, but the plan has 2 GPUs"),
         ({"checkpoint": {"source": "hub"}}, "convert", "ftgen/tiny-llama is not in the cache, and the Hugging Face hub"),
-        ({"checkpoint": {"source": "directory", "path": "none"}}, "convert", "none is no Hugging Face checkpoint"),
+        ({"checkpoint": {"source": "directory", "path": "none"}}, "convert", "none is not a Hugging Face checkpoint"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_a_hint(changes: dict[str, Any], command: str, error: str, stage: Stage) -> None:
@@ -101,23 +102,23 @@ def test_a_directory_of_another_shape_or_with_a_missing_shard_is_refused(stage: 
     asked = plan(checkpoint={"source": "directory", "path": "given"})
     config = json.loads((given / "config.json").read_text())
     (given / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
-    assert "has hidden_size = 64, and model tiny_llama has 128" in stage.run(asked, "convert")[1]
+    assert "has hidden_size = 64, but model tiny_llama has 128" in stage.run(asked, "convert")[1]
     (given / "config.json").write_text(json.dumps(config))
     (given / "model-00002-of-00003.safetensors").unlink()
-    assert "lacks model-00002-of-00003.safetensors" in stage.run(asked, "convert")[1]
+    assert "files are missing: model-00002-of-00003.safetensors" in stage.run(asked, "convert")[1]
 
 
 # --- made-up text and tokenizers
 
 
 def test_made_up_examples_have_the_form_and_length_of_squad() -> None:
-    examples = [text.example(rng(seed)) for seed in range(300)]
+    examples = [synthetic_text.example(rng(seed)) for seed in range(300)]
     assert all(example["input"].startswith("Context: ") for example in examples)
     assert all(" Question: " in example["input"] and example["input"].endswith(" Answer:") for example in examples)
     assert all(example["output"] and example["output"] in example["input"] for example in examples)
     lengths = [len(f"{example['input']} {example['output']}".split()) for example in examples]
     assert 150 < sum(lengths) / len(lengths) < 170
-    assert text.example(rng(1)) == text.example(rng(1)) != text.example(rng(2))
+    assert synthetic_text.example(rng(1)) == synthetic_text.example(rng(1)) != synthetic_text.example(rng(2))
 
 
 @pytest.mark.parametrize(("vocab_size", "most"), [(512, 2.5), (128256, 1.5)])
@@ -130,7 +131,7 @@ def test_a_tokenizer_has_exactly_the_asked_entries_and_cuts_words_as_a_real_one(
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert tokenizer.get_vocab_size() == vocab_size
     assert (tokenizer.token_to_id("<|begin_of_text|>"), tokenizer.token_to_id("<|end_of_text|>")) == (0, 1)
-    sentences = [text.example(rng(1000 + seed))["input"] for seed in range(50)]
+    sentences = [synthetic_text.example(rng(1000 + seed))["input"] for seed in range(50)]
     tokens = sum(len(tokenizer.encode(sentence).ids) for sentence in sentences)
     assert 1.1 < tokens / sum(len(sentence.split()) for sentence in sentences) < most
     assert tokenizer.decode(tokenizer.encode(sentences[0]).ids) == sentences[0]
@@ -216,14 +217,14 @@ def test_faulty_lines_are_numbered_and_all_said_at_once(tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
     file.write_text('{"input": "a", "output": "b"}\n\nnonsense\n[]\n{"input": "a"}\n{"input": " ", "output": "b"}\n')
     with pytest.raises(JobError) as caught:
-        files.read_jsonl(file)
-    for fault in (":3: not JSON", ":4: not an object", ':5: no text under "output"', ':6: no text under "input"'):
+        jsonl.read_jsonl(file)
+    for fault in (":3: not JSON", ":4: not an object", ':5: "output" has no text', ':6: "input" has no text'):
         assert fault in caught.value.what
 
 
 def test_a_file_is_split_without_losing_or_repeating_an_example(tmp_path: Path) -> None:
     examples = [{"input": f"question {number}", "output": f"answer {number}"} for number in range(100)]
-    files._split(examples, 1, tmp_path)
+    split(examples, 1, tmp_path)
     parts = [
         [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         for name in ("training", "validation")

@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.engines.nemo.optimizations import packs, skip_shard_transposes
+from runtime.engines.nemo.optimizations import merge_micro_batches, short_padding, skip_shard_transposes
+from runtime.engines.nemo.optimizations.merge_micro_batches import merge
+from runtime.engines.nemo.optimizations.packs import ChangedStep
+from runtime.engines.nemo.optimizations.short_padding import cut_padding
 from runtime.weights import random_llama
 
 LENGTH, PACKS = 256, 4
@@ -70,7 +73,7 @@ def ends(batch: dict[str, Any], row: int = 0) -> list[int]:
 def test_the_padding_is_cut_and_the_examples_are_not(dataset: Any) -> None:
     for number in range(8):
         before = batch(dataset, number)
-        after = packs.cut_padding(before, 64)
+        after = cut_padding(before, 64)
         lengths = np.diff(ends(after))
         assert lengths.max() <= 64
         assert set(ends(before)) <= set(ends(after))
@@ -80,15 +83,15 @@ def test_the_padding_is_cut_and_the_examples_are_not(dataset: Any) -> None:
 
 
 def test_every_batch_has_one_shape_as_graphs_want_it(dataset: Any) -> None:
-    for change in (lambda one: packs.cut_padding(one, 64), packs.merge, lambda one: packs.cut_padding(packs.merge(one), 64)):
-        numbers = [(number,) for number in range(8)] if change is not packs.merge else [(0, 1, 2, 3), (4, 5, 6, 7)]
+    for change in (lambda one: cut_padding(one, 64), merge, lambda one: cut_padding(merge(one), 64)):
+        numbers = [(number,) for number in range(8)] if change is not merge else [(0, 1, 2, 3), (4, 5, 6, 7)]
         shapes = {tuple(change(batch(dataset, *some))["cu_seqlens"].shape) for some in numbers}
         assert len(shapes) == 1
 
 
 def test_merged_packs_hold_the_same_tokens_and_examples(dataset: Any) -> None:
     before = batch(dataset, 4, 5, 6, 7)
-    after = packs.merge(before)
+    after = merge(before)
     for key in ("tokens", "labels", "loss_mask", "position_ids"):
         assert after[key].shape == (1, PACKS * LENGTH)
         assert after[key].reshape(PACKS, LENGTH).equal(before[key])
@@ -112,8 +115,8 @@ def test_merged_packs_have_the_gradient_of_the_packs_one_by_one(dataset: Any) ->
     (stock,) = torch.autograd.grad(sum(means) / PACKS, losses)
 
     merged = losses.detach().reshape(1, -1).requires_grad_()
-    after = packs.merge(before)
-    total, tokens, logged = packs._weighted(MaskedTokenLossReduction.forward)(reduction, after, merged)
+    after = merge(before)
+    total, tokens, logged = merge_micro_batches._weighted(MaskedTokenLossReduction.forward)(reduction, after, merged)
     (ours,) = torch.autograd.grad(total / tokens, merged)
     torch.testing.assert_close(ours.reshape(PACKS, LENGTH), stock)
     mean = (losses * before["loss_mask"]).sum() / counts.sum()
@@ -130,8 +133,8 @@ def test_steps_that_change_batches_can_be_stacked(dataset: Any, monkeypatch: pyt
         read = next(iterator)
         return {key: read[key] if key in known else None for key in read}  # as NeMo's step does
 
-    inner = packs._Step(stock, lambda one: packs.cut_padding(one, 64))
-    step = packs._Step(inner, packs.merge)(iter([(batch(dataset, 0, 1, 2, 7), 0, 0)]))
+    inner = ChangedStep(stock, lambda one: cut_padding(one, 64))
+    step = ChangedStep(inner, merge)(iter([(batch(dataset, 0, 1, 2, 7), 0, 0)]))
     assert step["tokens"].shape == step["loss_weights"].shape == (1, PACKS * LENGTH)
     assert np.diff(ends(step)).max() <= 64
 
@@ -140,7 +143,7 @@ def test_the_longest_example_comes_from_the_packs_metadata(tmp_path: Path) -> No
     (tmp_path / "metadata.json").write_text(json.dumps([{"dataset_max_seqlen": 395}, {"dataset_max_seqlen": 331}]))
     data = SimpleNamespace(packed_sequence_specs=SimpleNamespace(packed_metadata_path=tmp_path / "metadata.json"))
     config = SimpleNamespace(data_step_fn=next)
-    packs.short_padding(data, config)
+    short_padding.install(data, config)
     import torch
 
     one = {"cu_seqlens": torch.tensor([[0, 300, 4096, -1]]), "cu_seqlens_argmin": torch.tensor([[3]])}

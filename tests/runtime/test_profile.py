@@ -67,4 +67,4 @@ def test_nsys_takes_the_place_of_the_ranks_that_are_asked_for(tmp_path):
 def test_a_node_without_nsys_says_so(tmp_path):
     done = enter(tmp_path, 1, "/nowhere")
     assert done.returncode == 1
-    assert done.stderr.startswith("there is no nsys on this node\n  hint: install Nsight Systems")
+    assert done.stderr.startswith("nsys is not installed on this node\n  hint: install Nsight Systems")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 from stages import Stage, plan
 
-from runtime.engines.nemo.checkpoint import source
+from runtime.engines.nemo.convert import source
 from runtime.guard import manifest
 from runtime.weights import random_llama
 
@@ -103,7 +103,7 @@ def test_a_conversion_that_was_done_takes_no_time_and_imports_no_nemo(history: H
     status, output = history.stage.run(plan(), "convert")
     assert time.monotonic() - begin < 3
     assert status == 0
-    assert output.splitlines() == [f"ftgen: the converted checkpoint is there: {history.stage.place} (looked for 0.0 s)"]
+    assert output.splitlines() == [f"ftgen: the converted checkpoint exists: {history.stage.place} (checked in 0.0 s)"]
     assert history.stage.run(plan(), "converted") == (0, "")
 
 
@@ -223,5 +223,5 @@ def test_a_changed_weight_is_found(history: History, make_stage: Callable[[], St
     weights.write_bytes(content)
     status, output = stage.run(plan(), "verify")
     assert status == 1
-    assert "__0_0.distcp has another content" in output
+    assert "__0_0.distcp has changed since it was built" in output
     assert history.stage.run(plan(), "verify")[0] == 0

@@ -28,6 +28,11 @@ def compile_case(ftgen, case: Path, out: Path) -> str:
     return (out / "spec.sh").read_text()
 
 
+def texts(folder: Path) -> dict[str, bytes]:
+    """The Python files below a folder, by their path in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.py")}
+
+
 def shellcheck(*scripts: Path) -> None:
     done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
@@ -36,7 +41,7 @@ def shellcheck(*scripts: Path) -> None:
 @pytest.mark.parametrize("case", sorted(CASES.iterdir()), ids=lambda case: case.name)
 def test_a_spec_compiles_to_the_expected_script(case, ftgen, tmp_path, matches_golden):
     script = compile_case(ftgen, case, tmp_path)
-    own, carried = script.split("# The entrypoint and the runtime, verbatim.\n")
+    own, carried = script.split("# unpack FOLDER: writes the entrypoint and the runtime files.\n")
     matches_golden(case / "expected.sh", own)
     assert carried.endswith('\nmain "$@"\n')
 
@@ -52,8 +57,7 @@ def test_the_script_carries_the_entrypoint_and_the_runtime_unchanged(ftgen, tmp_
     compile_case(ftgen, CASES / "recipe", tmp_path)
     subprocess.run(["bash", tmp_path / "spec.sh", "--unpack", tmp_path / "unpacked"], check=True)
     assert (tmp_path / "unpacked/spec.py").read_bytes() == (tmp_path / "spec.py").read_bytes()
-    carried = {path.name: path.read_bytes() for path in (tmp_path / "unpacked/runtime").iterdir()}
-    assert carried == {path.name: path.read_bytes() for path in (ROOT / "runtime").glob("*.py")}
+    assert texts(tmp_path / "unpacked/runtime") == texts(ROOT / "runtime")
 
 
 def test_values_come_back_unchanged_from_bash(ftgen, tmp_path):
@@ -119,7 +123,7 @@ def test_check_writes_nothing_and_shows_what_is_stale(ftgen, tmp_path):
 def test_an_override_is_in_the_plan_and_in_the_header(ftgen, tmp_path):
     done = ftgen("compile", "specs/lora_fp8_16.toml", "--set", "max_steps=60", "--out", tmp_path)
     assert done.returncode == 0
-    assert "# With --set max_steps=60.\n" in (tmp_path / "lora_fp8_16.sh").read_text()
+    assert "# Overrides: --set max_steps=60.\n" in (tmp_path / "lora_fp8_16.sh").read_text()
     plan = plan_in(tmp_path / "lora_fp8_16.py")
     assert (plan["max_steps"], plan["overrides"]) == (60, {"max_steps": 60})
 

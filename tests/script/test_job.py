@@ -62,13 +62,15 @@ def the_log(folder: Path) -> Path:
 def test_a_missing_stage_path_ends_the_job_at_once(script):
     done = run(script(), STAGE_PATH="/no/such/folder", seconds=10)
     assert done.returncode == 1
-    assert done.stderr.startswith("ftgen: error: STAGE_PATH is no folder: /no/such/folder\n  hint: mkdir -p it")
+    assert done.stderr.startswith(
+        "ftgen: error: STAGE_PATH is not a folder: /no/such/folder\n  hint: create it with mkdir -p"
+    )
 
 
 def test_a_missing_python_ends_the_job_at_once(script):
     done = run(script(), FTGEN_PYTHON="/no/such/python", seconds=10)
     assert done.returncode == 1
-    assert "ftgen: error: no Python: /no/such/python\n  hint: activate the environment" in done.stdout
+    assert "ftgen: error: there is no Python: /no/such/python\n  hint: activate the environment" in done.stdout
 
 
 def test_missing_packages_end_the_job_at_once(script, tmp_path):

@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 MODE = os.environ.get("PROGRAM_MODE", "")  # what a rank of the training does: see train
@@ -55,10 +56,10 @@ def check(plan: dict) -> int:
 
 def train(plan: dict) -> int:
     """One rank: says where it stands, and that it may trust every byte of the checkpoint."""
-    from runtime.engines.nemo import checkpoint
+    from runtime.engines.nemo import convert
     from runtime.guard import manifest
 
-    flaw = manifest.flaw(checkpoint.directory(plan), checkpoint.source(plan), thorough=True)
+    flaw = manifest.flaw(convert.directory(plan), convert.source(plan), thorough=True)
     env, rank = os.environ, int(os.environ["RANK"])
     place = " ".join(env.get(n, "-") for n in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"))
     gpus = len(env.get("CUDA_VISIBLE_DEVICES", "").split(","))
@@ -76,18 +77,25 @@ def train(plan: dict) -> int:
     return 0
 
 
+def replace(package: types.ModuleType, name: str, function: Callable) -> None:
+    """Put a module with only this function in the place of `name` of the package."""
+    module = types.ModuleType(f"{package.__name__}.{name}")
+    setattr(module, function.__name__, function)
+    sys.modules[module.__name__] = module
+    setattr(package, name, module)
+
+
 def main() -> None:
     entrypoint = sys.argv[1]
     sys.path.insert(0, str(Path(entrypoint).parent))
+    from runtime.engines import nemo
     from runtime.weights import hub
 
     hub.download = download
     hub.bytes_to_download = lambda *_: 0
-    for name, function in {"importer": import_directory, "check": check, "finetune": train}.items():
-        module = types.ModuleType(f"runtime.{name}")
-        setattr(module, function.__name__ if name != "finetune" else "finetune", function)
-        sys.modules[f"runtime.{name}"] = module
-        setattr(sys.modules["runtime"], name, module)
+    replace(sys.modules["runtime"], "check", check)
+    replace(nemo, "importer", import_directory)
+    replace(nemo, "train", train)
     sys.argv = sys.argv[1:]
     runpy.run_path(entrypoint, run_name="__main__")
 

@@ -113,9 +113,11 @@ def test_variables_that_override_the_header_are_warned_of(desk):
     environment = {"SBATCH_TIMELIMIT": "5", "SBATCH_GRES": "gpu:3", "SBATCH_GPUS_PER_TASK": "1", "SBATCH_PARTITION": "other"}
     job = run(desk, 1, 'partition = "main"\n', **{k: v for k, v in environment.items() if k != "SBATCH_GPUS_PER_TASK"})
     log = desk.log(job)
-    assert "ftgen: warning: SBATCH_TIMELIMIT=5, set where the job was submitted, wins over this script (00:10:00)\n" in log
-    assert "SBATCH_GRES=gpu:3, set where the job was submitted, wins over this script (gpu:1)" in log
-    assert "SBATCH_PARTITION=other, set where the job was submitted, wins over this script (main)" in log
+    assert (
+        "ftgen: warning: SBATCH_TIMELIMIT=5 from the shell that submitted the job overrides this script (00:10:00)\n" in log
+    )
+    assert "SBATCH_GRES=gpu:3 from the shell that submitted the job overrides this script (gpu:1)" in log
+    assert "SBATCH_PARTITION=other from the shell that submitted the job overrides this script (main)" in log
     assert log.count("warning") == 3
     text = desk.job(job).text  # and so they do
     assert "TimeLimit=00:05:00" in text

@@ -38,7 +38,7 @@ def test_the_token_is_in_no_file_no_command_line_and_nothing_that_slurm_shows(de
         return not desk.queue()
 
     until(over, 60, desk.everything)
-    assert f"job {first + 1} makes it" in desk.output(first)
+    assert f"job {first + 1} converts it" in desk.output(first)
     assert "code/a.py finetune" in seen  # the look was in time
     assert TOKEN not in seen
     assert shown

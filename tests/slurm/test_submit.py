@@ -54,8 +54,8 @@ def test_the_chain_is_cancelled_whole_by_the_command_that_it_prints(desk):
     convert(desk)
     scripts = [desk.compile(name) for name in ("a", "b", "c")]
     first = desk.submit(*scripts, PROGRAM_TRAIN_S="30")
-    until(lambda: "this cancels all of them" in desk.output(first), 20, desk.everything)
-    command = re.findall(r"cancels all of them: (scancel [\d ]+)", desk.output(first))[0].split()
+    until(lambda: "to cancel all of them" in desk.output(first), 20, desk.everything)
+    command = re.findall(r"to cancel all of them: (scancel [\d ]+)", desk.output(first))[0].split()
     assert command[1:] == [str(first + n) for n in range(3)]
     until(lambda: desk.events("train:0"), 20, desk.everything)
     desk.cluster.call(*command)
@@ -79,7 +79,7 @@ def test_a_job_that_cannot_begin_does_not_stop_those_after_it(desk):
     first = desk.submit(*scripts, FTGEN_PYTHON="/no/such/python")
     assert desk.ended(first).exit_code == 1
     assert desk.ended(first + 1).exit_code == 1
-    assert "no Python: /no/such/python" in desk.log(first + 1)
+    assert "there is no Python: /no/such/python" in desk.log(first + 1)
 
 
 def test_a_script_that_cannot_be_submitted_does_not_stop_those_after_it(desk):

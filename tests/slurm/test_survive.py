@@ -40,7 +40,7 @@ def test_before_the_time_limit_the_step_is_ended_and_the_log_says_so(desk):
     ended = desk.ended(job, 80)
     assert (ended.state, ended.exit_code) == ("FAILED", 124), ended.text  # and not TIMEOUT: it came first
     log = desk.log(job)
-    assert "ftgen: error: the time limit is near: the run is ended, with nothing half-made left behind\n" in log
+    assert "ftgen: error: the time limit is near: the run stops now and removes its unfinished files\n" in log
     assert log.endswith("ftgen: exit status 124\n")
 
 

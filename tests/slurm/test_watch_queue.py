@@ -30,7 +30,7 @@ def watched(desk, monkeypatch):
 
 
 def states(desk):
-    return [(run.run.run_id, run.state, run.over) for run in Follower([desk.stage / "logs"]).look()]
+    return [(run.run.run_id, run.state, run.over) for run in Follower([desk.stage / "logs"], squeue.states).look()]
 
 
 def test_a_job_is_in_the_state_that_the_queue_says(desk, watched):

@@ -1,8 +1,10 @@
-"""The converted checkpoint, made once for all jobs. In: a plan. Out: $NEMO_HOME/models/<place>/{context,weights}.
+"""Convert a Hugging Face checkpoint to NeMo's format, once for all jobs.
 
-Where the weights come from: "hub" (Hugging Face, downloaded into $HF_HOME's cache, where a broken download goes on),
-"directory" (a Hugging Face checkpoint on a disk), "random" (made here). NeMo's own importer converts them, behind the
-guard. A checkpoint that is there already is found without importing NeMo.
+In: a plan. Out: $NEMO_HOME/models/<place>/{context,weights}.
+
+checkpoint.source in the plan says where the weights come from: "hub" (downloaded from Hugging Face into the cache of
+$HF_HOME), "directory" (a Hugging Face checkpoint on a disk), "random" (generated). NeMo's own importer converts them.
+The guard publishes the result. If the converted checkpoint exists, this module does not import NeMo.
 
 Environment: NEMO_HOME (default $STAGE_PATH/HF_ckpt), HF_HOME, HF_TOKEN or HF_TOKEN_PATH, HF_HUB_OFFLINE.
 """
@@ -30,45 +32,45 @@ ARCHITECTURE = (
     "num_query_groups",
     "vocab_size",
 )
-ROOM_FOR_CONTEXT = 64 << 20  # bytes: tokenizer, config, manifest
-MARGIN = 1.05
+CONTEXT_BYTES = 64 << 20  # tokenizer, config and manifest: an upper bound
+MARGIN = 1.05  # of the estimate of what is written
 
 
 def convert(plan: Plan) -> int:
-    """Make the checkpoint unless it is there; 0. JobError: no access, no network, no room, another shape."""
+    """Convert the checkpoint unless that is done; exit code 0. JobError: no access, network or disk space; wrong shape."""
     begin = time.monotonic()
     place = directory(plan)
     if converted(plan):
-        say(f"the converted checkpoint is there: {place} (looked for {time.monotonic() - begin:.1f} s)")
+        say(f"the converted checkpoint exists: {place} (checked in {time.monotonic() - begin:.1f} s)")
         return 0
     publish.ensure(place, source(plan), lambda staging: _build(plan, staging), need_bytes=lambda: _need_bytes(plan))
-    say(f"the converted checkpoint is in {place} (after {time.monotonic() - begin:.0f} s)")
+    say(f"the converted checkpoint is ready: {place} (after {time.monotonic() - begin:.0f} s)")
     return 0
 
 
 def converted(plan: Plan) -> bool:
-    """Whether the plan's checkpoint is there and can be used; takes milliseconds."""
+    """Whether the plan's converted checkpoint exists and has no flaw. Takes milliseconds."""
     return manifest.flaw(directory(plan), source(plan)) is None
 
 
 def verify(plan: Plan) -> int:
-    """Read every byte of the checkpoint; 0 if all is as it was made, else 1, what is not, and it is moved away."""
-    with timed(f"reading {directory(plan)}"):
+    """Read every byte of the checkpoint. Exit code 0 if it is unchanged; otherwise 1, and the checkpoint is renamed."""
+    with timed(f"reading every byte of {directory(plan)}"):
         flaw = manifest.flaw(directory(plan), source(plan), thorough=True)
     if flaw:
-        say(f"the checkpoint in {directory(plan)} cannot be used: {flaw}. The next job makes it anew")
+        say(f"the checkpoint in {directory(plan)} cannot be used: {flaw}. The next job converts it again")
         publish.set_aside(directory(plan), source(plan), thorough=True)
     return 1 if flaw else 0
 
 
 def directory(plan: Plan) -> Path:
-    """Where the plan's converted checkpoint belongs."""
+    """Path of the plan's converted checkpoint."""
     home = os.environ.get("NEMO_HOME") or Path(os.environ.get("STAGE_PATH") or Path.cwd(), "HF_ckpt")
     return Path(home, "models", plan["checkpoint"]["place"])
 
 
 def source(plan: Plan) -> dict[str, Any]:
-    """What identifies the checkpoint: two plans with the same use the same one."""
+    """What identifies the checkpoint: two plans with the same source use the same checkpoint."""
     kind = plan["checkpoint"]["source"]
     identity = {"kind": "nemo checkpoint", "source": kind} | {key: plan["model"][key] for key in ARCHITECTURE}
     if kind == "hub":
@@ -91,37 +93,37 @@ def _build(plan: Plan, staging: Path) -> dict[str, Any]:
 
 
 def _fetch(plan: Plan, scratch: Path) -> tuple[Path, dict[str, Any]]:
-    """A directory in Hugging Face format, and what is known of it."""
+    """A directory in Hugging Face format, and its origin for the manifest."""
     kind, model = plan["checkpoint"]["source"], plan["model"]
     if kind == "hub":
         with timed(f"downloading {model['hf_id']}"):
             path = hub.download(model["hf_id"], plan["checkpoint"]["revision"])
         return path, {"commit": path.name}
     if kind == "random":
-        with timed(f"making random weights: {model['parameters']:,} parameters"):
+        with timed(f"generating random weights: {model['parameters']:,} parameters"):
             random_llama.write(plan, scratch)
         return scratch, {}
     return user_directory(plan), {}
 
 
 def _need_bytes(plan: Plan) -> int:
-    """What download and conversion write; converted weights take two bytes a parameter, four in small models."""
+    """Bytes that download and conversion write. Weights have two bytes per parameter, in small models four."""
     parameters, kind = plan["model"]["parameters"], plan["checkpoint"]["source"]
     weights = parameters * (2 if parameters >= random_llama.LARGE else 4)
     if kind == "hub":
         weights += hub.bytes_to_download(plan["model"]["hf_id"], plan["checkpoint"]["revision"])
     if kind == "random":
         weights *= 2
-    return int(weights * MARGIN) + ROOM_FOR_CONTEXT
+    return int(weights * MARGIN) + CONTEXT_BYTES
 
 
 def user_directory(plan: Plan) -> Path:
-    """Where a checkpoint of source "directory" is; a relative path is one below STAGE_PATH."""
+    """Path of a checkpoint of source "directory"; a relative checkpoint.path is below STAGE_PATH."""
     return Path(os.environ.get("STAGE_PATH") or Path.cwd(), plan["checkpoint"]["path"])
 
 
 def _refuse_unfit(plan: Plan, weights: Path) -> None:
-    """JobError unless the directory is whole and of the model's shape: the importer would fail late, or not at all."""
+    """JobError if a file is missing or the shape is not the model's: the importer would notice late, or never."""
     names = {
         "num_layers": "num_hidden_layers",
         "hidden_size": "hidden_size",
@@ -135,14 +137,14 @@ def _refuse_unfit(plan: Plan, weights: Path) -> None:
         index = weights / "model.safetensors.index.json"
         shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
     except (OSError, ValueError) as error:
-        raise JobError(f"{weights} is no Hugging Face checkpoint: {error}", "set checkpoint.path to one") from error
+        raise JobError(f"{weights} is not a Hugging Face checkpoint: {error}", "set checkpoint.path to one") from error
     if missing := sorted(shard for shard in shards if not (weights / shard).is_file()):
-        raise JobError(f"{weights} lacks {', '.join(missing)}", "complete the download: its files are *.safetensors")
+        raise JobError(f"{weights}: files are missing: {', '.join(missing)}", "complete the download of *.safetensors")
     for key, name in names.items():
         if config.get(name, plan["model"][key]) != plan["model"][key]:
             raise JobError(
-                f"{weights} has {name} = {config[name]}, and model {plan['model']['name']} has {plan['model'][key]}",
-                "choose the model that this checkpoint is of",
+                f"{weights} has {name} = {config[name]}, but model {plan['model']['name']} has {plan['model'][key]}",
+                "set model to the model of this checkpoint, or checkpoint.path to another checkpoint",
             )
 
 

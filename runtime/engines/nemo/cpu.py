@@ -1,9 +1,11 @@
-"""Megatron-Core and NeMo on a machine without a GPU: for trying things, not for measuring.
+"""Make NeMo and Megatron-Core run on a machine without a GPU. This is for tests, not for measurements.
 
-In: nothing; `stand_in()` is called once, before NeMo is used. Out: torch.cuda's calls that the two make without asking
-do nothing, tensors meant for "cuda" land on the CPU, and `PLAIN` is what a model's config needs beside that: no fused
-kernels, and Megatron's own layers in place of Transformer Engine's. Both kinds of layers keep the same names in a
-checkpoint, so what is converted here can be trained on GPUs.
+In: a process that has not used NeMo yet. Out: `stand_in()` changes torch.cuda for this process; `plain()` gives settings.
+
+`stand_in()` replaces the functions of torch.cuda that NeMo and Megatron-Core always call by functions that do
+nothing, and puts tensors for "cuda" on the CPU. `plain()` switches off the fused kernels and selects Megatron's own
+layers instead of Transformer Engine's. Both kinds of layers have the same names in a checkpoint, so GPUs can train a
+checkpoint that was converted on a CPU.
 """
 
 import contextlib
@@ -26,7 +28,7 @@ FUSIONS = (
     "masked_softmax_fusion",
     "persist_layer_norm",
 )
-# Where the norms are that Transformer Engine fuses into the linear layer behind them, and Megatron's own layers do not.
+# Names of the norms in Megatron's own layers. Transformer Engine fuses them into the next linear layer.
 NORMS = {
     "model.layers.*.input_layernorm.weight": "decoder.layers.*.input_layernorm.weight",
     "model.layers.*.post_attention_layernorm.weight": "decoder.layers.*.pre_mlp_layernorm.weight",
@@ -34,17 +36,17 @@ NORMS = {
 
 
 def plain() -> dict[str, Any]:
-    """The fields of a model's config that run anywhere."""
+    """Settings of a model's config that need no GPU."""
     from nemo.collections.llm.gpt.model.base import local_layer_spec
 
     return dict.fromkeys(FUSIONS, False) | {"transformer_layer_spec": local_layer_spec}
 
 
 def stand_in() -> None:
-    """Make torch.cuda's calls harmless, once; the rest of this process has no GPU."""
+    """Replace functions of torch.cuda for the rest of this process. A second call does nothing."""
     if torch.cuda.is_available() or torch.cuda.Stream is _Idle:
         return
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron asks for it before it looks for a GPU
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron requires it, also without a GPU
     for name, value in _stand_ins().items():
         setattr(torch.cuda, name, value)
     torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
@@ -60,18 +62,18 @@ def stand_in() -> None:
     megatron_random._set_cuda_rng_state = torch.cuda.set_rng_state
     megatron_random._get_cuda_rng_state = torch.cuda.get_rng_state
     if not lora.HAVE_TE:
-        lora.te = types.SimpleNamespace(Linear=None)  # it asks of each layer whether it is Transformer Engine's
-        lora_layers.HAVE_TE = False  # NeMo 2.7 takes it for installed here when it is not
+        lora.te = types.SimpleNamespace(Linear=None)  # LoRA tests whether a layer is a te.Linear
+        lora_layers.HAVE_TE = False  # NeMo 2.7 sets it to True here though Transformer Engine is not installed
     megatron_init._set_random_seed = _with_a_device(megatron_init._set_random_seed)
-    nemo_checkpoints._fix_tensors_device = _same  # it moves what was loaded between GPUs
-    # The CPU's random numbers are the GPU's here, and Megatron warns each time that it sees them change.
+    nemo_checkpoints._fix_tensors_device = _same  # it moves loaded tensors between GPUs
+    # CPU and GPU share one random generator here. Megatron would warn each time that the CPU's state changes.
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
-    _OnTheCpu().__enter__()  # for good
+    _OnTheCpu().__enter__()  # never exited
 
 
 @contextlib.contextmanager
 def plain_import() -> Iterator[None]:
-    """Within it, NeMo's importers of Hugging Face checkpoints make a plain model and find its norms."""
+    """In this block, NeMo's importers of Hugging Face checkpoints build a model with `plain()` and find its norms."""
     from nemo.collections.llm.gpt.model import llama, mistral, qwen2
     from nemo.lightning import io
 
@@ -83,7 +85,7 @@ def plain_import() -> Iterator[None]:
 
 
 class _Idle:
-    """A stream or an event of a device that is not there."""
+    """Stands in for a CUDA stream or event: every method does nothing."""
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         pass
@@ -93,7 +95,7 @@ class _Idle:
 
 
 class _OnTheCpu(TorchFunctionMode):  # type: ignore[misc]
-    """Tensors that are made for, or moved to, "cuda" stay on the CPU."""
+    """Creates tensors for "cuda" on the CPU, and leaves tensors on the CPU that are moved to "cuda"."""
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -156,7 +158,7 @@ def _with_defaults(init: Callable[..., None], defaults: dict[str, Any]) -> Calla
 
 
 def _with_a_device(set_random_seed: Callable[[int], None]) -> Callable[[int], None]:
-    """NeMo seeds the generator of its weights only where it counts a GPU."""
+    """NeMo seeds the generator of the weights only if there is a GPU."""
 
     def with_a_device(seed: int) -> None:
         with _replaced(torch.cuda, "device_count", lambda: 1):

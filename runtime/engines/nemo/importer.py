@@ -1,6 +1,8 @@
-"""NeMo's own importers of Hugging Face checkpoints, kept to one directory. In: a Hugging Face one. Out: a NeMo checkpoint.
+"""Run NeMo's own importer of Hugging Face checkpoints, so that it writes only into one directory.
 
-This module imports NeMo (15-40 s): only a conversion does.
+In: a directory in Hugging Face format. Out: a directory in NeMo's format.
+
+This module imports NeMo (15-40 s), so only a conversion imports it.
 """
 
 import ctypes
@@ -24,40 +26,40 @@ from runtime.job.errors import JobError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LIBC = ctypes.CDLL(None)
-
-
-# NeMo's importers by the `model_type` of a config.json.
+# By the `model_type` of a config.json.
 IMPORTERS = {"llama": HFLlamaImporter, "mistral": HFMistralImporter, "qwen2": HFQwen2Importer}
 
 
-class OurHabits:
-    """Of the stock importer's habits two are left out: a shared folder in /tmp, and a second process for saving."""
+class OneDirectory:
+    """Changes two things of NeMo's importer: it uses no shared folder in /tmp, and no second process to save."""
 
     tokenizer_directory: Path
 
     def save_hf_tokenizer_assets(self, tokenizer_name_or_path: str, save_path: str = "") -> str:
-        """Keep the tokenizer in a folder of our own; the checkpoint gets a copy under the folder's name."""
+        """Save the tokenizer in our own folder. NeMo copies the folder, with its name, into the checkpoint."""
         target = save_path or str(self.tokenizer_directory)
-        AutoTokenizer.from_pretrained(tokenizer_name_or_path).save_pretrained(target)  # and no code of the model's
+        AutoTokenizer.from_pretrained(tokenizer_name_or_path).save_pretrained(
+            target
+        )  # does not run code of the model's repository
         return target
 
     def nemo_setup(self, model: Any, trainer: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Save in this process: another one would import everything again, and may outlive us."""
+        """Save in this process. A second process would import everything again, and could outlive this one."""
         return super().nemo_setup(model, trainer, *args, ckpt_async_save=False, **kwargs)  # type: ignore[misc]
 
 
 def importer_of(source: Path) -> Any:
-    """NeMo's importer of this Hugging Face directory, with our habits; JobError: NeMo has none that ftgen knows."""
+    """NeMo's importer for a Hugging Face directory, changed as in `OneDirectory`. JobError: unknown model type."""
     kind = json.loads((source / "config.json").read_text()).get("model_type")
     if kind not in IMPORTERS:
-        raise JobError(f"a checkpoint of type {kind} cannot be converted", f"one of {', '.join(IMPORTERS)}")
-    return type("Importer", (OurHabits, IMPORTERS[kind]), {})(str(source))
+        raise JobError(f"cannot convert a checkpoint of model_type {kind}", f"use one of {', '.join(IMPORTERS)}")
+    return type("Importer", (OneDirectory, IMPORTERS[kind]), {})(str(source))
 
 
 def import_directory(source: Path, output: Path, scratch: Path) -> str:
-    """Convert the Hugging Face directory `source` to `output`/{context,weights}; the kind of layers it was made with.
+    """Convert the Hugging Face directory `source` to `output`/{context,weights}. Returns whose layers it was converted with.
 
-    `scratch` is a new directory's name beside them; it is removed again.
+    `scratch` is the name of a new directory for the tokenizer, which is removed at the end.
     """
     _keep_to_this_process()
     importer = importer_of(source)
@@ -75,9 +77,10 @@ def import_directory(source: Path, output: Path, scratch: Path) -> str:
 
 
 def _keep_to_this_process() -> None:
-    """Nothing that Megatron starts to save outlives us when we are killed: it would keep our memory and our output.
+    """Make Megatron's forked processes end with this one. Otherwise they would keep our memory and our output open.
 
-    The queue of results needs no server process of its own (two seconds to start) where saving is not asynchronous.
+    Saving is not asynchronous here, so a plain queue replaces Megatron's, which needs a server process (two seconds
+    to start).
     """
     filesystem_async._results_queue = queue.Queue()
     os.register_at_fork(after_in_child=_die_with_the_parent)

@@ -1,9 +1,12 @@
-"""Packages that a fine-tune does not use, imported only once something does use them. Out: NeMo is imported sooner.
+"""Import NeMo faster: packages that a fine-tune does not use are imported only when something uses them.
 
-NeMo, Megatron-Core and what they stand on import much at their top that a training never calls: other clouds' clients,
-other loggers, quantization. Of what `DEFERRED` names, `import` gives a stand-in, whose names are classes: to import, to
-annotate with, to derive from. The real package is imported when one of them is called, asked about or iterated over, so
-what is used after all is only imported later. A package that is not installed cannot be imported, as ever.
+In: a process that has not imported NeMo. Out: an import hook for the packages in `DEFERRED`.
+
+NeMo and Megatron-Core import many packages that a training never calls: clients of clouds, loggers, quantization. For
+a package in `DEFERRED`, `import` gives a stand-in. Each name of a stand-in is a class, which other code can import,
+annotate with and derive from. When other code calls it, reads one of its values or iterates over it, the real package
+is imported. So a package that is used after all is only imported later. A package that is not installed cannot be
+imported, as usual.
 
 Environment: FTGEN_IMPORT_ALL=1 turns this off.
 """
@@ -20,37 +23,35 @@ from types import ModuleType
 from typing import Any
 
 OFF = "FTGEN_IMPORT_ALL"
-# Who imports each for what. Only what nothing compares with can stand here: a stand-in equals itself alone.
+# Package: who imports it, and what for. Names of these packages must not be compared: a stand-in is equal only to itself.
 DEFERRED = {
-    "accelerate": "transformers: models over several devices, where Megatron does that here",
-    "datasets": "NeMo: downloads of data sets, where runtime/data.py makes the files; with aiohttp",
+    "accelerate": "transformers: models on several devices, which Megatron does here",
+    "datasets": "NeMo: downloads of data sets, where runtime/data writes the files; with aiohttp",
     "leptonai": "nemo_run: a cloud's client; with fastapi, httpx, trio",
     "modelopt": "NeMo: quantization, pruning and distillation; with transformers' trainer",
     "nemo.collections.llm.modelopt": "NeMo: the same",
     "pandas": "NeMo: a tokenizer of tables",
     "paramiko": "nemo_run: tunnels to other machines; with cryptography",
-    "pytorch_lightning": "NeMo: a reranker; it is `lightning` once more",
+    "pytorch_lightning": "NeMo: a reranker; a second copy of `lightning`",
     "scipy": "torchmetrics, transformers: metrics of audio, the loss of object detection",
     "sklearn": "transformers: a metric of assisted decoding",
     "torch.utils.tensorboard": "Megatron-Core: a logger; with tensorboard",
     "wandb": "Megatron-Core: a logger",
 }
-# What every training asks NeMo's modelopt for, and what it then does: no checkpoint of ftgen's holds a state of modelopt,
-# and none of its models is distilled.
+# Functions of NeMo's modelopt that every training calls, and that do nothing here: no checkpoint of ftgen has a state
+# of modelopt, and no model is distilled.
 NOTHING_TO_DO = {
     "nemo.collections.llm.modelopt.set_modelopt_spec_if_exists_in_ckpt",
     "nemo.collections.llm.modelopt.model_utils.restore_modelopt_state",
     "nemo.collections.llm.modelopt.model_utils.save_modelopt_state",
     "nemo.collections.llm.modelopt.distill.utils.get_tensor_shapes_adjust_fn_for_distillation",
 }
-
-
-# Megatron-Core's memory for inference: its import compiles a CUDA extension, in every process, and starts CUDA.
+# Megatron-Core's memory for inference. Its import compiles a CUDA extension and initializes CUDA, in every process.
 MANAGED_MEMORY = "megatron.core.inference.unified_memory"
 
 
 def defer() -> None:
-    """From now on what `DEFERRED` names is imported when it is used; what has been imported stays."""
+    """Defer the packages in `DEFERRED` from now on. A package that is already imported stays as it is."""
     if os.environ.get(OFF, "0") in {"", "0"} and not any(isinstance(finder, Deferring) for finder in sys.meta_path):
         sys.meta_path.insert(0, Deferring(DEFERRED))
         without = ModuleType(MANAGED_MEMORY)
@@ -59,15 +60,15 @@ def defer() -> None:
 
 
 class Deferring(MetaPathFinder, Loader):
-    """Finds stand-ins for the modules of packages that are there and not wanted yet."""
+    """Import hook: gives stand-ins for modules of packages that are installed and not used yet."""
 
     def __init__(self, packages: Iterable[str]) -> None:
         self.waiting = {package for package in packages if package not in sys.modules}
-        self.written: list[tuple[str, str, Any]] = []  # to names of modules, while they were stand-ins
+        self.written: list[tuple[str, str, Any]] = []  # assignments to names of stand-ins: module, name, value
         self.lock = threading.Lock()
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The real one's, but for its loader."""
+        """The real module's spec, with this object as the loader."""
         package = next((package for package in self.waiting if _is_in(package, name)), None)
         if package is None:
             return None
@@ -81,14 +82,14 @@ class Deferring(MetaPathFinder, Loader):
         return spec
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """A stand-in."""
+        """Create the stand-in."""
         return StandIn(spec.name, self, str(spec.loader_state))
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing: that is what takes time."""
+        """Do nothing: executing the real module is what takes time."""
 
     def real(self, package: str, module: str, key: str) -> Any:
-        """What `key` ("a" or "a.b") of the module stands for: from now on the package is the real one."""
+        """The real object behind `key` ("a" or "a.b") of the module. The real package replaces the stand-in."""
         with self.lock:
             if was_waiting := package in self.waiting:
                 self.waiting.remove(package)
@@ -109,7 +110,7 @@ class Deferring(MetaPathFinder, Loader):
 
 
 def _attribute(owner: Any, key: str) -> Any:
-    """As getattr; what was imported below a stand-in is not imported below the real one yet."""
+    """Like getattr. Also finds a sub-module that was imported as a stand-in, but not yet for real."""
     if isinstance(owner, ModuleType) and not hasattr(owner, key):
         with contextlib.suppress(ModuleNotFoundError):
             return importlib.import_module(f"{owner.__name__}.{key}")
@@ -121,7 +122,7 @@ def _is_in(package: str, name: str) -> bool:
 
 
 class StandIn(ModuleType):
-    """Stands for a module; every name can be had from it."""
+    """Stands in for a module. It has every name."""
 
     def __init__(self, name: str, finder: Deferring, package: str) -> None:
         super().__init__(name)
@@ -134,13 +135,13 @@ class StandIn(ModuleType):
                 return _nothing
             if not _is_special(key):
                 return _name(finder, package, self.__name__, key)
-            if key not in {"__version__", "__all__"}:  # asked by inspect and warnings of every module
+            if key not in {"__version__", "__all__"}:  # inspect and warnings read other special names of every module
                 raise AttributeError(f"module {self.__name__!r} has no attribute {key!r}")
         return finder.real(package, self.__name__, key)
 
 
 def _nothing(*_args: Any, **_kwargs: Any) -> None:
-    """Do what the real one does here."""
+    """Do nothing, as the real function does here."""
 
 
 def _is_special(key: str) -> bool:
@@ -152,20 +153,20 @@ def _name(finder: Deferring, package: str, module: str, key: str) -> type:
 
 
 class Name(type):
-    """The type of the classes that stand for a deferred package's names, and of those that are derived from them."""
+    """Metaclass of the classes that stand in for names of a deferred package, and of classes derived from them."""
 
     def _real(cls) -> Any:
         if "_stands_for" not in cls.__dict__:
             base = next(base for base in cls.__mro__ if "_stands_for" in base.__dict__)
             raise RuntimeError(
                 f"{cls.__module__}.{cls.__name__} cannot be used: it is derived from {base.__module__}.{base.__name__}, "
-                f"which is not imported for a fine-tune. export {OFF}=1 imports it"
+                f"which ftgen does not import for a fine-tune. export {OFF}=1 imports it"
             )
         finder, package, module, key = cls.__dict__["_stands_for"]
         return finder.real(package, module, key)
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Call what it stands for; RuntimeError: a class derived from a stand-in."""
+        """Call the real object. RuntimeError: this class is derived from a stand-in."""
         return cls._real()(*args, **kwargs)
 
     def __getattr__(cls, key: str) -> Any:

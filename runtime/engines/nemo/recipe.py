@@ -1,6 +1,8 @@
-"""NeMo's own fine-tuning recipe with the plan's numbers. In: plan, checkpoint, data. Out: what trains when called.
+"""Build NeMo's own fine-tuning recipe, with the numbers of the plan.
 
-This module imports NeMo (15-40 s): only a training does.
+In: a plan, a checkpoint, data. Out: a recipe, as a `run.Partial`.
+
+This module imports NeMo (15-40 s), so only a training imports it.
 """
 
 import functools
@@ -25,7 +27,7 @@ ARCHITECTURE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_h
 
 
 def build(plan: Plan, checkpoint: Path, files: Files, log_directory: Path) -> Any:
-    """The recipe as a `run.Partial`; `fdl.build(recipe)()` trains. Nothing is written outside `log_directory`."""
+    """The recipe; `fiddle.build(recipe)()` trains. It writes only into `log_directory`."""
     recipe = stock(plan, log_directory)
     set_model(recipe, plan)
     _set_scheme(recipe, plan)
@@ -39,13 +41,13 @@ def build(plan: Plan, checkpoint: Path, files: Files, log_directory: Path) -> An
     recipe.resume = run.Config(nl.AutoResume, restore_config=run.Config(nl.RestoreConfig, path=str(checkpoint)))
     if plan["gpu"]["name"] == "cpu":
         _for_the_cpu(recipe)
-    # The seed of adapters and dropout is no setting of NeMo's: its default stands in this function's signature.
+    # NeMo has no setting for the seed of adapters and dropout: it is only a default argument of this function.
     _strategy_lib.init_parallel_ranks = functools.partial(_strategy_lib.init_parallel_ranks, seed=plan["seed"])
     return recipe
 
 
 def stock(plan: Plan, log_directory: Path) -> Any:
-    """NeMo's own recipe of the model, with as much of the plan as it takes; not every model's takes all of it."""
+    """NeMo's own recipe of the model. It gets those of our arguments that it has; they differ between models."""
     library = importlib.import_module(f"nemo.collections.llm.recipes.{plan['model']['nemo_recipe']}")
     arguments = {
         "dir": str(log_directory),
@@ -57,12 +59,12 @@ def stock(plan: Plan, log_directory: Path) -> Any:
         "packed_sequence": plan["data"]["packed"],
         "performance_mode": True,
     }
-    taken = inspect.signature(library.finetune_recipe).parameters
-    return library.finetune_recipe(**{key: value for key, value in arguments.items() if key in taken})
+    accepted = inspect.signature(library.finetune_recipe).parameters
+    return library.finetune_recipe(**{key: value for key, value in arguments.items() if key in accepted})
 
 
 def set_model(recipe: Any, plan: Plan) -> None:
-    """The plan's architecture, over that of the recipe's model."""
+    """Set the plan's architecture in the recipe's model."""
     config, model = recipe.model.config, plan["model"]
     for key in ARCHITECTURE:
         setattr(config, key, model[key])
@@ -73,7 +75,7 @@ def set_model(recipe: Any, plan: Plan) -> None:
     if model["rope_scaling_factor"]:
         config.scale_factor = model["rope_scaling_factor"]
     config.seq_length = recipe.data.seq_length = plan["seq_length"]
-    # some of NeMo's recipes count embedding and loss as layers of the pipeline; the plan counts the layers alone
+    # some of NeMo's recipes count embedding and loss as pipeline layers; the plan counts only transformer layers
     config.account_for_embedding_in_pipeline_split = config.account_for_loss_in_pipeline_split = False
 
 
@@ -87,9 +89,11 @@ def _set_scheme(recipe: Any, plan: Plan) -> None:
 
 def _set_optimizer(recipe: Any, plan: Plan) -> None:
     recipe.optim.config.lr = plan["optimizer"]["learning_rate"]
-    warmup = min(plan["optimizer"]["warmup_steps"], plan["max_steps"] - 1)  # the schedule refuses a longer one
+    warmup = min(
+        plan["optimizer"]["warmup_steps"], plan["max_steps"] - 1
+    )  # the scheduler requires fewer warmup steps than steps
     if warmup != plan["optimizer"]["warmup_steps"]:
-        say(f"warmup: {warmup} steps, because max_steps = {plan['max_steps']}")
+        say(f"warmup is shortened to {warmup} steps, because max_steps = {plan['max_steps']}")
     recipe.optim.lr_scheduler.warmup_steps = warmup
 
 
@@ -104,13 +108,13 @@ def _set_parallelism(recipe: Any, plan: Plan) -> None:
     ):
         setattr(strategy, key, split[key])
     if split["context_parallel_size"] > 1:
-        # A rank whose part of the sequence holds no answer has no loss of its own: NeMo insists on these two.
+        # A rank whose part of the sequence has no answer tokens has no loss. NeMo then requires these two settings.
         recipe.model.config.calculate_per_token_loss = True
         strategy.ddp = ddp(recipe, average_in_collective=False)
 
 
 def ddp(recipe: Any, **changes: Any) -> Any:
-    """The recipe's settings of data parallelism, which may be a word, with changes."""
+    """The recipe's data-parallel settings with changes. In some recipes they are only the name of a strategy."""
     settings = recipe.trainer.strategy.ddp
     if isinstance(settings, str):
         settings = run.Config(DistributedDataParallelConfig, check_for_nan_in_grad=True)
@@ -126,7 +130,7 @@ def _set_precision(recipe: Any, plan: Plan) -> None:
 
 
 def _set_data(recipe: Any, plan: Plan, files: Files) -> None:
-    # The module is called SquadDataModule, and downloads nothing where training.jsonl exists.
+    # The recipe's data module is SquadDataModule. It downloads nothing if training.jsonl exists.
     recipe.data.dataset_root = str(files.examples)
     recipe.data.seed = plan["seed"]
     recipe.data.global_batch_size = plan["global_batch_size"]
@@ -148,7 +152,7 @@ def _set_trainer(recipe: Any, plan: Plan) -> None:
     trainer.val_check_interval = None
     trainer.enable_checkpointing = False
     trainer.logger = False
-    # Launchers differ in the variables that they set; the job's script sets torchrun's, whatever started it.
+    # Slurm and torchrun set different variables. The entrypoint always sets those of torchrun.
     trainer.plugins = [trainer.plugins, run.Config(TorchElasticEnvironment)]
 
 
@@ -165,5 +169,5 @@ def _for_the_cpu(recipe: Any) -> None:
     trainer.strategy.pipeline_dtype = None
     optimizer.bf16 = False
     optimizer.use_distributed_optimizer = False
-    optimizer.clip_grad = 0.0  # its kernel is CUDA's
+    optimizer.clip_grad = 0.0  # its kernel needs CUDA
     recipe.data.num_workers = 0

@@ -1,7 +1,9 @@
-"""The training: one process of it. In: a plan, and this process's rank in the environment. Out: NeMo's own step lines.
+"""Train: one process per rank.
 
-Environment: RANK, LOCAL_RANK, WORLD_SIZE, NODE_RANK, MASTER_ADDR, MASTER_PORT (alone: 0, 0, 1, 0, this machine, a free
-port), FTGEN_RUN_DIR for what NeMo writes (default $STAGE_PATH/logs).
+In: a plan, and the rank of this process in the environment. Out: NeMo's own step lines on stdout.
+
+Environment: RANK, LOCAL_RANK, WORLD_SIZE, NODE_RANK, MASTER_ADDR, MASTER_PORT (defaults for a single process: 0, 0,
+1, 0, this machine, a free port); FTGEN_RUN_DIR, where NeMo writes (default $STAGE_PATH/logs).
 """
 
 import os
@@ -21,15 +23,15 @@ Plan = dict[str, Any]
 
 
 def train(plan: Plan) -> int:
-    """Train plan["max_steps"] steps; 0. JobError: no checkpoint, the wrong number of processes, faulty data."""
-    _settle_ranks(plan)
+    """Train plan["max_steps"] steps; exit code 0. JobError: no checkpoint, no GPU, a wrong WORLD_SIZE, faulty data."""
+    _set_ranks(plan)
     profile.enter(plan)
     weights = convert.directory(plan)
     if not convert.converted(plan):
         raise JobError(f"there is no converted checkpoint in {weights}", "run the command convert first")
     read_ahead.begin(weights / "weights")
     with timed("importing NeMo"):
-        _set_switches(plan)
+        _set_variables(plan)
         switch.before_imports(plan)
         imports.defer()
         import fiddle
@@ -41,7 +43,7 @@ def train(plan: Plan) -> int:
 
         cpu.stand_in()
     elif not torch.cuda.is_available():
-        raise JobError("PyTorch finds no GPU in this process", 'see nvidia-smi; gpu = "cpu" in the spec runs without')
+        raise JobError("PyTorch finds no GPU in this process", 'see nvidia-smi; gpu = "cpu" in the spec needs no GPU')
     environment.tell(plan)
     files = prepare(plan, weights / "context" / "nemo_tokenizer")
     recipe_of_run = recipe.build(plan, weights, files, _log_directory())
@@ -55,8 +57,8 @@ def train(plan: Plan) -> int:
     return 0
 
 
-def _settle_ranks(plan: Plan) -> None:
-    """Defaults for a process that is alone; PyTorch's name for the node's rank."""
+def _set_ranks(plan: Plan) -> None:
+    """Set defaults for a single process, and GROUP_RANK, which is PyTorch's name for NODE_RANK."""
     env = os.environ
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in alone.items():
@@ -66,13 +68,13 @@ def _settle_ranks(plan: Plan) -> None:
     env["GROUP_RANK"] = env["NODE_RANK"]
     if int(env["WORLD_SIZE"]) != plan["gpus"]:
         raise JobError(
-            f"{env['WORLD_SIZE']} processes train, and the plan has {plan['gpus']} GPUs",
-            "start one process for each GPU: the job's script does",
+            f"{env['WORLD_SIZE']} processes train, but the plan has {plan['gpus']} GPUs",
+            "start one process per GPU, as the job's script does",
         )
 
 
-def _set_switches(plan: Plan) -> None:
-    """What NeMo and Lightning read from the environment when they are imported or built."""
+def _set_variables(plan: Plan) -> None:
+    """Set the variables that NeMo and Lightning read when they are imported or built."""
     os.environ["PL_GLOBAL_SEED"] = str(plan["seed"])
     if plan["gpu"]["name"] != "cpu":
         os.environ.setdefault("NEMO_LOG_MEMORY_USAGE", "1")

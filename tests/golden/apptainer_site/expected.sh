@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # lora_nemo_llama3_8b_bf16_4: LoRA BF16 fine-tuning of llama3_8b on 1 node of 4 h100
 # Written by ftgen 0.1.0 from spec.toml (sha256 6c1a05396657fe04ddc7c83bc6d7d31b8925e344f522eb4613ee982bc6063bac).
-# Change the spec and compile it again rather than this file.
+# Do not change this file: change the spec and compile it again.
 #
-#   sbatch spec.sh           on a Slurm cluster; several scripts after it run one after the other
+#   sbatch spec.sh           on a Slurm cluster; if you name several scripts, they run one after the other
 #   bash spec.sh             on this machine
-#   bash spec.sh --unpack F  only write the entrypoint and the runtime into folder F
+#   bash spec.sh --unpack F  only write the entrypoint and the runtime files into folder F
 #
-# Reads: STAGE_PATH (where checkpoint, data and logs live; default: the folder it is submitted from),
-# HF_TOKEN (or huggingface_hub's token file) where the model is gated, FTGEN_PYTHON (an interpreter to use instead).
+# Reads: STAGE_PATH (folder of checkpoint, data and logs; default: the folder where you submit),
+# HF_TOKEN (or the token file of huggingface_hub) if the model is gated, FTGEN_PYTHON (replaces the plan's interpreter).
 #
 #SBATCH --job-name=ftgen_llama3_8b
 #SBATCH --dependency=singleton
@@ -26,13 +26,13 @@
 #SBATCH --exclusive
 #SBATCH --no-requeue
 
-# shellcheck disable=SC2016 # what the spec says is literal: nothing in it is expanded
+# shellcheck disable=SC2016 # values from the spec are literal: bash expands nothing in them
 set -euo pipefail
 
 readonly name=spec
 readonly experiment=lora_nemo_llama3_8b_bf16_4
 readonly nodes=1 tasks_per_node=4 tasks=4
-# What this script sets, and a job that it submits must not inherit.
+# Variables that this script sets. A job that it submits must not inherit them.
 readonly ours=(STAGE_PATH FTGEN_RUN_DIR MASTER_ADDR MASTER_PORT PYTHONUNBUFFERED NCCL_NVLS_ENABLE NVTE_ASYNC_AMAX_REDUCTION NVTE_DP_AMAX_REDUCE_INTERVAL NVTE_FLASH_ATTN NVTE_FUSED_ATTN TOKENIZERS_PARALLELISM TORCH_NCCL_AVOID_RECORD_STREAMS)
 
 main() {
@@ -52,14 +52,14 @@ main() {
     exec 3>&1
     inherited=$(for variable in "${ours[@]}"; do [[ -z ${!variable+set} ]] || declare -p "$variable"; done)
     trap 'finish $?' EXIT
-    trap 'stop 124 "the time limit is near: the run is ended, with nothing half-made left behind"' USR1
+    trap 'stop 124 "the time limit is near: the run stops now and removes its unfinished files"' USR1
     trap 'stop 143 "SIGTERM: cancelled, pre-empted or requeued"' TERM
     trap 'stop 130 "interrupted"' INT
     find_places
     open_log $mode
     load_environment $mode
     find_python
-    # from here on a failing step ends the job with its own status
+    # from here on, a step that fails ends the job with its exit code
     if [[ $mode == convert ]]; then
         run_once convert
         return
@@ -71,7 +71,7 @@ main() {
 }
 
 say() { printf 'ftgen: %s\n' "$*"; }
-# To Slurm's own output file too: a requeued job reads there what it has submitted.
+# Prints to Slurm's own output file too. A requeued job reads there which jobs it has submitted.
 tell() {
     say "$*"
     say "$*" >&3
@@ -82,7 +82,7 @@ die() {
 }
 is_batch_job() { [[ -n ${SLURM_JOB_ID:-} && ${SLURM_TASK_PID:-} == "$$" ]]; }
 
-# `bash a.sh b.sh c.sh` runs them, one after the other, and ends with the last failure.
+# `bash a.sh b.sh c.sh` runs the scripts one after the other. The exit code is that of the last script that failed.
 run_all() {
     local script status=0
     if ((${#rest[@]} == 0)); then return; fi
@@ -90,18 +90,18 @@ run_all() {
     exit "$status"
 }
 
-# submit_the_rest AFTER [ALL]: `sbatch a.sh b.sh c.sh` makes b.sh and c.sh arguments of a.sh, which submits them, the first
-# after job AFTER, each after the one before, however that ends. A job only ever waits for jobs with smaller numbers, so
-# that none can wait for itself. ALL are the jobs before them.
+# submit_the_rest AFTER [ALL]: in `sbatch a.sh b.sh c.sh`, b.sh and c.sh are arguments of a.sh. This function submits them:
+# b.sh runs after job AFTER, c.sh after b.sh, whether these fail or not. A job waits only for jobs with smaller numbers, so no
+# job can wait for itself. ALL are the numbers of the earlier jobs.
 submit_the_rest() {
     local after=$1 all=${2:-$1} script job number=1 total=$((${#rest[@]} + 1))
-    # in a trap a bare `return` would give the status that the job ends with
+    # in a trap, `return` without a number would return the exit code of the job
     if ((total == 1)) || [[ -n ${rest_is_submitted:-} ]]; then return 0; fi
     rest_is_submitted=yes
     for script in "${rest[@]}"; do
         ((number += 1))
         job=$(sed -n "s/^ftgen: $number of $total: job \([0-9]*\) runs .*/\1/p" "/proc/$$/fd/3" 2>/dev/null | tail -n 1) || true
-        if [[ -z $job ]]; then # else it was submitted before this job was requeued
+        if [[ -z $job ]]; then # otherwise it was submitted before this job was requeued
             if ! job=$(submit "$script" "--dependency=singleton,afterany:$after" "$script"); then
                 tell "$number of $total: $script could not be submitted"
                 continue
@@ -111,11 +111,11 @@ submit_the_rest() {
         after=$job
         all+=" $job"
     done
-    tell "this cancels all of them: scancel $all"
+    tell "to cancel all of them: scancel $all"
 }
 
-# submit LIKE WORDS...: `sbatch WORDS...` as the user would have, with what they said for this job in place of its header
-# if the header of LIKE says the same as this one's. Prints the new job's number.
+# submit LIKE WORDS...: runs `sbatch WORDS...` and prints the number of the new job. If the user overrode an option of this
+# job's header, and the header of script LIKE has the same value as this header, the new job gets the same override.
 submit() (
     like=$1 options=()
     shift
@@ -129,7 +129,7 @@ submit() (
             options+=("--$option=$got")
         fi
     done
-    # the environment as the user had it; a job's own SLURM_ variables would reach into the jobs it submits
+    # restore the environment of the user; SLURM_ variables of this job would change the new job
     unset "${ours[@]}"
     eval "$inherited"
     for variable in $(compgen -e SLURM_); do
@@ -139,18 +139,18 @@ submit() (
     printf %s "${job%%;*}"
 )
 
-# header FILE OPTION: what a script's #SBATCH line says of it.
+# header FILE OPTION: the value of the option in the #SBATCH lines of a script.
 header() { sed -n -e '/^set /q' -e "s/^#SBATCH --$2=//p" "$1" 2>/dev/null; }
 
-# STAGE_PATH, and below it the recipe's layout: logs/experiments/<experiment>/<experiment>_<id>/<experiment>/log-….out
+# Sets STAGE_PATH and, below it, the recipe's layout: logs/experiments/<experiment>/<experiment>_<id>/<experiment>/log-….out
 find_places() {
     local id=${SLURM_JOB_ID:-} runs
     export STAGE_PATH=${STAGE_PATH:-${SLURM_SUBMIT_DIR:-$PWD}}
     if [[ ! -d $STAGE_PATH ]]; then
-        die "STAGE_PATH is no folder: $STAGE_PATH" "mkdir -p it, or export STAGE_PATH=<a folder that all nodes share>"
+        die "STAGE_PATH is not a folder: $STAGE_PATH" "create it with mkdir -p, or export STAGE_PATH=<a folder that all nodes share>"
     fi
     if [[ ! -w $STAGE_PATH ]]; then
-        die "STAGE_PATH cannot be written to: $STAGE_PATH" "export STAGE_PATH=<a folder of yours that all nodes share>"
+        die "STAGE_PATH: you cannot write to $STAGE_PATH" "export STAGE_PATH=<a folder of yours that all nodes share>"
     fi
     STAGE_PATH=$(cd "$STAGE_PATH" && pwd)
     runs=$STAGE_PATH/logs/experiments/$experiment
@@ -158,7 +158,7 @@ find_places() {
     if [[ -z $id ]]; then
         id=$(date +%s)
         until mkdir "$runs/${experiment}_$id" 2>/dev/null; do
-            [[ -d $runs/${experiment}_$id ]] || die "cannot write to $runs" "is the disk full, or the folder somebody else's?"
+            [[ -d $runs/${experiment}_$id ]] || die "cannot write to $runs" "check that the disk is not full and that the folder is yours"
             ((id += 1))
         done
     fi
@@ -168,7 +168,7 @@ find_places() {
     unpack "$code"
 }
 
-# Everything from here on goes to the log, whose first line is the plan; on a terminal it is shown as well.
+# Sends all further output to the log, whose first line is the plan. On a terminal, the output is also shown.
 open_log() {
     local plan kind=log account=${SLURM_JOB_ACCOUNT:-local}
     if [[ $1 == convert ]]; then kind=convert; fi
@@ -188,7 +188,7 @@ open_log() {
 
 finish() {
     trap '' USR1 TERM INT
-    # a job that failed before it came to that; one that was stopped before it submits nothing
+    # a job that failed early still submits the rest; a job that was stopped does not
     if [[ -z ${stopping:-} ]] && is_batch_job; then submit_the_rest "$SLURM_JOB_ID"; fi
     if [[ -n ${ender:-} ]]; then kill "$ender" 2>/dev/null || true; fi
     say "exit status $1"
@@ -198,7 +198,7 @@ finish() {
     fi
 }
 
-# A signal: what runs is asked to end, and the job ends with status $1.
+# stop CODE REASON: handles a signal. The running command is asked to end, and the job ends with exit code CODE.
 stop() {
     if [[ -n ${stopping:-} ]]; then return 0; fi
     stopping=$1
@@ -208,10 +208,10 @@ stop() {
 children=()
 
 end_children() {
-    # of a job that it ends Slurm has asked every process itself, and once is enough
+    # when Slurm ends a job, it signals every process itself; do not signal them again at once
     if [[ -n ${SLURM_JOB_ID:-} ]] && ((stopping == 143)); then sleep 2; fi
     if [[ -n ${step:-} ]]; then
-        scancel --signal=TERM "$SLURM_JOB_ID.$step" || true # the tasks: srun, if it were asked, would kill them at once
+        scancel --signal=TERM "$SLURM_JOB_ID.$step" || true # signals the tasks; srun would kill them at once
     else
         kill "${children[@]}" || true
     fi
@@ -219,7 +219,7 @@ end_children() {
     kill -KILL "${children[@]}"
 }
 
-# await COMMAND...: run it so that a signal is acted upon at once; its status.
+# await COMMAND...: runs the command and returns its exit code. Signals are handled at once, not after the command.
 await() {
     local status
     "$@" &
@@ -231,8 +231,8 @@ await() {
     return "$status"
 }
 
-# A trapped signal ends bash's `wait`, and says nothing of the child. Of a child that the same signal ended, bash can miss
-# the end and wait for ever: once the job is to stop, the child's own number is looked for.
+# wait_for PID: a trapped signal ends bash's `wait` while the child still runs. If the same signal ended the child, bash can
+# miss its end and wait for ever. So once the job has to stop, this function polls with `kill -0`.
 wait_for() {
     local status=0
     wait "$1" || status=$?
@@ -266,17 +266,17 @@ load_environment() {
     elif ((nodes > 1)); then
         die "this run needs $nodes nodes of $tasks_per_node GPUs" "submit it: sbatch $name.sh"
     fi
-    # a batch script runs on the first node: another program there may have the port
+    # a batch script runs on the first node, where another program may use the port
     while (: <"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do ((MASTER_PORT += 1)); done
     export MASTER_ADDR MASTER_PORT
 }
 
-# The submitting shell's SBATCH_ variables win over this script's header.
+# SBATCH_ variables of the shell that submits override this script's header.
 warn_of_variables() {
     local variable value
     while read -r variable value; do
         if [[ -n ${!variable+set} && ${!variable} != "$value" ]]; then
-            tell "warning: $variable=${!variable}, set where the job was submitted, wins over this script (${value:-nothing})"
+            tell "warning: $variable=${!variable} from the shell that submitted the job overrides this script (${value:-nothing})"
         fi
     done <<'END_OF_FTGEN_FILE'
 SBATCH_ARRAY_INX 
@@ -304,7 +304,7 @@ SBATCH_TIMELIMIT 00:30:00
 END_OF_FTGEN_FILE
 }
 
-# The interpreter, and what srun needs for it.
+# Sets `python`, the command of the interpreter, and `srun_flags`, the options that srun needs for it.
 find_python() {
     srun_flags=()
     local mounts=(
@@ -312,7 +312,7 @@ find_python() {
         /datasets:/datasets
     )
     if ! command -v apptainer >/dev/null; then
-        die "no apptainer on $(hostname)" 'load its module (modules in the site profile), or choose another python.kind'
+        die "apptainer is not installed on $(hostname)" 'load its module (modules in the site profile), or choose another python.kind'
     fi
     python=(
         apptainer exec
@@ -325,15 +325,15 @@ find_python() {
     )
 }
 
-# One task: what the whole job needs once.
+# run_once COMMAND: runs a command of the entrypoint in one task.
 run_once() {
     await "${python[@]}" "$code/$name.py" "$1"
 }
 
-# Slurm numbers a job's steps.
+# Slurm numbers the steps of a job from 0.
 next_step() { step=$((${step:--1} + 1)); }
 
-# One task for each GPU.
+# run_tasks COMMAND: runs a command of the entrypoint in one task per GPU.
 run_tasks() {
     if [[ -n ${SLURM_JOB_ID:-} ]]; then
         run_step "$1"
@@ -345,7 +345,7 @@ run_tasks() {
         children+=($!)
     done
     for ((rank = 0; rank < tasks && status == 0; rank++)); do
-        # the first task that fails decides; the others would wait for it for ever
+        # the first task that fails gives the exit code; the other tasks would wait for it for ever
         wait -n || status=$?
     done
     if ((status)); then kill "${children[@]}" 2>/dev/null || true; fi
@@ -364,8 +364,8 @@ run_step() {
     return "$status"
 }
 
-# first_failure FROM STATUS: srun's STATUS is the highest, and that is of the tasks that it killed; the task whose end it
-# reports first, in the log after FROM bytes, decides.
+# first_failure FROM STATUS: prints the exit code of the task that failed first. srun's own STATUS is the highest of all tasks,
+# often that of a task that srun killed. The log after byte FROM has srun's reports in order.
 first_failure() {
     local report
     report=$(tail -c "+$(($1 + 1))" "$log" | sed -n '/srun: error: .*: tasks\{0,1\} /{s/.*srun: error: .*: tasks\{0,1\} [^:]*: //p;q;}') || true

@@ -1,4 +1,4 @@
-"""What makes a step faster than the stock recipe: one file for each optimization.
+"""Optimizations that make a step faster than the stock recipe, one file each.
 
 In: a recipe and a plan. Out: the recipe, changed. Start with `switch.py`.
 """

@@ -1,17 +1,15 @@
-"""Capture each layer in local CUDA graphs of Megatron-Core, and make them right for FP8.
+"""Run each layer as a local CUDA graph of Megatron-Core, and correct two errors of these graphs in FP8.
 
-In: a recipe. Out: the recipe with graphs on, and Megatron-Core's class changed for this process.
+In: a recipe. Out: the recipe with graphs on, and Megatron-Core changed for this process.
 
-Replays of a captured layer would get two things wrong.
+1. Transposed weights. Transformer Engine keeps a transposed copy of each FP8 weight for the backward pass. The
+forward pass renews the copy if the optimizer has marked it as old. The copy was fresh during the capture, so the
+captured forward pass does not renew it: every replay would use the transposes of the first step, and the gradients
+would be wrong. Here the old copies are renewed in place before the graph of a layer is replayed.
 
-Transposed weights: Transformer Engine keeps a transposed copy of each FP8 weight for the backward pass. The forward pass renews
-it when the optimizer has marked it as old. A captured forward pass contains only what ran during capture, when the copy was
-fresh, so replays would keep the transposes of the first step and the gradients would be wrong. Here the copies are renewed in
-place, before the graph of a layer is replayed: once a step, when they are old.
-
-Scales of a fused MLP: before Megatron-Core captures a layer, it runs the layer on whatever is in its buffers, and then restores
-the amax history and scales of Transformer Engine. It misses those of a fused MLP, which is not a submodule. Here they are
-restored too.
+2. Scales of a fused MLP. Before Megatron-Core captures a layer, it runs the layer on whatever its buffers contain,
+and then restores the amax history and the scales of Transformer Engine. It misses those of a fused MLP, which is not
+a submodule. Here they are restored too.
 """
 
 import functools
@@ -23,15 +21,15 @@ from typing import Any
 def apply(recipe: Any, _plan: dict[str, Any]) -> None:
     """Switch local graphs on."""
     if "expandable_segments" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
-        os.environ.pop("PYTORCH_CUDA_ALLOC_CONF")  # Megatron-Core refuses graphs with it
+        os.environ.pop("PYTORCH_CUDA_ALLOC_CONF")  # Megatron-Core allows no graphs with it
     recipe.model.config.cuda_graph_impl = "local"
     recipe.trainer.strategy.use_te_rng_tracker = True
     recipe.data.packed_sequence_specs.pad_cu_seqlens = True
-    mend_fp8()
+    correct_fp8()
 
 
-def mend_fp8() -> None:
-    """Make captured layers right in FP8; call it once, before the model is built."""
+def correct_fp8() -> None:
+    """Correct both errors. Call it once, before the model is built."""
     from megatron.core.transformer.cuda_graphs import _CudaGraphRunner
 
     _CudaGraphRunner.replay_graph_capture = _with_fresh_transposes(_CudaGraphRunner.replay_graph_capture)
@@ -53,7 +51,7 @@ def _with_fresh_transposes(replay: Any) -> Any:
 
 
 def _fp8_weights(module: Any) -> list[Any]:
-    """The module's weights in FP8 that have a transposed copy."""
+    """The FP8 weights of the module that have a transposed copy."""
     return [weight for weight in module.parameters() if getattr(weight, "_transpose", None) is not None]
 
 
@@ -69,7 +67,7 @@ def _with_scales_kept(create: Any) -> Any:
 
 
 def _fused_operations(layer: Any) -> Iterator[Any]:
-    """The basic operations of a layer's fused MLP, which Megatron-Core keeps in a tuple of its own."""
+    """The operations of a layer's fused MLP, which Megatron-Core keeps in the tuple `_fused_impl`."""
     for module in layer.modules():
         for fused in getattr(module, "_fused_impl", None) or ():
             yield from (operation for operation in fused.modules() if hasattr(operation, "_save_fp8_metas"))

@@ -1,8 +1,10 @@
 """Accumulate weight gradients in the GEMM that computes them, without APEX.
 
-In: a recipe. Out: the recipe with the fusion on. This module also stands in for APEX's extension
-`fused_weight_gradient_mlp_cuda`: Megatron-Core and NeMo fuse only if that can be imported. Transformer Engine's GEMMs then
-accumulate into main_grad, and the two functions below do so for Megatron's LM head.
+In: a recipe. Out: the recipe with the fusion on.
+
+Megatron-Core and NeMo use the fusion only if they can import APEX's extension `fused_weight_gradient_mlp_cuda`. This
+module stands in for that extension. Then the GEMMs of Transformer Engine accumulate into main_grad, and the two
+`wgrad_gemm` functions below do the same for Megatron's LM head.
 """
 
 import sys
@@ -12,7 +14,7 @@ import torch
 
 
 def before_imports() -> None:
-    """Be importable under the extension's name before Megatron-Core looks for it."""
+    """Make this module importable as the extension, before Megatron-Core looks for it."""
     sys.modules.setdefault("fused_weight_gradient_mlp_cuda", sys.modules[__name__])
 
 
@@ -22,7 +24,7 @@ def apply(recipe: Any, _plan: dict[str, Any]) -> None:
 
 
 def wgrad_gemm_accum_fp16(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
-    """main_grad [out, in] += grad_outputᵀ [out, n] @ inputs [n, in], all of one 16-bit type."""
+    """main_grad [out, in] += grad_outputᵀ [out, n] @ inputs [n, in]; all have the same 16-bit type."""
     main_grad.addmm_(grad_output.t(), inputs)
 
 

@@ -2,9 +2,10 @@
 
 In: a recipe. Out: the recipe, with steps that pick those tokens.
 
-A fine-tune has a loss on the answers alone; for every other token the stock recipe computes the head and the cross entropy and
-multiplies them by zero. The loss mask is read while the batch is still on the CPU, so that nothing waits for the GPU. Each row
-is the same sum as before, but a GEMM of another height may add in another order.
+In a fine-tune, only the tokens of the answers have a loss. For every other token, the stock recipe computes the LM
+head and the cross entropy and multiplies the result by zero. Here the loss mask is read while the batch is still on
+the CPU, so nothing waits for the GPU. Each row of logits is the same sum as before, but a GEMM with another number of
+rows may add in another order.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-ROWS = 128  # row counts are rounded up to it, so that few shapes occur
+ROWS = 128  # the number of tokens is rounded up to a multiple, so that few shapes occur
 
 
 def apply(recipe: Any, _plan: dict[str, Any]) -> None:
@@ -21,7 +22,7 @@ def apply(recipe: Any, _plan: dict[str, Any]) -> None:
 
 
 def install(config: Any) -> None:
-    """Make a GPTConfig's steps pick the tokens with a loss. For one tensor-, pipeline- and context-parallel rank."""
+    """Make the steps of a GPTConfig pick the tokens with a loss. Requires TP = PP = CP = 1."""
     from megatron.core.models.gpt import GPTModel
 
     config.data_step_fn = data_step
@@ -30,7 +31,7 @@ def install(config: Any) -> None:
 
 
 def data_step(dataloader_iter: Iterator[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """NeMo's, with `loss_rows` [n] in the batch: where in [batch, sequence] the loss counts; and `loss_count`."""
+    """NeMo's data step. Adds `loss_rows` [n] to the batch: flat indices into [batch, sequence], padded; and `loss_count`."""
     from nemo.collections.llm.gpt.model.base import gpt_data_step
 
     batch = next(dataloader_iter)
@@ -43,7 +44,7 @@ def data_step(dataloader_iter: Iterator[Any], *args: Any, **kwargs: Any) -> dict
 
 
 def forward_step(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    """NeMo's, after telling the head which rows it is to work on."""
+    """NeMo's forward step, after giving the model the rows with a loss."""
     from nemo.collections.llm.gpt.model.base import gpt_forward_step
 
     head = model
@@ -55,7 +56,7 @@ def forward_step(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 
 def _postprocess_with(whole: Any) -> Any:
     def postprocess(self: Any, hidden_states: torch.Tensor, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
-        """Loss [batch, sequence], zero where it does not count, from hidden states [sequence, batch, hidden]."""
+        """Loss [batch, sequence], zero for tokens without a loss, from hidden states [sequence, batch, hidden]."""
         rows = getattr(self, "loss_rows", None)
         if labels is None or rows is None or not self.post_process:
             return whole(self, hidden_states, *args, labels=labels, **kwargs)

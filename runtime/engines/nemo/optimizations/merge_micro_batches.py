@@ -1,11 +1,12 @@
 """Run all packs of a step as one micro-batch.
 
-In: a recipe with packed data. Out: the recipe, with a data module that gives a step's whole batch and a step that merges it.
+In: a recipe with packed data. Out: the recipe, with a data module that gives a step's whole batch and a data step
+that merges it.
 
-The stock recipe runs one micro-batch of one pack after the other. Here the batch of a step, [packs, length], is laid end to end
-as [1, packs * length]; the boundaries of the examples (cu_seqlens) come along, so attention stays inside each example. The
-gradient equals the stock one: the loss of every token is weighted so that the means of the packs are averaged, as they are
-when each pack is a micro-batch of its own. The logged loss is the mean over all tokens, as before.
+The stock recipe runs one micro-batch after the other, each with one pack. Here the batch of a step, [packs, length],
+is reshaped to [1, packs * length]. The boundaries of the examples (cu_seqlens) are kept, so attention stays inside
+each example. The gradient equals the stock gradient, which averages the mean losses of the packs: the loss of each
+token gets a weight to that end. The logged loss is the mean over all tokens, as before.
 """
 
 from typing import Any
@@ -16,13 +17,13 @@ from runtime.engines.nemo.optimizations.packs import ChangedStep, cu_seqlens, en
 
 
 def apply(recipe: Any, plan: dict[str, Any]) -> None:
-    """Merge the micro-batches of a step. For packed data, CP = PP = 1."""
+    """Merge the micro-batches of a step. Requires packed data and CP = PP = 1."""
     packs = plan["global_batch_size"] // plan["parallelism"]["data_parallel_size"]
     install(recipe.data, recipe.model.config, packs)
 
 
 def install(data: Any, config: Any, packs: int) -> None:
-    """Make NeMo's data module give `packs` packs at a time, and a GPTConfig's steps merge them."""
+    """Make NeMo's data module give `packs` packs at a time, and the data step of a GPTConfig merge them."""
     from nemo.collections.llm.gpt.data.fine_tuning import FineTuningDataModule
     from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 
@@ -33,11 +34,11 @@ def install(data: Any, config: Any, packs: int) -> None:
 
 
 def merge(batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch [packs, length] of NeMo's packed dataset as one of [1, packs * length], with `loss_weights` of that shape."""
+    """A batch [packs, length] of NeMo's packed dataset, reshaped to [1, packs * length], and with `loss_weights`."""
     _, length = batch["tokens"].shape
     rows = ends_of(batch)
     ends = sorted({0} | {pack * length + end for pack, row in enumerate(rows) for end in row})
-    count = sum(len(row) - 1 for row in rows) + 1  # the same for every batch where NeMo pads cu_seqlens
+    count = sum(len(row) - 1 for row in rows) + 1  # the same for every batch if NeMo pads cu_seqlens
     ends += [ends[-1]] * (count - len(ends))
     flat = {key: batch[key].reshape(1, -1) for key in ("tokens", "labels", "loss_mask", "position_ids")}
     return {
@@ -50,14 +51,14 @@ def merge(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _loss_weights(loss_mask: torch.Tensor) -> torch.Tensor:
-    """[packs, length], float32: the weight of each token's loss that makes the mean over all tokens that of the packs' means."""
+    """Weights [packs, length], float32, which make the mean of all tokens' losses the mean of the packs' mean losses."""
     tokens = loss_mask.sum(dim=1, keepdim=True, dtype=torch.float32)
     return (tokens.sum() / (len(loss_mask) * tokens.clamp(min=1))).expand(loss_mask.shape)
 
 
 def _weighted(stock: Any) -> Any:
     def forward(self: Any, batch: dict[str, Any], loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        """The weighted sum of the losses for the gradient; the logged loss is not weighted."""
+        """NeMo's reduction, with a weighted sum of the losses for the gradient. The logged loss is not weighted."""
         total, tokens, logged = stock(self, batch, loss)
         if batch.get("loss_weights") is not None:
             total = (loss.float() * batch["loss_mask"] * batch["loss_weights"]).sum()

@@ -1,6 +1,6 @@
-"""What the optimizations of packed sequences share: a data step that changes the batch, and the boundaries of sequences.
+"""Shared by the optimizations of packed sequences: a data step that changes the batch, and the boundaries of sequences.
 
-In: NeMo's data step and its batches on the CPU. Out: the same, changed.
+In: NeMo's data step and its batches on the CPU. Out: a data step and batches that are changed.
 """
 
 from collections.abc import Iterator
@@ -16,22 +16,23 @@ class ChangedStep:
         self.step, self.change = step, change
 
     def __call__(self, dataloader_iter: Iterator[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The result of the replaced step for the changed batch; `loss_weights` is kept if the change adds it."""
         batch = next(dataloader_iter)
         changed = self.change(batch[0] if isinstance(batch, tuple) else batch)
         step: dict[str, Any] = self.step(iter([changed]), *args, **kwargs)
-        if "loss_weights" in changed and step.get("loss_weights") is None:  # NeMo's step drops the keys it does not know
+        if "loss_weights" in changed and step.get("loss_weights") is None:  # NeMo's step drops unknown keys
             step["loss_weights"] = changed["loss_weights"].cuda(non_blocking=True)
         return step
 
 
 def ends_of(batch: dict[str, Any]) -> list[list[int]]:
-    """For each row the boundaries of its sequences, from 0 on; in NeMo's cu_seqlens they are followed by -1."""
+    """The boundaries of the sequences in each row, starting with 0, without the -1 that pads NeMo's cu_seqlens."""
     lengths = batch["cu_seqlens_argmin"].flatten().tolist()
     return [row[:length] for row, length in zip(batch["cu_seqlens"].tolist(), lengths, strict=True)]
 
 
 def cu_seqlens(ends: list[int]) -> dict[str, torch.Tensor]:
-    """The boundaries of one row, in the form that NeMo's forward step reads."""
+    """The boundaries of one row, as the tensors that NeMo's forward step reads."""
     return {
         "cu_seqlens": torch.tensor([[*ends, -1]], dtype=torch.int32),
         "cu_seqlens_argmin": torch.tensor([[len(ends)]]),

@@ -1,6 +1,6 @@
 """Apply LoRA's scale to the small tensor between the adapter's two matrices.
 
-In: nothing of the recipe. Out: NeMo's adapter class, changed for this process.
+In: a recipe, which stays as it is. Out: NeMo's adapter class, changed for this process.
 """
 
 from typing import Any
@@ -9,14 +9,14 @@ import torch
 
 
 def apply(_recipe: Any, _plan: dict[str, Any]) -> None:
-    """Change the adapters of this process."""
+    """Scale the small tensor in this process."""
     scale_small_tensor()
 
 
 def scale_small_tensor() -> None:
     """Multiply [tokens, rank] by alpha / rank, instead of the adapter's output [tokens, features].
 
-    The same bits where alpha / rank is a power of two. For one tensor-parallel rank and no dropout.
+    The result has the same bits if alpha / rank is a power of two. Requires TP = 1 and no dropout.
     """
     from nemo.collections.llm.peft.utils import ParallelLinearAdapter
 

@@ -1,10 +1,10 @@
 """Cut the padding of each pack into several short sequences.
 
-In: a recipe with packed data. Out: the recipe, with a data step that cuts.
+In: a recipe with packed data. Out: the recipe, with a data step that cuts the padding.
 
-To attention and rotary embedding, the padding at the end of a pack is one more sequence, and it can be as long as the emptiest
-pack leaves it. With padded cu_seqlens, the kernels then treat every sequence as if it were that long. This cuts the padding
-into sequences that are no longer than the longest example.
+For attention and rotary embedding, the padding at the end of a pack is one more sequence. In a pack with few
+examples, it is much longer than any example. With padded cu_seqlens, the kernels then treat every sequence as if it
+were that long. This optimization cuts the padding into sequences that are no longer than the longest example.
 """
 
 import json
@@ -16,16 +16,16 @@ import torch
 
 from runtime.engines.nemo.optimizations.packs import ChangedStep, cu_seqlens, ends_of
 
-MULTIPLE = 64  # tokens that an attention kernel works on at a time: the longest sequence is rounded up to a multiple
+MULTIPLE = 64  # tokens in a tile of the attention kernel; the longest sequence is rounded up to a multiple
 
 
 def apply(recipe: Any, _plan: dict[str, Any]) -> None:
-    """Make the recipe's data step cut the padding. For packed data and one context-parallel rank."""
+    """Make the recipe's data step cut the padding. Requires packed data and CP = 1."""
     install(recipe.data, recipe.model.config)
 
 
 def install(data: Any, config: Any) -> None:
-    """Change a GPTConfig's data step; the length of the longest example is read from the packs' metadata."""
+    """Change the data step of a GPTConfig. The packs' metadata has the length of the longest example."""
     metadata = json.loads(Path(data.packed_sequence_specs.packed_metadata_path).read_text())
     longest = max(split["dataset_max_seqlen"] for split in metadata)
     limit = -(-longest // MULTIPLE) * MULTIPLE
@@ -33,9 +33,10 @@ def install(data: Any, config: Any) -> None:
 
 
 def cut_padding(batch: dict[str, Any], longest: int) -> dict[str, Any]:
-    """A batch of one row without sequences of more than `longest` tokens; no example is that long, so only padding is cut.
+    """The batch (one row) with sequences cut to at most `longest` tokens. No example is longer: only padding is cut.
 
-    cu_seqlens [1, n] always grows by as much as the longest possible padding needs: CUDA graphs need one shape.
+    cu_seqlens [1, n] always gets as many entries as the longest possible padding needs, because CUDA graphs need a
+    fixed shape.
     """
     ends = ends_of(batch)[0]
     cut = [0]

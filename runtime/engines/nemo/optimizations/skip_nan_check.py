@@ -1,4 +1,7 @@
-"""Do not look for NaN in the gradients of each step. In: a recipe. Out: the recipe, with its data parallelism changed."""
+"""Do not check the gradients of each step for NaN.
+
+In: a recipe. Out: the recipe with other data-parallel settings.
+"""
 
 from typing import Any
 

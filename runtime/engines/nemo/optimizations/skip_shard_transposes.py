@@ -1,22 +1,22 @@
 """Do not transpose the shards of FP8 weights after the optimizer's step.
 
-In: nothing of the recipe. Out: Transformer Engine, changed for this process.
+In: a recipe, which stays as it is. Out: Transformer Engine, changed for this process.
 
-With a distributed optimizer, each rank casts its shard of every weight to FP8 as a matrix of one row. Transformer Engine also
-writes a transpose of that row. Nobody reads it (the transpose of the whole weight is made when all shards are there), and it
-takes far longer than the cast.
+With a distributed optimizer, each rank casts its shard of every weight to FP8, as a matrix with one row. Transformer
+Engine also writes a transpose of that row, which takes far longer than the cast. Nothing reads that transpose: once
+all shards are gathered, Transformer Engine transposes the whole weight.
 """
 
 from typing import Any
 
 
 def apply(_recipe: Any, _plan: dict[str, Any]) -> None:
-    """Change the cast of this process."""
+    """Leave out the transposes in this process."""
     skip_transposes()
 
 
 def skip_transposes() -> None:
-    """Leave the transposes of shards out; call it once, before the optimizer is built. The weights are the same bits."""
+    """Leave out the transposes of shards. Call it once, before the optimizer is built. The weights keep the same bits."""
     from transformer_engine.pytorch.tensor import utils
 
     utils._cast_master_weights_to_fp8_delayed_scaling = _without_transposes(

@@ -1,7 +1,9 @@
-"""Switch on the optimizations that the plan names. In: a recipe and a plan. Out: the recipe, changed.
+"""Switch on the optimizations that the plan selects.
 
-Each optimization is a file of this folder with its name and a function `apply(recipe, plan)`. One that is off leaves the stock
-recipe as it is. The catalogue's optimizations.toml has the measured effect and the numerics of each.
+In: a recipe and a plan. Out: the recipe, changed.
+
+Each optimization is a file of this folder with a function `apply(recipe, plan)`. If it is off, the stock recipe stays
+as it is. The catalogue's optimizations.toml describes the measured effect and the numerics of each.
 """
 
 from importlib import import_module
@@ -14,7 +16,7 @@ BEFORE_IMPORTS = ("fused_wgrad_accumulation",)  # Megatron-Core decides about th
 
 
 def before_imports(plan: Plan) -> None:
-    """What must be done before NeMo and Megatron-Core are imported."""
+    """Prepare those optimizations that need it before NeMo and Megatron-Core are imported."""
     for name in BEFORE_IMPORTS:
         if plan["optimizations"][name]:
             _module(name).before_imports()
