@@ -14,8 +14,8 @@ from ftgen.cli.options import FILE
 def command(spec: Path | None, site: Path | None) -> None:
     """Translate the recipe launcher's variables to TOML.
 
-    Prints the spec to stdout; the site profile goes to stderr as comments. Reads DTYPE, MODEL_SIZE, SFT_SCHEME (or FT_TYPE), JOB_TOTAL_GPUS, RUN_CONF_GPUS_PER_NODE, RUN_CONF_IMAGE, STAGE_PATH,
-    SBATCH_ACCOUNT and SBATCH_PARTITION.
+    Prints the spec to stdout; the site profile goes to stderr as comments. Reads DTYPE, MODEL_SIZE, SFT_SCHEME (or
+    FT_TYPE), JOB_TOTAL_GPUS, RUN_CONF_GPUS_PER_NODE, RUN_CONF_IMAGE, STAGE_PATH, SBATCH_ACCOUNT and SBATCH_PARTITION.
     """
     from ftgen import files
     from ftgen.spec import launcher
