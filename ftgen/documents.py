@@ -1,4 +1,7 @@
-"""Nested tables: look up, set, merge and remove by key path. In: plain dicts. Out: values, or new dicts."""
+"""Looks up, sets, merges and removes values of nested tables by key path.
+
+In: plain dicts. Out: values, or new dicts.
+"""
 
 from typing import Any
 
@@ -9,7 +12,7 @@ _MISSING = object()
 
 
 def get(document: Any, path: KeyPath, default: Any = None) -> Any:
-    """What stands at this key path."""
+    """The value at this key path."""
     for key in path:
         try:
             document = document[key]
@@ -19,12 +22,20 @@ def get(document: Any, path: KeyPath, default: Any = None) -> Any:
 
 
 def has(document: Any, path: KeyPath) -> bool:
-    """Whether the document says anything at this key path."""
+    """Whether the document has a value at this key path."""
     return get(document, path, default=_MISSING) is not _MISSING
 
 
+def leaves(document: Document, path: KeyPath = ()) -> dict[KeyPath, Any]:
+    """Every value that is not a table, and every empty table, by key path."""
+    found: dict[KeyPath, Any] = {}
+    for key, value in document.items():
+        found |= leaves(value, (*path, key)) if isinstance(value, dict) and value else {(*path, key): value}
+    return found
+
+
 def with_value(document: Document, path: KeyPath, value: Any) -> Document:
-    """A copy of the document with the value at this key path, tables made as needed."""
+    """A copy of the document with the value at this key path; creates tables as needed."""
     key, *rest = path
     inner = document.get(str(key), {})
     if not rest:
@@ -33,7 +44,7 @@ def with_value(document: Document, path: KeyPath, value: Any) -> Document:
 
 
 def merged(below: Document, above: Document) -> Document:
-    """Both documents in one: tables are merged, of everything else the one above wins."""
+    """Both documents in one: merges tables; any other value of `above` replaces that of `below`."""
     both = {**below, **above}
     for key in below.keys() & above.keys():
         if isinstance(below[key], dict) and isinstance(above[key], dict):
@@ -42,7 +53,7 @@ def merged(below: Document, above: Document) -> Document:
 
 
 def without(document: Document, path: KeyPath) -> Document:
-    """A copy of the document that says nothing at this key path."""
+    """A copy of the document without this key path."""
     key, *rest = path
     if key not in document:
         return document

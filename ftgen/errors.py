@@ -23,7 +23,8 @@ class Problem(NamedTuple):
     line: int = 0  # 1-based; 0 is not known
 
     def __str__(self) -> str:
-        place = f"{self.file}:{self.line}" if self.file and self.line else self.file
+        file = self.file if self.file.isprintable() else quoted(self.file)
+        place = f"{file}:{self.line}" if file and self.line else file
         text = ": ".join(part for part in (place, dotted(self.where), self.what) if part)
         return f"{text}\n  hint: {self.hint}" if self.hint else text
 

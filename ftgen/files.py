@@ -42,6 +42,22 @@ def _difference(path: Path, text: str) -> str:
     return "".join(line if line.endswith("\n") else line + "\n" for line in lines)
 
 
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder; False for a path that cannot be looked at, such as one that is too long."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder; False for a path that cannot be looked at, such as one that is too long."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def source_folder(name: str) -> Path:
     """`templates` or `runtime`: inside the installed package, or beside it in a checkout."""
     installed = HERE / f"_{name}"

@@ -1,10 +1,13 @@
-"""A document against a table of keys. In: plain dicts. Out: the frozen table, or every problem of shape, with a hint."""
+"""Validates a document against a table of keys.
+
+In: a pydantic model and plain dicts. Out: the frozen table, or every wrong key as a `Problem` with a hint.
+"""
 
 from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from ftgen.documents import Document, get
+from ftgen.documents import Document, get, without
 from ftgen.errors import KeyPath, Problem, closest, quoted
 
 T = TypeVar("T", bound=BaseModel)
@@ -36,6 +39,30 @@ def validate(table: type[T], document: Document) -> tuple[T | None, list[Problem
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=True, include_input=True)
         return None, [_problem(table, document, detail) for detail in details]
+
+
+def validate_partly(table: type[T], document: Document, placeholders: Document) -> tuple[T, list[Problem]]:
+    """A table without the keys that have problems, for checking the other keys together; and all those problems.
+
+    `placeholders` stand in for missing keys that have no default.
+    """
+    found, problems = validate(table, document)
+    if found:
+        return found, problems
+    for path in [_existing(document, problem.where) for problem in problems]:
+        document = without(document, path) if path else document
+    found, more = validate_partly(table, placeholders | document, placeholders)
+    return found, problems + more
+
+
+def _existing(document: Document, path: KeyPath) -> KeyPath:
+    """The part of the path that the document has; for a missing key, the table that needs it."""
+    value: Any = document
+    for length, key in enumerate(path):
+        if not isinstance(value, dict) or key not in value:
+            return path[:length]
+        value = value[key]
+    return path
 
 
 def _problem(table: type[BaseModel], document: Document, detail: Any) -> Problem:

@@ -20,7 +20,7 @@ def command(specs: tuple[Path, ...], site: Path | None, overrides: tuple[str, ..
     Writes OUT/<name>.sh, which can be submitted by itself, and OUT/<name>.py, its entrypoint.
     """
     from ftgen import files
-    from ftgen.plan.experiment import load_all
+    from ftgen.plan.experiments import load_all
     from ftgen.script.render import render
 
     texts = {name: text for each in load_all(specs, site, overrides) for name, text in render(each.plan).items()}

@@ -17,7 +17,7 @@ def command(specs: tuple[Path, ...], site: Path | None) -> None:
     Checks the jobs of each SPEC; without SPEC, a job of one node. Submits nothing.
     """
     from ftgen.cluster.doctor import examine
-    from ftgen.plan.experiment import load_all, load_site
+    from ftgen.plan.experiments import load_all, load_site
     from ftgen.spec.site import Site
 
     failed = False

@@ -10,20 +10,25 @@ from ftgen.cli.options import FILE
 
 @click.command("import-env")
 @click.option("--spec", type=FILE, help="Write the spec there instead of to stdout.")
-@click.option("--site", type=FILE, help="Write the site profile there instead of to stdout.")
+@click.option("--site", type=FILE, help="Write the site profile there instead of to stderr.")
 def command(spec: Path | None, site: Path | None) -> None:
     """Translate the recipe launcher's variables to TOML.
 
-    Reads DTYPE, MODEL_SIZE, SFT_SCHEME (or FT_TYPE), JOB_TOTAL_GPUS, RUN_CONF_GPUS_PER_NODE, RUN_CONF_IMAGE, STAGE_PATH,
-    SBATCH_ACCOUNT and SBATCH_PARTITION.
+    Prints the spec to stdout; the site profile goes to stderr as comments. Reads DTYPE, MODEL_SIZE, SFT_SCHEME (or
+    FT_TYPE), JOB_TOTAL_GPUS, RUN_CONF_GPUS_PER_NODE, RUN_CONF_IMAGE, STAGE_PATH, SBATCH_ACCOUNT and SBATCH_PARTITION.
     """
     from ftgen import files
     from ftgen.spec import launcher
 
-    texts = (("spec", spec, launcher.spec(os.environ)), ("site profile", site, launcher.site(os.environ)))
-    for title, path, text in texts:
-        if path:
-            files.write(path.parent, {path.name: text})
-            click.echo(path)
-        else:
-            click.echo(f"# {title}\n{text}")
+    spec_text, site_text = launcher.spec(os.environ), launcher.site(os.environ)
+    if spec:
+        files.write(spec.parent, {spec.name: spec_text})
+        click.echo(spec)
+    else:
+        click.echo(spec_text, nl=False)
+    if site:
+        files.write(site.parent, {site.name: site_text})
+        click.echo(site, err=not spec)  # stdout is the spec, and nothing else
+    else:
+        kept = "The site profile. Keep it with --site FILE, and give it to ftgen compile with --site FILE.\n"
+        click.echo("".join(f"# {line}\n" for line in (kept + site_text).splitlines()), nl=False, err=True)

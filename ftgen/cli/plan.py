@@ -12,16 +12,23 @@ from ftgen.cli.options import FILE, set_option, site_option
 @site_option
 @set_option
 @click.option("--name", help="Which experiment, if SPEC has a matrix.")
-@click.option("--json", "as_json", is_flag=True, help="The plan as the job gets it.")
-def command(spec: Path, site: Path | None, overrides: tuple[str, ...], name: str | None, as_json: bool) -> None:
-    """Show what a spec resolves to, and who said so."""
-    from ftgen.plan import experiment, origins
+@click.option("--all", "every", is_flag=True, help="Show every number and where it comes from.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as the job gets it.")
+def command(spec: Path, site: Path | None, overrides: tuple[str, ...], name: str | None, every: bool, as_json: bool) -> None:
+    """Show the run that a spec resolves to.
 
-    loaded = experiment.load(spec, site, overrides, name)
+    Shows the work, the GPUs, the memory of one GPU, and the keys that differ from their defaults.
+    """
+    from ftgen.plan import origins, overview
+    from ftgen.plan.experiments import load_one
+
+    experiment = load_one(spec, site, overrides, name)
     if as_json:
-        click.echo(loaded.plan.to_json())
-        return
-    rows = origins.explain(loaded)
-    wide = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    for key, value, origin in rows:
-        click.echo(f"{key:{wide[0]}}  {value:{min(wide[1], 44)}}  {origin}".rstrip())
+        click.echo(experiment.plan.to_json())
+    elif every:
+        rows = origins.explain(experiment)
+        wide = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        for key, value, origin in rows:
+            click.echo(f"{key:{wide[0]}}  {value:{min(wide[1], 44)}}  {origin}".rstrip())
+    else:
+        click.echo(overview.overview(experiment))

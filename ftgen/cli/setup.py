@@ -17,7 +17,7 @@ def command(site: Path, specs: tuple[Path, ...], out: Path) -> None:
     The job makes the folders, the container image or the virtual environment, and the source trees that each SPEC asks for.
     """
     from ftgen import files
-    from ftgen.plan.experiment import load_all, load_site
+    from ftgen.plan.experiments import load_all, load_site
     from ftgen.script.setup import render_setup
 
     profile = load_site(site)

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ftgen.plan.plan import Plan, resolve
+from ftgen.plan.plan import Plan
+from ftgen.plan.resolve import resolve
 from ftgen.script.render import render
 from ftgen.spec.site import Site
 from ftgen.spec.spec import Spec

@@ -4,9 +4,10 @@ from dataclasses import asdict
 from typing import Any
 
 from ftgen import catalogue
+from ftgen.documents import leaves
 from ftgen.errors import KeyPath, dotted
 from ftgen.plan import memory
-from ftgen.plan.experiment import Experiment
+from ftgen.plan.experiments import Experiment
 from ftgen.spec.source import Source, place
 from ftgen.validation import show
 
@@ -51,7 +52,7 @@ _SPEC_KEYS = {
 def explain(experiment: Experiment) -> list[tuple[str, str, str]]:
     """(key, value, origin) for every number of the plan, in the plan's order."""
     rows = []
-    for path, value in _leaves(asdict(experiment.plan)):
+    for path, value in leaves(asdict(experiment.plan)).items():
         rows.append((dotted(path), _text(value), _origin(experiment, path)))
     return rows + _memory(experiment)
 
@@ -63,16 +64,6 @@ def _memory(experiment: Experiment) -> list[tuple[str, str, str]]:
         return []
     parts = {**asdict(needed), "total": needed.total}
     return [(f"memory_gib.{part}", f"{gib:.1f}", "estimated for the peak of one GPU") for part, gib in parts.items()]
-
-
-def _leaves(tree: dict[str, Any], path: KeyPath = ()) -> list[tuple[KeyPath, Any]]:
-    leaves: list[tuple[KeyPath, Any]] = []
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            leaves += _leaves(value, (*path, key))
-        else:
-            leaves.append(((*path, key), value))
-    return leaves
 
 
 def _text(value: Any) -> str:

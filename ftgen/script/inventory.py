@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 from ftgen import files
 from ftgen.errors import SpecError
-from ftgen.plan.experiment import experiments, specs_in
+from ftgen.plan.experiments import load
 from ftgen.plan.plan import Plan
 from ftgen.script.render import assignments, render
+from ftgen.spec.read import find_specs
 
 CURRENT = "current"
 
@@ -27,9 +28,9 @@ class Row(NamedTuple):
 def rows(specs: Iterable[Path], out: Path, site: Path | None = None, overrides: Sequence[str] = ()) -> list[Row]:
     """A row for each experiment, for each spec that is refused, and for each script in `out` that no spec asks for."""
     found: list[Row] = []
-    for path in [file for spec in specs for file in (specs_in(spec) if spec.is_dir() else [spec])]:
+    for path in find_specs(specs):
         try:
-            found += [_row(each.plan, path, out) for each in experiments(path, site, overrides)]
+            found += [_row(each.plan, path, out) for each in load(path, site, overrides)]
         except SpecError as error:
             first = str(error.problems[0]).partition("\n")[0]
             found.append(Row(path.stem, str(path), "", f"refused: {first}"))

@@ -1,4 +1,7 @@
-"""One spec to many: the points of its [matrix]. In: a document. Out: each point's name and what it sets, or problems."""
+"""Expands the [matrix] of a spec to its combinations of values.
+
+In: the table `matrix`, and the rest of the document. Out: a `Cell` for each combination, and problems. Pure.
+"""
 
 import re
 from collections.abc import Iterator
@@ -6,7 +9,7 @@ from itertools import product
 from math import prod
 from typing import Any, NamedTuple
 
-from ftgen.documents import Document, get, has, merged, with_value
+from ftgen.documents import Document, get, has, leaves, merged, with_value
 from ftgen.errors import KeyPath, Problem, dotted
 
 MOST = 1000  # points: more are a slip of the pen
@@ -16,15 +19,15 @@ Tables = tuple[KeyPath, ...]
 CROSSED: Tables = (("matrix", "product"), ("matrix", "zip"))
 
 
-class Point(NamedTuple):
-    """One experiment of a matrix."""
+class Cell(NamedTuple):
+    """One combination of values: the name of its experiment, and the keys that it sets."""
 
     name: str
     sets: Document
-    below: Tables = ()  # tables of the spec that may say what it sets
+    below: Tables = ()  # tables of the spec that may set them
 
 
-def points(matrix: Document, stem: str, base: Document) -> tuple[list[Point], list[Problem]]:
+def cells(matrix: Document, stem: str, base: Document) -> tuple[list[Cell], list[Problem]]:
     """Every point of a matrix of the right shape; `base` is the rest of the document, which `name` may refer to."""
     choices, zipped = _choices(matrix, "product"), _choices(matrix, "zip")
     if problems := [*_not_lists(choices, "product"), *_not_lists(zipped, "zip"), *_not_alike(choices, zipped)]:
@@ -33,10 +36,10 @@ def points(matrix: Document, stem: str, base: Document) -> tuple[list[Point], li
     if count > MOST:
         return [], [Problem(("matrix",), f"must have at most {MOST} points: it has {count}")]
     crossed = list(_crossed(choices, zipped)) if choices or zipped else []
-    excluded = [_leaves(each) for each in matrix.get("exclude", [])]
+    excluded = [leaves(each) for each in matrix.get("exclude", [])]
     kept = [(values, CROSSED) for values in crossed if not any(_matches(values, each) for each in excluded)]
     included = enumerate(matrix.get("include", []))
-    kept += [(_leaves(each), (("matrix", "include", number),)) for number, each in included]
+    kept += [(leaves(each), (("matrix", "include", number),)) for number, each in included]
     problems = [
         Problem(("matrix", "exclude", number), "matches no point of the matrix", "each of its keys is one that varies")
         for number, each in enumerate(excluded)
@@ -50,19 +53,12 @@ def points(matrix: Document, stem: str, base: Document) -> tuple[list[Point], li
 
 def varied(matrix: Document) -> set[KeyPath]:
     """The key paths that the matrix sets."""
-    included = (path for each in matrix.get("include", []) for path in _leaves(each))
+    included = (path for each in matrix.get("include", []) for path in leaves(each))
     return {*_choices(matrix, "product"), *_choices(matrix, "zip"), *included}
 
 
 def _choices(matrix: Document, kind: str) -> Choices:
-    return _leaves(matrix.get(kind, {}))
-
-
-def _leaves(document: Document, path: KeyPath = ()) -> Values:
-    leaves: Values = {}
-    for key, value in document.items():
-        leaves |= _leaves(value, (*path, key)) if isinstance(value, dict) and value else {(*path, key): value}
-    return leaves
+    return leaves(matrix.get(kind, {}))
 
 
 def _not_lists(choices: Choices, kind: str) -> Iterator[Problem]:
@@ -94,8 +90,8 @@ def _matches(values: Values, pattern: Values) -> bool:
 
 def _named(
     kept: list[tuple[Values, Tables]], template: str | None, stem: str, base: Document
-) -> tuple[list[Point], list[Problem]]:
-    found: dict[str, Point] = {}
+) -> tuple[list[Cell], list[Problem]]:
+    found: dict[str, Cell] = {}
     problems: list[Problem] = []
     for values, below in kept:
         sets = _document(values)
@@ -105,7 +101,7 @@ def _named(
         elif name in found:
             where: KeyPath = ("matrix", "name") if template else ("matrix",)
             problems.append(Problem(where, f"two points have one name: {name}", "say every key that varies in matrix.name"))
-        found[name] = Point(name, sets, below)
+        found[name] = Cell(name, sets, below)
     return list(found.values()), list(dict.fromkeys(problems))
 
 

@@ -9,14 +9,26 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from ftgen.errors import quoted
 from ftgen.units import WALLTIME, parse_walltime
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]  # what bash, Slurm and PyTorch all count with
-OneLine = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]*$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 SECRET = re.compile(r"TOKEN$|TOKEN_|SECRET|PASSWORD|PASSWD|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
 NOT_SECRET = {"TOKENIZERS_PARALLELISM"}
+
+
+def is_one_line(text: str) -> bool:
+    """Whether the text has no control characters, such as a NUL byte or a newline; no path, name or option may have any."""
+    return not CONTROL.search(text)
+
+
+def _one_line(text: str) -> str:
+    if not is_one_line(text):
+        raise ValueError(f"must be one line without control characters, found {quoted(text)}")
+    return text
 
 
 def _walltime(text: str) -> str:
@@ -33,6 +45,7 @@ def _environment(variables: dict[str, str]) -> dict[str, str]:
     return variables
 
 
+OneLine = Annotated[str, AfterValidator(_one_line), WithJsonSchema({"type": "string", "pattern": r"^[^\x00-\x1f\x7f]*$"})]
 Walltime = Annotated[str, AfterValidator(_walltime), WithJsonSchema({"type": "string", "pattern": WALLTIME})]
 Environment = Annotated[dict[str, OneLine], AfterValidator(_environment)]
 

@@ -17,10 +17,12 @@ def read_toml(path: Path) -> tuple[str, Document]:
     """The file's text and what it says; SpecError with the line if it cannot be read as TOML."""
     try:
         text = path.read_bytes().decode()
-    except OSError as error:
-        raise SpecError(Problem((), error.strerror or str(error), "is the path right?", file=str(path))) from None
     except UnicodeDecodeError as error:
         raise SpecError(Problem((), f"is not UTF-8: {error.reason} at byte {error.start}", file=str(path))) from None
+    except OSError as error:
+        raise SpecError(Problem((), error.strerror or str(error), "check the path", file=str(path))) from None
+    except ValueError:  # a NUL byte, or a character that no file name can have
+        raise SpecError(Problem((), "is not a possible path of a file", "check the path", file=str(path))) from None
     try:
         document = tomli.loads(text)
         repr(document)  # what is nested too deeply to be shown shows here

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ftgen.plan import memory
-from ftgen.plan.experiment import load
+from ftgen.plan.experiments import load_one
 
 LOGS = Path(__file__).parents[1] / "logs"
 RUNS = sorted(log for case in ("h100", "h200", "h200_pair", "h200_parallel") for log in (LOGS / case).rglob("log-*.out"))
@@ -29,7 +29,7 @@ def estimated_and_measured(log):
     changes += ["optimizations.preset=stock", f"gpus={plan['gpus']}"]
     sizes = {key: size for key, size in plan["parallelism"].items() if key != "data_parallel_size" and size is not None}
     changes += [f"parallelism.{key}={str(size).lower()}" for key, size in sizes.items()]
-    estimated = memory.estimate(load(BENCH / f"{plan['name']}.toml", overrides=changes).plan)
+    estimated = memory.estimate(load_one(BENCH / f"{plan['name']}.toml", overrides=changes).plan)
     return estimated.total, max(int(number) for number in PEAK.findall(log.read_text(errors="replace"))) / 2**30
 
 
@@ -44,11 +44,11 @@ def test_the_estimate_is_near_the_measured_peak(log):
 
 
 def test_four_gpus_hold_what_one_does_not():
-    four = memory.estimate(load(BENCH / "sft_bf16.toml").plan)
+    four = memory.estimate(load_one(BENCH / "sft_bf16.toml").plan)
     assert 70 < four.total < 80  # 74 GiB were seen on each of four H200s
     with pytest.raises(Exception, match="must hold the run"):
-        load(BENCH / "sft_bf16.toml", overrides=["gpus=1"])
+        load_one(BENCH / "sft_bf16.toml", overrides=["gpus=1"])
 
 
 def test_a_cpu_needs_no_gpu_memory():
-    assert memory.estimate(load(Path(__file__).parents[2] / "specs/quickstart.toml").plan) is None
+    assert memory.estimate(load_one(Path(__file__).parents[2] / "specs/quickstart.toml").plan) is None

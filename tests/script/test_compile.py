@@ -129,13 +129,36 @@ def test_an_override_is_in_the_plan_and_in_the_header(ftgen, tmp_path):
 
 
 def test_the_plan_shows_where_each_number_comes_from(ftgen):
-    shown = ftgen("plan", "specs/lora_fp8_16.toml", "--set", "max_steps=60").stdout
+    shown = ftgen("plan", "specs/lora_fp8_16.toml", "--set", "max_steps=60", "--all").stdout
     rows = {line.split()[0]: line.split(maxsplit=1)[1] for line in shown.splitlines()}
     assert rows["gpus"].split() == ["16", "specs/lora_fp8_16.toml:5"]
     assert rows["max_steps"].split() == ["60", "--set"]
     assert rows["global_batch_size"].endswith("4 x gpus, as the recipe")
     assert rows["gpu.peak_flops"].startswith("1.979e+15")
     assert json.loads(ftgen("plan", "specs/lora_fp8_16.toml", "--json").stdout)["nodes"] == 2
+
+
+def test_the_plan_fits_one_screen_and_names_who_changed_a_default(ftgen):
+    lines = ftgen("plan", "specs/lora_fp8_16.toml", "--set", "max_steps=60", "--set", "seed=1234").stdout.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 100
+    rows = [line.split(maxsplit=1) for line in lines]
+    assert ["total", "35.0 of 80 GiB (44%)"] in rows
+    assert ["split", "TP 1, PP 1, CP 1, DP 16"] in rows
+    assert rows[-4:] == [
+        ["scheme", "lora  (specs/lora_fp8_16.toml:3)"],
+        ["precision", "fp8  (specs/lora_fp8_16.toml:4)"],
+        ["gpus", "16  (specs/lora_fp8_16.toml:5)"],
+        ["max_steps", "60  (--set)"],  # a seed that is the default is no difference
+    ]
+
+
+def test_the_plan_fits_one_screen_however_much_is_changed(ftgen):
+    changes = [word for n in range(60) for word in ("--set", f"environment.X_{n}={'long ' * 60}")]
+    lines = ftgen("plan", "specs/lora_fp8_16.toml", *changes).stdout.splitlines()
+    assert len(lines) == 40
+    assert max(map(len, lines)) <= 100
+    assert lines[-1].endswith("more lines: see ftgen plan --all")
 
 
 def test_the_schema_accepts_every_spec_and_refuses_unknown_keys(ftgen):
@@ -156,7 +179,8 @@ def test_compiling_is_quick_and_loads_nothing_heavy(ftgen, tmp_path):
         after = os.times()  # the process's own time: what it would take on an idle machine, whatever else runs on this one
         took.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert min(took) < 0.3, took
-    probe = "import sys, ftgen.cli.main, ftgen.script.render, ftgen.plan.experiment, ftgen.show.formats; print(*sys.modules)"
+    modules = "ftgen.cli.main, ftgen.script.render, ftgen.plan.experiments, ftgen.plan.overview, ftgen.show.formats"
+    probe = f"import sys, {modules}; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", probe], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout.split()

@@ -36,7 +36,7 @@ def test_a_file_name_that_is_no_job_name_is_refused(ftgen, tmp_path, name):
     (tmp_path / name).write_text('scheme = "lora"\nprecision = "bf16"\ngpus = 8\n')
     done = ftgen("compile", "--", tmp_path / name)
     assert done.returncode == 1
-    assert "a spec's file name must be" in done.stderr
+    assert "a spec's file name must have" in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["compile"], ["nonsense"], ["compile", "x", "--nonsense"]])

@@ -1,6 +1,8 @@
 """The variables of the recipe's own launcher become a spec and a site profile that do the same."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import tomli
@@ -28,12 +30,28 @@ def test_the_documented_command_line_becomes_the_documented_experiment(ftgen, tm
         assert line in script
 
 
-def test_it_prints_both_where_no_file_is_named(ftgen):
+def test_stdout_is_a_spec_that_compiles(ftgen, tmp_path):
+    with (tmp_path / "s.toml").open("w") as file:
+        command = [sys.executable, "-m", "ftgen", "import-env"]
+        done = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, env=CLEAN | LAUNCHER, check=True)
+    assert all(line.startswith("# ") for line in done.stderr.splitlines())
+    assert "Keep it with --site FILE" in done.stderr
+    compiled = ftgen("compile", "s.toml", cwd=tmp_path)
+    assert (compiled.returncode, compiled.stdout, compiled.stderr) == (0, "generated/s.sh\n", "")
+
+
+def test_the_site_profile_is_in_comments_that_can_be_uncommented(ftgen):
     environment = {"DTYPE": "BF16", "FT_TYPE": "sft", "JOB_TOTAL_GPUS": "8", "RUN_CONF_IMAGE": "nvcr.io#nvidia/nemo:24.12"}
-    printed = ftgen("import-env", env=CLEAN | environment).stdout
-    spec, site = printed.split("# site profile\n")
-    assert tomli.loads(spec) == {"scheme": "sft", "precision": "bf16", "gpus": 8}
-    assert tomli.loads(site)["python"]["image"] == "nvcr.io#nvidia/nemo:24.12"
+    done = ftgen("import-env", env=CLEAN | environment)
+    assert tomli.loads(done.stdout) == {"scheme": "sft", "precision": "bf16", "gpus": 8}
+    _, *site = (line.removeprefix("# ") for line in done.stderr.splitlines())
+    assert tomli.loads("\n".join(site))["python"]["image"] == "nvcr.io#nvidia/nemo:24.12"
+
+
+def test_a_site_file_leaves_stdout_to_the_spec(ftgen, tmp_path):
+    done = ftgen("import-env", "--site", tmp_path / "site.toml", env=CLEAN | LAUNCHER)
+    assert tomli.loads(done.stdout) == {"scheme": "lora", "precision": "fp8", "gpus": 16}
+    assert done.stderr == f"{tmp_path}/site.toml\n"
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_a_spec_says_only_what_differs_from_the_one_it_extends(ftgen, specs):
 
 
 def test_the_plan_names_the_file_that_said_each_key(ftgen, specs):
-    shown = ftgen("plan", "specs/sweep.toml", "--name", "sweep_fp8_16", "--set", "seed=7", cwd=specs.parent).stdout
+    shown = ftgen("plan", "specs/sweep.toml", "--name", "sweep_fp8_16", "--set", "seed=7", "--all", cwd=specs.parent).stdout
     origin = {line.split()[0]: line.split()[2:] for line in shown.splitlines()}
     assert origin["max_steps"] == ["specs/base.toml:2"]
     assert origin["data.examples"] == ["specs/sweep.toml:2"]
@@ -138,4 +138,7 @@ def test_list_shows_what_there_is_and_what_is_stale(ftgen, specs):
 def test_a_spec_with_many_points_must_be_told_which_one_is_meant(ftgen, specs):
     done = ftgen("plan", specs / "sweep.toml")
     assert done.returncode == 1
-    assert "has 4 experiments\n  hint: --name one of sweep_bf16_8, sweep_bf16_16, sweep_fp8_8, sweep_fp8_16" in done.stderr
+    assert (
+        "has 4 experiments\n  hint: use --name with one of sweep_bf16_8, sweep_bf16_16, sweep_fp8_8, sweep_fp8_16"
+        in done.stderr
+    )

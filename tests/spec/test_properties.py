@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from ftgen.documents import has
 from ftgen.errors import SpecError
-from ftgen.plan import experiment
+from ftgen.plan.experiments import load_one
 from ftgen.plan.plan import Plan
 from ftgen.script.render import render, sbatch_lines
 
@@ -51,7 +51,7 @@ def load(folder: Path, spec: str | bytes, site: str | bytes = "", overrides: tup
     for name, text in (("any.toml", spec), ("site.toml", site)):
         (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     try:
-        return experiment.load(folder / "any.toml", folder / "site.toml", overrides).plan
+        return load_one(folder / "any.toml", folder / "site.toml", overrides).plan
     except SpecError as error:
         return error
 

@@ -1,0 +1,167 @@
+"""Resolves a spec at a site to a plan: every number once, from the spec, the site profile and the catalogue.
+
+In: a `Spec`, a `Site`, a `UserCatalogue`. Out: a frozen `Plan`, or a `SpecError` with every broken rule. Pure.
+"""
+
+from hashlib import sha256
+from typing import Any
+
+from ftgen import __version__, catalogue
+from ftgen.catalogue import Gpu, Model
+from ftgen.errors import SpecError
+from ftgen.plan.plan import (
+    FORMAT,
+    CheckpointPlan,
+    DataPlan,
+    GpuPlan,
+    LoraPlan,
+    ModelPlan,
+    OptimizerPlan,
+    ParallelismPlan,
+    Plan,
+    ProfilePlan,
+    PythonPlan,
+    SlurmPlan,
+    SourcePlan,
+)
+from ftgen.plan.rules import broken_rules, forbids, global_batch_size, is_packed
+from ftgen.spec.site import Site
+from ftgen.spec.spec import Spec
+from ftgen.units import parse_walltime
+
+# The environment of the recipe's training tasks (its public launcher, release 25.02).
+RECIPE_ENVIRONMENT = {
+    "NCCL_NVLS_ENABLE": "0",
+    "NVTE_ASYNC_AMAX_REDUCTION": "1",
+    "NVTE_DP_AMAX_REDUCE_INTERVAL": "0",
+    "NVTE_FLASH_ATTN": "1",
+    "NVTE_FUSED_ATTN": "1",
+    "TOKENIZERS_PARALLELISM": "False",
+    "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
+}
+RECIPE_LEARNING_RATE = {"lora": 1e-4, "sft": 5e-6}  # nemo.collections.llm.recipes.llama3_8b.finetune_recipe
+
+
+def resolve(
+    spec: Spec,
+    site: Site,
+    *,
+    name: str,
+    spec_file: str = "",
+    spec_text: str = "",
+    point: dict[str, Any] | None = None,
+    overrides: dict[str, Any] | None = None,
+    user_catalogue: catalogue.UserCatalogue | None = None,
+) -> Plan:
+    """The plan of a spec at a site; SpecError with every rule it breaks."""
+    known = user_catalogue or catalogue.UserCatalogue({}, {})
+    model = known.models.get(spec.model) or catalogue.models().get(spec.model)
+    gpu = known.gpus.get(spec.gpu) or catalogue.gpus().get(spec.gpu)
+    spec = split_as_catalogued(spec, model, gpu)
+    problems = broken_rules(spec, site, model, gpu)
+    if problems or not model or not gpu:
+        raise SpecError(*problems)
+    gpus_per_node = spec.gpus_per_node or site.gpus_per_node
+    return Plan(
+        format=FORMAT,
+        ftgen_version=__version__,
+        name=name,
+        experiment=f"{spec.scheme}_nemo_{spec.model}_{spec.precision}_{spec.gpus}",
+        spec_file=spec_file or f"{name}.toml",
+        spec_sha256=sha256(spec_text.encode()).hexdigest(),
+        point=point or {},
+        overrides=overrides or {},
+        scheme=spec.scheme,
+        precision=spec.precision,
+        model=_model(model, spec.seq_length),
+        checkpoint=_checkpoint(spec, model),
+        lora=LoraPlan(**dict(spec.lora)) if spec.scheme == "lora" else None,
+        gpu=GpuPlan(gpu.name, gpu.memory_gib, gpu.peak_flops(spec.precision)),
+        gpus=spec.gpus,
+        nodes=max(1, spec.gpus // gpus_per_node),
+        gpus_per_node=min(spec.gpus, gpus_per_node),
+        max_steps=spec.max_steps,
+        global_batch_size=global_batch_size(spec),
+        micro_batch_size=spec.micro_batch_size,
+        seq_length=spec.seq_length,
+        seed=spec.seed,
+        parallelism=_parallelism(spec),
+        data=_data(spec),
+        optimizer=OptimizerPlan(
+            spec.optimizer.learning_rate or RECIPE_LEARNING_RATE[spec.scheme], spec.optimizer.warmup_steps
+        ),
+        optimizations=_optimizations(spec),
+        profile=ProfilePlan(**dict(spec.profile)) if spec.profile else None,
+        window_steps=spec.window.last_steps,
+        environment=RECIPE_ENVIRONMENT | site.environment | spec.environment,
+        sources=_sources(spec),
+        stage_path=site.stage_path,
+        modules=site.modules,
+        python=_python(site),
+        slurm=_slurm(spec, site),
+    )
+
+
+def split_as_catalogued(spec: Spec, model: Model | None, gpu: Gpu | None) -> Spec:
+    """The spec with the catalogue's split of the model, where it says none of its own."""
+    row = model.split(spec.scheme, gpu.memory_gib) if model and gpu else None
+    if row is None or spec.parallelism.model_fields_set:
+        return spec
+    split = {key: getattr(row, key) for key in type(spec.parallelism).model_fields}
+    return spec.model_copy(update={"parallelism": spec.parallelism.model_copy(update=split)})
+
+
+def _model(model: Model, seq_length: int) -> ModelPlan:
+    given = {key: getattr(model, key) for key in ModelPlan.__dataclass_fields__ if hasattr(model, key)}
+    return ModelPlan(**given | {"flops_per_sample": model.flops(seq_length)})
+
+
+def _checkpoint(spec: Spec, model: Model) -> CheckpointPlan:
+    source = spec.checkpoint.source or model.checkpoint
+    places = {
+        "hub": model.hf_id if not spec.checkpoint.revision else f"{model.hf_id}@{spec.checkpoint.revision}",
+        "random": f"random/{model.name}-{spec.seed}",
+        "directory": f"directory/{sha256(str(spec.checkpoint.path).encode()).hexdigest()[:12]}",
+    }
+    gated = source == "hub" and model.gated
+    return CheckpointPlan(source, spec.checkpoint.revision, spec.checkpoint.path, gated, places[source])
+
+
+def _sources(spec: Spec) -> list[SourcePlan]:
+    trees = {"Megatron-LM": spec.sources.megatron_lm, "NeMo": spec.sources.nemo}
+    return [SourcePlan(it.url, it.commit, f"{name}-{it.commit[:12]}") for name, it in trees.items() if it]
+
+
+def _parallelism(spec: Spec) -> ParallelismPlan:
+    split = spec.parallelism
+    shared = split.tensor_model_parallel_size * split.pipeline_model_parallel_size * split.context_parallel_size
+    return ParallelismPlan(**dict(split), data_parallel_size=spec.gpus // shared)
+
+
+def _data(spec: Spec) -> DataPlan:
+    return DataPlan(spec.data.kind, spec.data.path, spec.data.examples, is_packed(spec))
+
+
+def _python(site: Site) -> PythonPlan:
+    shared = [f"{path}:{path}" for path in site.shared_paths if site.python.image]
+    return PythonPlan(**dict(site.python) | {"mounts": shared + site.python.mounts})
+
+
+def _optimizations(spec: Spec) -> dict[str, bool]:
+    """What the spec says of each, else where measurements put it on and the run allows it."""
+    chosen = {}
+    for name, known in catalogue.optimizations().items():
+        said = getattr(spec.optimizations, name)
+        measured = spec.optimizations.preset == "measured" and known.is_default(spec.scheme, spec.precision, spec.gpu)
+        chosen[name] = said if said is not None else measured and not forbids(name, spec)
+    return chosen
+
+
+def _slurm(spec: Spec, site: Site) -> SlurmPlan:
+    given = {key: getattr(site, key) for key in SlurmPlan.__dataclass_fields__ if hasattr(site, key)}
+    walltime_s = parse_walltime(spec.walltime)
+    return SlurmPlan(
+        **given | {"end_before_limit_s": min(site.end_before_limit_s, walltime_s // 4)},
+        walltime_s=walltime_s,
+        convert_walltime_s=parse_walltime(spec.convert_walltime),
+    )
