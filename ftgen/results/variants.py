@@ -1,8 +1,8 @@
 """The name of the way in which a run's work was done. In: a plan as its JSON has it. Out: `stock`, `TP 2, default`, …
 
 Stock has no optimization on. Default has those on that the catalogue puts on for the run's scheme, precision and GPU, as far
-as the run can have them. All else is named by its difference from the nearer of the two. A plan of an earlier ftgen lacks the
-optimizations that came later: only the names that it has are compared, and a default without all of today's is `earlier
+as the run can have them. All else is named by its difference from the nearer of the two. A plan of an earlier ftgen lacks
+the optimizations that came later: only the names that it has are compared, and a default without all of today's is `earlier
 default`. A run without a plan has no known variant.
 """
 
@@ -20,7 +20,7 @@ UNKNOWN_VARIANT = "run"
 
 
 def variant(plan: Mapping[str, Any] | None) -> str:
-    """`stock`, `default`, `default + a − b`, `stock + a`, each with the sizes before it; empty where the plan does not tell."""
+    """`stock`, `default`, `default + a − b`, `stock + a`, with the sizes before it; empty where the plan does not tell."""
     if not plan:
         return ""
     chosen = plan.get("optimizations")
@@ -30,14 +30,14 @@ def variant(plan: Mapping[str, Any] | None) -> str:
 
 def numbered(runs: Sequence[Summary], variants: Sequence[str]) -> list[str]:
     """The runs' names: the variant, with a number in the order of time where several runs of a work have the same."""
-    same: dict[tuple[object, ...], list[int]] = {}
+    same: dict[tuple[object, str], list[int]] = {}
     for index, (run, name) in enumerate(zip(runs, variants, strict=True)):
-        same.setdefault((kind(run), size(run), name), []).append(index)
+        same.setdefault(((kind(run), size(run)), name), []).append(index)
     names = list(variants)
-    for (*_, name), found in same.items():
+    for (_, name), found in same.items():
         timed = all(runs[index].started for index in found)
         for number, index in enumerate(sorted(found, key=lambda index: _age(runs[index], timed=timed)), 1):
-            names[index] = f"{name or UNKNOWN_VARIANT} {number}" if len(found) > 1 or not name else str(name)
+            names[index] = f"{name or UNKNOWN_VARIANT} {number}" if len(found) > 1 or not name else name
     return names
 
 
