@@ -106,12 +106,12 @@ def window(run: Summary) -> list[dict[str, Any]]:
 
 
 def bars(values: Values, title: str, sources: Sequence[str]) -> dict[str, Any]:
-    """Horizontal bars for the first source, each below its `name`; for every other source a stroke where its bar would end."""
+    """Horizontal bars for the first source, each below its `name`; for other sources a stroke where a bar would end."""
     names = list(dict.fromkeys(value["name"] for value in values))
     labels = [_lines(name) for name in names]
     most = max(map(len, labels))
     y = {"field": "name", "type": "nominal", "title": None, "sort": names, "axis": None}
-    domain = [source for source in sources if any(value["source"] == source for value in values)]
+    domain = [source if any(value["source"] == source for value in values) else "" for source in sources]
     x = {"field": "value", "type": "quantitative", "title": title, "axis": {"tickCount": 4, "format": ",~r"}}
     at = {"y": y, "x": x, "color": colour_by("source", domain)} | LABEL
     lower = most * LINE_HEIGHT / 2  # the bar is that much below the middle, its label above it
@@ -132,7 +132,7 @@ def bars(values: Values, title: str, sources: Sequence[str]) -> dict[str, Any]:
 
 def _lines(name: str) -> list[str]:
     """A label in lines that are no wider than the chart."""
-    return wrap(name, LETTERS, max_lines=LINES, placeholder="…") or [""]
+    return wrap(name, LETTERS, max_lines=LINES, placeholder="…", break_on_hyphens=False) or [""]
 
 
 def colour_by(field: str, domain: Sequence[str]) -> dict[str, Any]:

@@ -45,7 +45,9 @@ def throughput(groups: Sequence[Group], variants: Variants) -> Chart | None:
     sentence = f"measured {_range(measured, thousands)} {_unit(timed[0])}"
     if shares := [group.mfu for group in timed if group.mfu]:
         sentence += f", {_range(shares, lambda share: percent(share, 1))} of the ideal"
-    return Chart(experiment_title(timed[0]), sentence, bars(values, _unit(timed[0]), (MEASURED, *published, IDEAL)))
+    return Chart(
+        experiment_title(timed[0]), sentence, bars(values, _unit(timed[0]), (MEASURED, *(published or ("",)), IDEAL))
+    )
 
 
 def memory(groups: Sequence[Group], variants: Variants) -> Chart | None:
@@ -55,7 +57,7 @@ def memory(groups: Sequence[Group], variants: Variants) -> Chart | None:
     for group in groups:
         if not group.peak_memory_gib:
             continue
-        name = _name(group, variants)
+        name = _name(group, variants, "highest")
         gpu = catalogue.gpus().get(group.gpu or "")
         found = {used: group.peak_memory_gib} | ({there: float(gpu.memory_gib)} if gpu else {})
         for source, gib in found.items():
@@ -131,9 +133,9 @@ def _scaled_from(group: Group) -> tuple[str, str, int, float, tuple[str, ...]]:
     return (experiment_title(group), group.gpu or "", group.seq_length or 0, work, group.options)
 
 
-def _name(group: Group, variants: Variants) -> str:
+def _name(group: Group, variants: Variants, figure: str = "mean") -> str:
     """1x H200, GBS 4: default, mean of 2."""
-    mean = f"mean of {group.counted}" if group.counted > 1 else ""
+    mean = f"{figure} of {group.counted}" if group.counted > 1 else ""
     return clean(": ".join(filter(None, (on_gpus(group), ", ".join(filter(None, (variants.get(way(group)), mean)))))))
 
 

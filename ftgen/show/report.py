@@ -123,6 +123,7 @@ def report(readings: Sequence[Reading], view: View, *, title: str) -> Iterator[s
         version=__version__,
         counts=_counts(view.runs),
         works=found,
+        models=[(model, list(same)) for model, same in groupby(found, lambda work: work.model)],
         most=MOST_NAMED,
         baseline=view.baseline,
         tables=run_tables(found, view),

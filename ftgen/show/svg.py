@@ -24,6 +24,7 @@ CONFIG: dict[str, Any] = {
         "titleFontWeight": "normal",
         "aria": False,
     },
+    "axisY": {"minExtent": 44, "titlePadding": 10},  # a browser's letters may be wider than those that are measured here
     "legend": {
         "labelColor": "currentColor",
         "labelFontSize": 12,

@@ -13,6 +13,7 @@ from ftgen.results.options import SIZES
 from ftgen.results.repeats import Group, kind, size
 from ftgen.results.summary import Summary
 from ftgen.results.variants import STOCK, numbered
+from ftgen.results.verdict import STATUSES
 from ftgen.show.tables import experiment_title
 from ftgen.units import UNKNOWN
 
@@ -50,8 +51,9 @@ class Work(NamedTuple):
 
     @property
     def not_complete(self) -> list[NamedRun]:
-        """Runs that failed, are invalid, ended badly or have not all their steps."""
-        return [each for each in self.runs if each.run.status != "complete"]
+        """Runs that are invalid, failed, ended badly or have not all their steps, the worst first."""
+        found = [each for each in self.runs if each.run.status != "complete"]
+        return sorted(found, key=lambda each: -STATUSES.index(each.run.status))
 
     def compared(self, baseline: Baseline | None) -> str:
         """The fastest run's speed by the baseline's, or by the stock runs': 1.53x as fast as stock."""
