@@ -1,4 +1,7 @@
-"""Pictures of a report for its page in the docs: PYTHONPATH=tests python tests/show/screenshots.py docs/reports/gpus.html docs/images."""
+"""Pictures of a report for its page in the docs.
+
+PYTHONPATH=tests python tests/show/screenshots.py docs/reports/gpus.html docs/images
+"""
 
 import base64
 import subprocess

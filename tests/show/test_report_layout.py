@@ -24,7 +24,8 @@ const found = [];
 const cross = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
   && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3;  // a line's box is higher than its letters
 for (const svg of document.querySelectorAll("svg")) {
-  const texts = [...svg.querySelectorAll("text")].filter((text) => text.textContent.trim() && text.getAttribute("opacity") !== "0");
+  const shown = (text) => text.textContent.trim() && text.getAttribute("opacity") !== "0";
+  const texts = [...svg.querySelectorAll("text")].filter(shown);
   const boxes = texts.map((text) => text.getBoundingClientRect());
   boxes.forEach((a, i) => boxes.slice(0, i).forEach((b, j) => {
     if (cross(a, b)) found.push(`${texts[i].textContent} | ${texts[j].textContent}`);
