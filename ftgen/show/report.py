@@ -22,20 +22,21 @@ from ftgen.logs.find import Folder, Run
 from ftgen.logs.log import Log
 from ftgen.logs.many import Progress, read_all
 from ftgen.results.keys import RUN, View, row
-from ftgen.results.options import shortly
-from ftgen.results.repeats import group, kind, order
+from ftgen.results.repeats import group, kind, order, way
 from ftgen.results.summary import Summary, judge
+from ftgen.results.variants import STOCK, variant
 from ftgen.results.verdict import STATUSES
 from ftgen.results.window import Window, checked
-from ftgen.show import charts
-from ftgen.show.chart_parts import MOST_RUNS
-from ftgen.show.charts import Chart
-from ftgen.show.curves import Curve, Curves, curves
+from ftgen.show import charts, group_charts
+from ftgen.show.chart_parts import MOST_RUNS, Chart, grouped
+from ftgen.show.curves import Curves, curves
 from ftgen.show.pages import pieces, source
+from ftgen.show.run_tables import run_tables
 from ftgen.show.svg import svg
-from ftgen.show.tables import experiment_title, tabulate
+from ftgen.show.works import NamedRun, Work, works
 
 SCRIPT = "report.js"
+MOST_NAMED = 6  # runs that are not complete, named on the first screen for each work
 TOLD = {"experiment", "run_id", "status", "reason", "warnings", "notes", "log"}  # keys that stand elsewhere on the page
 
 
@@ -52,6 +53,7 @@ class Reading(NamedTuple):
     """A run, and what its log says, in as little memory as it takes: there may be thousands of them."""
 
     run: Summary
+    variant: str  # of the run's plan
     losses: int  # steps of which the loss is known
     packed: bytes
 
@@ -61,7 +63,7 @@ class Reading(NamedTuple):
         drawn = curves(log.steps)
         told_by = [(kind, ending.note) for kind, ending in log.endings.items() if not ending.json]
         told = Told(drawn, told_by, flattened(log.plan or {}), flattened(log.environment or {}))
-        return cls(run, drawn.losses.known, zlib.compress(pickle.dumps(told), 1))
+        return cls(run, variant(log.plan), drawn.losses.known, zlib.compress(pickle.dumps(told), 1))
 
     @property
     def told(self) -> Told:
@@ -89,17 +91,7 @@ class Section(NamedTuple):
     told: Told
 
 
-class Line(NamedTuple):
-    """A run in the list of all."""
-
-    anchor: str
-    title: str
-    run: Summary
-
-    @property
-    def words(self) -> str:
-        """What must be said of the run, in one line."""
-        return "; ".join(filter(None, (self.run.reason, *self.run.warnings)))
+ByWork = Sequence[tuple[Work, Sequence[Reading]]]  # each work with its runs, in the order of their names
 
 
 def read(
@@ -121,18 +113,27 @@ def _reading(run: Run, log: Log, *, window: Window | None) -> Reading:
 def report(readings: Sequence[Reading], view: View, *, title: str) -> Iterator[str]:
     """The page, in pieces; a run is drawn when its piece is asked for."""
     readings = sorted(readings, key=lambda reading: order(reading.run))
-    lines = [_line(position, reading.run) for position, reading in enumerate(readings, 1)]
-    view = view._replace(runs=[line.run for line in lines])
+    found = works([reading.run for reading in readings], [reading.variant for reading in readings])
+    by_work = [(work, readings[int(work.runs[0].anchor[4:]) - 1 :][: len(work.runs)]) for work in found]
+    view = view._replace(runs=[reading.run for reading in readings])
     script = source(SCRIPT)
     return pieces(
         "report.html.j2",
         title=title,
         version=__version__,
         counts=_counts(view.runs),
-        tables=tabulate(view),
-        overview=list(_overview(readings)),
-        lines=lines,
-        sections=(_section(line, reading, view) for line, reading in zip(lines, readings, strict=True)),
+        works=found,
+        models=[(model, list(same)) for model, same in groupby(found, lambda work: work.model)],
+        most=MOST_NAMED,
+        baseline=view.baseline,
+        tables=run_tables(found, view),
+        overview=list(_overview(by_work, readings)),
+        sections=(
+            _section(named, work, reading, view)
+            for work, same in by_work
+            for named, reading in zip(work.runs, same, strict=True)
+        ),
+        grouped=grouped,
         script=Markup(script),  # noqa: S704, our own file
         script_hash=base64.b64encode(sha256(script.encode()).digest()).decode(),
     )
@@ -143,43 +144,46 @@ def _counts(runs: Sequence[Summary]) -> list[tuple[str, int]]:
     return [(status, counted[status]) for status in STATUSES if counted[status]]
 
 
-def _overview(readings: Sequence[Reading]) -> Iterator[tuple[str, Iterable[Figure]]]:
+def _overview(by_work: ByWork, readings: Sequence[Reading]) -> Iterator[tuple[str, Iterable[Figure]]]:
     """Charts of all runs: what stands above those of single runs."""
+    variants = {way(reading.run): reading.variant for reading in reversed(readings)}
     kinds = [list(same) for _, same in groupby(group([reading.run for reading in readings]), kind)]
-    scaling = charts.scaling([each for groups in kinds for each in groups])
+    scaling = group_charts.scaling([each for groups in kinds for each in groups], variants)
     known = {
-        "Throughput": [chart for groups in kinds if (chart := charts.throughput(groups))],
+        "Throughput": [chart for groups in kinds if (chart := group_charts.throughput(groups, variants))],
         "Scaling": [scaling] if scaling else [],
-        "Memory": [chart for groups in kinds if (chart := charts.memory(groups))],
+        "Memory": [chart for groups in kinds if (chart := group_charts.memory(groups, variants))],
     }
     yield from ((name, map(_figure, found)) for name, found in known.items() if found)
-    alike = (list(same) for _, same in groupby((r for r in readings if r.losses > 1), lambda reading: kind(reading.run)))
-    repeated = [runs for runs in alike if len(runs) > 1]
-    if repeated:
-        yield "Losses", (_figure(charts.losses_together(part)) for runs in repeated for part in _losses(runs))
+    if any(sum(reading.losses > 1 for reading in same) > 1 for _, same in by_work):
+        yield "Losses", (_figure(chart) for work, same in by_work for chart in _losses(work, same))
 
 
-def _losses(readings: Sequence[Reading]) -> Iterator[list[tuple[Summary, Curve]]]:
-    """The runs with their losses, as many at a time as fit a chart."""
-    for start in range(0, len(readings), MOST_RUNS):
-        yield [(each.run, each.told.curves.losses) for each in readings[start : start + MOST_RUNS]]
+def _losses(work: Work, readings: Sequence[Reading]) -> Iterator[Chart]:
+    """The losses of a work's runs, as many at a time as fit a chart, and their differences from the first stock run."""
+    known = [(named, reading) for named, reading in zip(work.runs, readings, strict=True) if reading.losses > 1]
+    if len(known) < 2:
+        return
+    first, reading = next((each for each in known if each[0].variant.endswith(STOCK)), known[0])
+    reference = (first.name, reading.told.curves.losses)
+    for start in range(0, len(known), MOST_RUNS):
+        runs = [(named.name, reading.told.curves.losses) for named, reading in known[start : start + MOST_RUNS]]
+        yield charts.losses_together(work.full_title, runs)
+        if difference := charts.loss_differences(work.full_title, reference, runs):
+            yield difference
 
 
 def _figure(chart: Chart) -> Figure:
     return Figure(chart.title, chart.sentence, svg(chart))
 
 
-def _line(position: int, run: Summary) -> Line:
-    what = f"{experiment_title(run)} on {run.gpus} {(run.gpu or '').upper()}"
-    return Line(f"run-{position}", ", ".join(filter(None, (what, shortly(run.options), f"run {run.run_id}"))), run)
-
-
-def _section(line: Line, reading: Reading, view: View) -> Section:
-    run, told = line.run, reading.told
+def _section(named: NamedRun, work: Work, reading: Reading, view: View) -> Section:
+    run, told = named.run, reading.told
     values = row(run, view.baseline)
     found = (charts.step_times(run, told.curves.times), charts.losses(told.curves.losses))
-    facts = [(f.title, f.how(values[f.key])) for f in RUN if f.key not in TOLD and values[f.key] is not None]
-    return Section(line.anchor, line.title, run, [_figure(chart) for chart in found if chart], facts, told)
+    facts = [(f.title, grouped(f.how(values[f.key]))) for f in RUN if f.key not in TOLD and values[f.key] is not None]
+    title = f"{work.full_title}: {named.name}"
+    return Section(named.anchor, title, run, [_figure(chart) for chart in found if chart], facts, told)
 
 
 def flattened(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

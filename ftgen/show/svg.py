@@ -6,8 +6,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from ftgen.errors import Problem, UserError
-from ftgen.show.charts import Chart
+from ftgen.show.chart_parts import Chart
 from ftgen.units import clean
 
 CONFIG: dict[str, Any] = {
@@ -25,6 +24,7 @@ CONFIG: dict[str, Any] = {
         "titleFontWeight": "normal",
         "aria": False,
     },
+    "axisY": {"minExtent": 44, "titlePadding": 10},  # a browser's letters may be wider than those that are measured here
     "legend": {
         "labelColor": "currentColor",
         "labelFontSize": 12,
@@ -39,12 +39,9 @@ SIZE = re.compile(r'^<svg ([^>]*?) width="[\d.]+" height="[\d.]+" (viewBox="[^"]
 
 
 def svg(chart: Chart) -> Markup:
-    """The drawing as it stands in a page; UserError where vl-convert is not installed."""
-    try:
-        import vl_convert
-    except ImportError:
-        what = "the report needs vl-convert, which is not installed"
-        raise UserError(Problem((), what, "pip install 'ftgen[report]'")) from None
+    """The drawing as it stands in a page."""
+    import vl_convert  # no other command needs it
+
     text: str = vl_convert.vegalite_to_svg(
         json.dumps(chart.spec | {"config": CONFIG}), vl_version="6.4", allowed_base_urls=[]
     )

@@ -1,4 +1,7 @@
-"""Pictures of a report for its page in the docs: python tests/screenshots.py docs/reports/gpus.html docs/images."""
+"""Pictures of a report for its page in the docs.
+
+PYTHONPATH=tests python tests/show/screenshots.py docs/reports/gpus.html docs/images
+"""
 
 import base64
 import subprocess
@@ -17,14 +20,14 @@ SHOTS = {
 
 
 def main(report: Path, folder: Path) -> None:
-    """The top of the page in light, one run of it in dark and on a phone, and what the printer gets."""
+    """The top of the page in light and on a phone, one run of it in dark, and what the printer gets."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as profile:
         browser = chromium(Path(profile))
         for name, look in SHOTS.items():
             show_as(browser, **look)
             browser.get(report.resolve().as_uri())
-            if name != "report-light":
+            if name == "report-dark":
                 browser.execute_script("document.querySelector('article').scrollIntoView()")
             browser.save_screenshot(str(folder / f"{name}.png"))
         page = Path(profile, "print.pdf")

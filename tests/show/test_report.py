@@ -28,10 +28,11 @@ from ftgen.logs.steps import Steps
 from ftgen.results.baseline import read_baseline
 from ftgen.results.keys import View
 from ftgen.results.summary import summarize
-from ftgen.show import charts
+from ftgen.show import charts, group_charts
 from ftgen.show import report as report_module
 from ftgen.show.curves import MOST_POINTS, curves
 from ftgen.show.report import Reading, flattened, read, report
+from ftgen.units import clean
 
 ROOT = Path(__file__).parents[2]
 LOGS = [ROOT / "tests" / "logs" / case / "logs" for case in ("sizes", "verdicts", "documented")]
@@ -121,14 +122,10 @@ def hostile(name):
     return [Reading.of(summary, log), Reading.of(summary._replace(run_id=f"{name}2"), log)]
 
 
-@pytest.fixture(scope="module")
-def harmless():
-    return Page(page_of(hostile("x"), "x"))
-
-
 @pytest.mark.parametrize("name", EVIL)
-def test_no_name_becomes_markup(name, harmless):
-    page = Page(page_of(hostile(name), name))
+def test_no_name_becomes_markup(name):
+    plain = re.sub(r"\S", "x", clean(name))  # as long, with spaces at the same places: its labels have as many lines
+    page, harmless = Page(page_of(hostile(name), name)), Page(page_of(hostile(plain), plain))
     assert page.tags == harmless.tags
     assert [at[:2] for at in page.attributes] == [at[:2] for at in harmless.attributes]
 
@@ -160,8 +157,8 @@ def test_scaling_is_by_the_fewest_gpus_with_as_much_work_for_each():
 
     times = {8: 0.70, 16: 0.70, 32: 0.875}
     runs = [summary_of(f"lora_nemo_llama3_8b_fp8_{gpus}", [time] * 20, 4 * gpus) for gpus, time in times.items()]
-    values = charts.scaling(group(runs)).spec["data"]["values"]
-    measured = {value["gpus"]: round(value["value"], 3) for value in values if value["source"] == charts.MEASURED}
+    values = group_charts.scaling(group(runs), {}).spec["data"]["values"]
+    measured = {value["gpus"]: round(value["value"], 3) for value in values if value["source"] == group_charts.MEASURED}
     assert measured == {8: 1.0, 16: 1.0, 32: 0.8}
 
 
@@ -176,12 +173,11 @@ def test_the_command_writes_one_file(ftgen, tmp_path):
     assert "<h1>Results &amp; more</h1>" in (tmp_path / "r.html").read_text()
 
 
-def test_without_the_library_that_draws_it_says_what_to_install(tmp_path):
-    code = "import sys; sys.modules['vl_convert'] = None; from ftgen.cli.main import main; main()"
-    command = [sys.executable, "-c", code, "report", str(LOGS[0]), "-o", str(tmp_path / "r.html")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "pip install 'ftgen[report]'" in done.stderr
+def test_the_library_that_draws_is_imported_for_the_report_alone():
+    command = [sys.executable, "-X", "importtime", "-m", "ftgen", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "ftgen.cli" in done.stderr
+    assert "vl_convert" not in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +236,7 @@ def test_a_chart_is_read_with_the_keyboard_alone(opened):
     ActionChains(browser).send_keys(Keys.ARROW_RIGHT).perform()
     first = said.text
     ActionChains(browser).send_keys(Keys.END).perform()
-    assert re.fullmatch(r".+: (measured|published \(H100\)|ideal, at the dense peak): \d+ tokens per second and GPU", first)
+    assert re.fullmatch(r".+: (measured|published, .+|ideal, at the dense peak): [\d,]+ tokens per second and GPU", first)
     assert said.text not in {"", first}
     ActionChains(browser).send_keys(Keys.ESCAPE).perform()
     assert not said.text.strip()
@@ -297,7 +293,7 @@ def test_it_prints_in_ink_whatever_the_screen(opened, tmp_path):
     (tmp_path / "r.pdf").write_bytes(base64.b64decode(data))
     subprocess.run([program("pdftotext", "poppler-utils"), "-layout", "r.pdf"], cwd=tmp_path, check=True)
     words = (tmp_path / "r.txt").read_text()
-    assert "Verdicts" in words
+    assert "Fastest runs" in words
     assert "out of GPU memory" in words
     subprocess.run(
         [program("pdftoppm", "poppler-utils"), "-r", "10", "-gray", "-f", "1", "-l", "1", "r.pdf", "r"],
