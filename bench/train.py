@@ -20,8 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ftgen.logs.find import find_runs
-from ftgen.logs.read import Run, read_log
+from ftgen.logs.find import Run, find_runs, read_log
 from ftgen.results.summary import judge
 
 HERE = Path(__file__).parent

@@ -210,6 +210,8 @@ open_log() {
 }
 
 finish() {
+    # a background child that is killed right after its fork may still have this trap
+    if [[ $BASHPID != "$$" ]]; then return 0; fi
     trap '' USR1 TERM INT
     # a job that failed early still submits the rest; a job that was stopped does not
     if [[ -z ${stopping:-} ]] && is_batch_job; then submit_the_rest "$SLURM_JOB_ID"; fi

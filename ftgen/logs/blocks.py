@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 BLOCK = 1 << 20  # bytes
+LONGEST_LINE = 1 << 24  # bytes: a longer line is cut
 KNOWN_BY = 4096  # bytes at the beginning, and before a place, by which a file is recognized
 PACKED = (GZIP, ZSTD) = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")  # the first bytes: RFC 1952, RFC 8878
 ESCAPE = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(?:\x07|\x1b\\))")  # ECMA-48: CSI, OSC
@@ -74,7 +75,7 @@ def is_packed(path: str | Path) -> bool:
 def blocks(path: str | Path, start: int = 0) -> Iterator[Block]:
     """The lines from the one that begins at `start`, in blocks; LogFileError behind what could be read.
 
-    A block ends where a line does, unless that line is longer than a block or has no end.
+    A block ends where a line does, unless that line is very long or has no end.
     """
     try:
         with closing(_stream(path)) as file:
@@ -83,7 +84,7 @@ def blocks(path: str | Path, start: int = 0) -> Iterator[Block]:
             offset, rest = start, b""
             while piece := file.read(BLOCK):
                 raw = rest + piece if rest else piece
-                end = line_end(raw) or (len(raw) if len(raw) >= BLOCK else 0)
+                end = line_end(raw) or (len(raw) if len(raw) >= LONGEST_LINE else 0)
                 if end:
                     yield Block(offset, raw[:end])
                 offset, rest = offset + end, raw[end:]

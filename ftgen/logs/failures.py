@@ -1,6 +1,6 @@
 """Lines that say how a run ended, or what it was. In: text. Out: a `Told` for each, with its kind, rank and place.
 
-A log may have gigabytes of other text. One word is looked for at a time, which is fast; patterns are for lines that have one.
+A log may have gigabytes of other text. One word is looked for at a time, which is fast; patterns are for text that has one.
 """
 
 import re

@@ -147,14 +147,14 @@ def _unreadable(error: OSError) -> str:
 
 
 def _size(path: str, seen: set[tuple[int, int]], tell: Tell) -> int | None:
-    """The file's size in bytes; None if it is no file, or was reached before."""
+    """The file's size in bytes; None if it is not a file, or was reached before."""
     try:
         status = os.stat(path)  # noqa: PTH116
     except OSError as error:  # a link to nowhere, or gone by now
         tell(f"{path}: passed over: {error.strerror}")
         return None
     if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
-        tell(f"{path}: passed over: it is no file")
+        tell(f"{path}: passed over: it is not a file")
         return None
     place = (status.st_dev, status.st_ino)
     if place in seen:

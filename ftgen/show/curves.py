@@ -44,11 +44,11 @@ def curves(steps: Steps) -> Curves:
     total = len(steps)
     times, losses = _Line(total), _Line(total)
     seconds = array("d")
-    for number, time_s, loss in steps.curve():
-        if times.add(number, time_s):
+    for step, time_s, loss in steps.curve():
+        if times.add(step, time_s):
             seconds.append(time_s or 0.0)
-        losses.add(number, loss)
-    rows = [_row(step) for step in steps.between(0, steps.last + 1).items()] if total <= MOST_STEPS else []
+        losses.add(step, loss)
+    rows = list(map(_row, steps.between(0, steps.last + 1).items())) if total <= MOST_STEPS else []
     middle = median(seconds) if seconds else None
     beyond = sum(time_s > OFF_SCALE * middle for time_s in seconds) if middle else 0
     return Curves(times.curve()._replace(middle=middle, beyond=beyond), losses.curve(), rows)

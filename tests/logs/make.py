@@ -10,7 +10,7 @@ from pathlib import Path
 
 import zstandard
 
-from ftgen.plan.plan import resolve
+from ftgen.plan.resolve import resolve
 from ftgen.spec.site import Site
 from ftgen.spec.spec import Spec
 

@@ -120,11 +120,14 @@ def test_a_look_reads_what_was_added_and_no_more_than_a_block_besides(tmp_path):
     follower = Follower([tmp_path], queue=lambda: None)
     run, size = looked()
     assert size > path.stat().st_size > 10 << 20
+    assert f"line {100_001}" in run.reason
     for start in range(100_000, 101_000, 250):
         with path.open("a") as file:
             file.write("".join(lines[start : start + 250]))
         run, size = looked()
         assert run.steps == start + 250
-        assert f"line {100_001}" in run.reason
         assert size < 400_000
     assert looked()[1] < 5_000  # nothing was added
+    with path.open("a") as file:
+        file.write("[rank0]: torch.OutOfMemoryError: CUDA out of memory\n")
+    assert f"line {101_002}" in looked()[0].reason

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ftgen.plan.plan import resolve
+from ftgen.plan.resolve import resolve
 from ftgen.spec.site import Site
 from ftgen.spec.spec import Spec
 

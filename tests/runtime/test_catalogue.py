@@ -43,7 +43,7 @@ SPEC = 'scheme = "{scheme}"\nprecision = "bf16"\ngpus = {gpus}\nmodel = "{model}
 @pytest.fixture(scope="module")
 def configurations(tmp_path_factory) -> dict[str, tuple[dict, dict, dict]]:
     """By model and scheme: the plan, NeMo's recipe, and the same with the plan over it."""
-    from ftgen.plan.experiment import load
+    from ftgen.plan.experiments import load_one
 
     folder = tmp_path_factory.mktemp("catalogue")
     plans = {}
@@ -54,7 +54,7 @@ def configurations(tmp_path_factory) -> dict[str, tuple[dict, dict, dict]]:
             spec = folder / f"{model.name}_{scheme}.toml"
             spec.write_text(SPEC.format(scheme=scheme, gpus=gpus, model=model.name))
             if model.checkpoint == "hub":
-                plans[spec.stem] = json.loads(load(spec, None, ()).plan.to_json())
+                plans[spec.stem] = json.loads(load_one(spec, None, ()).plan.to_json())
     done = subprocess.run(
         [sys.executable, "-c", READER], input=json.dumps(plans), capture_output=True, text=True, cwd=ROOT, check=False
     )

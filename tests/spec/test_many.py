@@ -86,8 +86,8 @@ def test_a_script_says_which_point_it_is(ftgen, specs):
     assert found["sweep_fp8_16"]["overrides"] == {"walltime": "01:00:00", "data.packed": False}
     header = (specs / "out/sweep_fp8_16.sh").read_text().split("\n#SBATCH")[0]
     assert " from sweep.toml (sha256 " in header
-    assert "\n# The point of its matrix: precision=fp8, gpus=16.\n" in header
-    assert "\n# With --set walltime=01:00:00 --set data.packed=false.\n" in header
+    assert "\n# Point of the spec's matrix: precision=fp8, gpus=16.\n" in header
+    assert "\n# Overrides: --set walltime=01:00:00 --set data.packed=false.\n" in header
 
 
 def test_overrides_can_be_given_again_as_the_header_says_them(ftgen, specs):
@@ -95,7 +95,7 @@ def test_overrides_can_be_given_again_as_the_header_says_them(ftgen, specs):
     given = [word for text in said for word in ("--set", text)]
     (specs / "one.toml").write_text('extends = "base.toml"\nprecision = "bf16"\ngpus = 8\n')
     compiled(ftgen, specs / "one.toml", *given)
-    (line,) = re.findall("^# With (.*)\\.$", (specs / "out/one.sh").read_text(), flags=re.MULTILINE)
+    (line,) = re.findall("^# Overrides: (.*)\\.$", (specs / "out/one.sh").read_text(), flags=re.MULTILINE)
     before = (specs / "out/one.sh").read_text()
     compiled(ftgen, specs / "one.toml", *shlex.split(line))
     assert (specs / "out/one.sh").read_text() == before

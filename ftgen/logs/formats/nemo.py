@@ -3,6 +3,7 @@
 In: one line of bytes, or many. Out: a `StepLine`, or None for a damaged line; of many lines their numbers, losses, times.
 """
 
+import math
 import re
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ KEYS: Keys = {
 }
 # A line as NeMo writes it: its number, loss and time. Lines with a gradient norm are parsed one by one.
 SCAN = re.compile(
-    rb"\| global_step: (\d{1,9}) \|.*\| reduced_train_loss: ([\d.]+(?:e[-+]\d\d)?) "
+    rb"\| global_step: (\d{1,9}) \|.*\| reduced_train_loss: (-?[\d.]+(?:e[-+]\d\d)?) "
     rb"\| train_step_timing in s: ([\d.]+(?:e[-+]\d\d)?)(?= \||\n)"
 )
 
@@ -58,7 +59,8 @@ def scan(lines: bytes, count: int) -> Scanned | None:
         scanned = Scanned(list(map(int, numbers)), list(map(float, losses)), list(map(float, times)))
     except ValueError:  # 2.6.9
         return None
-    return scanned if min(scanned.times_s) > SHORTEST_STEP_S and max(scanned.times_s) < LONGEST_STEP_S else None
+    possible = min(scanned.times_s) > SHORTEST_STEP_S and max(scanned.times_s) < LONGEST_STEP_S
+    return scanned if possible and max(scanned.losses) < math.inf else None
 
 
 def fields_of(line: bytes) -> dict[bytes, bytes]:
