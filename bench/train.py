@@ -20,7 +20,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ftgen.logs.find import Run, find_runs, read_log
+from ftgen.logs.find import Run, find_runs
+from ftgen.logs.read import read_log
 from ftgen.results.summary import judge
 
 HERE = Path(__file__).parent

@@ -7,12 +7,13 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 BLOCK = 1 << 20  # bytes
+PACKED_BLOCK = 1 << 16  # bytes of compressed data
 LONGEST_LINE = 1 << 24  # bytes: a longer line is cut
 KNOWN_BY = 4096  # bytes at the beginning, and before a place, by which a file is recognized
 PACKED = (GZIP, ZSTD) = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")  # the first bytes: RFC 1952, RFC 8878
@@ -77,23 +78,18 @@ def blocks(path: str | Path, start: int = 0) -> Iterator[Block]:
 
     A block ends where a line does, unless that line is very long or has no end.
     """
+    offset, rest = start, b""
     try:
-        with closing(_stream(path)) as file:
-            if start:
-                file.seek(start)
-            offset, rest = start, b""
-            while piece := file.read(BLOCK):
-                raw = rest + piece if rest else piece
-                end = line_end(raw) or (len(raw) if len(raw) >= LONGEST_LINE else 0)
-                if end:
-                    yield Block(offset, raw[:end])
-                offset, rest = offset + end, raw[end:]
-            if rest:
-                yield Block(offset, rest)
+        for piece in _pieces(path, start):
+            raw = rest + piece if rest else piece
+            end = line_end(raw) or (len(raw) if len(raw) >= LONGEST_LINE else 0)
+            if end:
+                yield Block(offset, raw[:end])
+            offset, rest = offset + end, raw[end:]
+        if rest:
+            yield Block(offset, rest)
     except EOFError:
         raise LogFileError("the log is cut off: its compressed data has no end") from None
-    except zlib.error as error:
-        raise LogFileError(f"the compressed data of the log is damaged: {error}") from None
     except OSError as error:
         raise LogFileError(f"the log cannot be read: {error.strerror or error}") from None
 
@@ -121,76 +117,38 @@ def _open(path: str | Path) -> IO[bytes]:
     return open(descriptor, "rb", buffering=0)  # noqa: PTH123
 
 
-def _stream(path: str | Path) -> "IO[bytes] | _Unpacked":
-    """The bytes of the file, decompressed."""
-    file = _open(path)
-    start = file.read(4)
-    file.seek(0)
-    return _Unpacked(file, zstd=start.startswith(ZSTD)) if start.startswith(PACKED) else file
+def _pieces(path: str | Path, start: int) -> Iterator[bytes]:
+    """The bytes of the file from `start`, decompressed; EOFError where compressed data is cut off."""
+    with closing(_open(path)) as file:
+        first = file.read(4)
+        file.seek(start)
+        if first.startswith(PACKED):
+            yield from _unpacked(file, *(_zstd() if first.startswith(ZSTD) else (_gzip, zlib.error)))
+        else:
+            yield from iter(lambda: file.read(BLOCK), b"")
 
 
-class _Unpacked:
-    """The bytes of a compressed file; EOFError where it is cut off, behind everything that could be read."""
-
-    def __init__(self, file: IO[bytes], *, zstd: bool) -> None:
-        self._file = file
-        self._new = _zstd_frame if zstd else _gzip_member
-        self._frame = self._new()
-        self._left = b""
-
-    def read(self, size: int) -> bytes:
-        """At most `size` bytes; none at the end."""
-        while not self._left:
-            piece = self._frame.unused_data or self._file.read(BLOCK)
-            if not piece:
-                if not self._frame.eof:
-                    raise EOFError
-                return b""
-            if self._frame.eof:  # another one follows
-                self._frame = self._new()
-            self._left = self._frame.decompress(piece)
-        found, self._left = self._left[:size], self._left[size:]
-        return found
-
-    def seek(self, offset: int) -> None:
-        """Only from the beginning: by decompressing what lies before."""
-        while offset > 0 and (piece := self.read(min(BLOCK, offset))):
-            offset -= len(piece)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+def _unpacked(file: IO[bytes], new: Callable[[], Any], damage: type[Exception]) -> Iterator[bytes]:
+    """What the compressed frames of a file hold; one frame may follow another."""
+    frame, unused = new(), b""
+    while piece := unused or file.read(PACKED_BLOCK):
+        frame = new() if frame.eof else frame
+        try:
+            yield frame.decompress(piece)
+        except damage as error:
+            raise LogFileError(f"the compressed data of the log is damaged: {error}") from None
+        unused = frame.unused_data
+    if not frame.eof:
+        raise EOFError
 
 
-def _gzip_member() -> Any:
+def _gzip() -> Any:
     return zlib.decompressobj(zlib.MAX_WBITS | 16)
 
 
-def _zstd_frame() -> Any:
+def _zstd() -> tuple[Callable[[], Any], type[Exception]]:
     try:
         import zstandard
     except ImportError:
         raise LogFileError("the log is compressed by zstd, which needs a package: pip install zstandard") from None
-    return _ZstdFrame(zstandard)
-
-
-class _ZstdFrame:
-    """zstandard's decompressor, with zlib's error."""
-
-    def __init__(self, zstandard: Any) -> None:
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._error = zstandard.ZstdError
-
-    @property
-    def eof(self) -> bool:
-        return bool(self._frame.eof)
-
-    @property
-    def unused_data(self) -> bytes:
-        return bytes(self._frame.unused_data)
-
-    def decompress(self, piece: bytes) -> bytes:
-        try:
-            return bytes(self._frame.decompress(piece))
-        except self._error as error:
-            raise zlib.error(str(error)) from None
+    return zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError

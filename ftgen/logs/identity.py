@@ -9,7 +9,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ftgen import catalogue
-from ftgen.errors import LogError, Problem, dotted
+from ftgen.documents import get
+from ftgen.errors import LogError, Problem
 
 # What the recipe leaves unsaid in its logs, because it never varies there.
 RECIPE_GPU = "h100"
@@ -65,7 +66,7 @@ def from_plan(text: str | bytes, file: str) -> tuple[Identity, dict[str, Any]]:
         raise LogError(Problem((), f"the plan is no JSON: {error}", file=file)) from None
     if not isinstance(plan, dict):
         raise LogError(Problem((), "the plan must be a JSON object", file=file))
-    values = {field: _at(plan, path) for field, (path, _, _) in PLAN_KEYS.items()}
+    values = {field: get(plan, path) for field, (path, _, _) in PLAN_KEYS.items()}
     problems = [
         Problem(path, f"{RULES[kind]}, found {_short(values[field])}", file=file)
         for field, (path, kind, optional) in PLAN_KEYS.items()
@@ -95,21 +96,6 @@ def from_name(experiment: str, global_batch_size: int | None = None) -> Identity
         flops_per_sample=model.flops(RECIPE_SEQ_LENGTH) if model else None,
         peak_flops=catalogue.gpus()[RECIPE_GPU].peak_flops(match["precision"]),
     )
-
-
-def problem_lines(error: LogError) -> str:
-    """A plan's problems in one line, for a run's reason."""
-    return "; ".join(
-        ": ".join(filter(None, (f"{p.file}:{p.line}" if p.line else p.file, dotted(p.where), p.what)))
-        for p in error.problems
-    )
-
-
-def _at(plan: dict[str, Any], path: tuple[str, ...]) -> Any:
-    value: Any = plan
-    for key in path:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
 
 
 def _fits(value: Any, kind: type) -> bool:

@@ -1,13 +1,11 @@
 """Many runs at once. In: the `Folder`s that they are in. Out: what is made of each run and its log, by several processes."""
 
-import gc
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -17,7 +15,6 @@ from ftgen.logs.find import Folder, Run, order, runs_in
 from ftgen.logs.log import Log
 from ftgen.logs.read import read_log
 
-ALONE = 8 << 20  # bytes: one process has read less before another has started
 BATCH = 4 << 20  # bytes of logs that a process reads at a time
 RUN_BYTES = 16 << 10  # finding and judging a run takes as long as reading so many bytes
 
@@ -36,11 +33,10 @@ def read_all(
     processes = processes or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     batches = _batches(folders)
     first = next(batches, [])
-    with _without_cycles():
-        if processes == 1 or sum(map(_weight, first)) < BATCH:
-            made = [one for batch in chain([first], batches) for one in _make_batch(batch, make, progress)]
-        else:
-            made = _at_once(chain([first], batches), make, progress, processes)
+    if processes == 1 or sum(map(_weight, first)) < BATCH:
+        made = [one for batch in chain([first], batches) for one in _make_batch(batch, make, progress)]
+    else:
+        made = _at_once(chain([first], batches), make, progress, processes)
     return [one for _, one in sorted(made, key=lambda pair: pair[0])]
 
 
@@ -61,18 +57,6 @@ def _weight(folder: Folder) -> int:
     return folder.size + RUN_BYTES * len(folder.logs)
 
 
-@contextmanager
-def _without_cycles() -> Iterator[None]:
-    """Nothing that is made here has reference cycles: to look for them would take a tenth of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def _make_batch(batch: list[Folder], make: Make[Made], progress: Progress) -> Iterator[tuple[Any, Made]]:
     for folder in batch:
         for run in runs_in(folder):
@@ -88,7 +72,8 @@ def _at_once(
     # a copy of this process, where that is possible, starts at once
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
     made: list[tuple[Any, Made]] = []
-    pool = ProcessPoolExecutor(processes, context, _begin)
+    # only this process is to see ^C
+    pool = ProcessPoolExecutor(processes, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
         given = [(pool.submit(_in_a_process, batch, make), sum(folder.size for folder in batch)) for batch in batches]
         for result, size in given:
@@ -100,12 +85,6 @@ def _at_once(
     finally:
         pool.shutdown(cancel_futures=True)
     return made
-
-
-def _begin() -> None:
-    """In each process: only the first one sees ^C, and nothing has reference cycles."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    gc.disable()
 
 
 def _in_a_process(batch: list[Folder], make: Make[Any]) -> list[tuple[Any, Any]]:

@@ -71,7 +71,7 @@ def _identify(run: Run, log: Log) -> None:
                 log.identity, log.plan = identity.from_plan(text, file)
                 return
         except LogError as error:
-            log.problems.append(identity.problem_lines(error))
+            log.problems.append("; ".join(map(str, error.problems)))
     log.identity = identity.from_name(run.experiment, _batch(log))
 
 

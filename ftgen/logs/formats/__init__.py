@@ -4,21 +4,10 @@ In: a line of bytes. Out: the step that it tells of; None for a line that is dam
 `nemo.py` also has `scan`, which reads many lines at once: logs of millions of steps need it.
 """
 
-from typing import Protocol
-
 from ftgen.logs.formats import bridge, megatron, nemo, nemo_bar
 from ftgen.logs.step import StepLine, StepTime
 
-
-class Format(Protocol):
-    """What a file of this folder has."""
-
-    WORD: bytes
-
-    def parse(self, line: bytes, /) -> StepLine | StepTime | None: ...  # noqa: D102
-
-
-FORMATS: tuple[Format, ...] = (nemo_bar, nemo, megatron, bridge)  # the word of nemo is a part of nemo_bar's
+FORMATS = (nemo_bar, nemo, megatron, bridge)  # the word of nemo is a part of nemo_bar's
 
 
 def words_in(text: bytes) -> list[bytes]:
@@ -32,5 +21,6 @@ def parse(line: bytes) -> StepLine | StepTime | None:
     """What a step line says, in whatever format; None if it is damaged."""
     for format_ in FORMATS:
         if format_.WORD in line:
-            return format_.parse(line)
+            found: StepLine | StepTime | None = format_.parse(line)
+            return found
     return None
