@@ -51,7 +51,8 @@ def test_the_wheel_has_templates_runtime_types_and_licence(built):
         ("runtime", "ftgen/_runtime", "**/*.py"),
         ("ftgen/catalogue", "ftgen/catalogue", "*.toml"),
     ):
-        assert {f"{inside}/{path.name}" for path in (ROOT / folder).glob(pattern) if path.is_file()} <= names
+        there = [path.relative_to(ROOT / folder) for path in (ROOT / folder).glob(pattern) if path.is_file()]
+        assert {f"{inside}/{path.as_posix()}" for path in there} <= names
     assert "ftgen/py.typed" in names
     assert f"ftgen-{ftgen.__version__}.dist-info/licenses/LICENSE" in names
 
