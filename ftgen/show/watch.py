@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from ftgen.show.follow import SHARE, Follower, Progress
-from ftgen.show.terminal import STATUS_STYLE
+from ftgen.show.formats.terminal import STATUS_STYLE
 from ftgen.units import UNKNOWN, clean, format_walltime, significant
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from ftgen.results.keys import GROUP, RUN, View, json_schema, read_keys, rows
 from ftgen.results.options import options
 from ftgen.results.summary import summarize
 from ftgen.show import formats
-from ftgen.show.markup import latex_text
+from ftgen.show.formats.latex import latex_text
 
 ROOT = Path(__file__).parents[2]
 CASES = sorted(path for path in (Path(__file__).parents[1] / "logs").iterdir() if (path / "logs").is_dir())

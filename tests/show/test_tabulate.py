@@ -18,7 +18,7 @@ from ftgen.logs.read import find_runs
 from ftgen.results.keys import RUN, View
 from ftgen.results.summary import summarize
 from ftgen.show import formats, tables
-from ftgen.show.records import FORMULA
+from ftgen.show.formats.csv import FORMULA
 from ftgen.units import clean
 
 CASES = sorted(path for path in (Path(__file__).parents[1] / "logs").iterdir() if (path / "logs").is_dir())

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping
 
 from ftgen.results.keys import View
-from ftgen.show.markup import MARKUPS
-from ftgen.show.records import to_csv, to_json
+from ftgen.show.formats.csv import to_csv, to_json
+from ftgen.show.formats.latex import MARKUPS
+from ftgen.show.formats.terminal import WIDE, terminal
 from ftgen.show.tables import remarks, tabulate
-from ftgen.show.terminal import WIDE, terminal
 
 
 def to_terminal(view: View, *, width: int | None = None, colour: bool | None = None) -> str:
