@@ -59,10 +59,9 @@ def command(
         view.check()
     view = view._replace(baseline=read_baseline_option(baseline, tolerance), runs=read_summaries(logs, window))
     if output is None:
-        click.echo(formats.FORMATS[format_](view), nl=False)
+        click.echo(formats.render(format_, view), nl=False)
     else:
-        write = formats.to_text_file if format_ == "terminal" else formats.FORMATS[format_]
-        files.write(output.parent, {output.name: write(view)})
+        files.write(output.parent, {output.name: formats.render(format_, view, to_file=True)})
     if found := failures(view, words):
         click.echo("\n".join(found), err=True)
         sys.exit(1)

@@ -47,12 +47,15 @@ class Table(NamedTuple):
 
 
 class Remark(NamedTuple):
-    """What must be said of a run beside its figures, or in place of them."""
+    """A run with its status, and the reason, warnings and notes that belong to it."""
 
     run: str
     status: str
     reason: str
     log: str
+
+
+REMARKS = ("Run", "Status", "Reason", "Log")  # the titles of a remark's parts
 
 
 COLUMNS = (

@@ -15,6 +15,7 @@ from ftgen.results.compare import contradicts_itself, mean, read_tolerance, reco
 from ftgen.results.fail_on import WORDS, read_words
 from ftgen.results.keys import View
 from ftgen.show import formats
+from ftgen.show.formats import terminal
 from ftgen.show.tables import tabulate
 
 FP8_16 = "lora_nemo_llama3_8b_fp8_16"
@@ -26,7 +27,7 @@ def runs(*step_times_s, experiment=FP8_16, batch=64):
 
 def results(tmp_path, summaries, name="before.json"):
     path = tmp_path / name
-    path.write_text(formats.to_json(View(summaries)))
+    path.write_text(formats.render("json", View(summaries)))
     return str(path)
 
 
@@ -67,7 +68,7 @@ def test_every_figure_has_its_ratio():
 
 
 def test_a_regression_is_red_and_its_ratio_stays_beside_the_run_where_tables_are_folded():
-    text = formats.to_terminal(View(runs(0.7, 0.71, 0.72, 0.9), read_baseline("published")), width=80, colour=True)
+    text = terminal.render(View(runs(0.7, 0.71, 0.72, 0.9), read_baseline("published")), width=80, colour=True)
     parts = text.split("Training step time")[1:]
     assert len(parts) > 2
     figures = [re.findall(r"\x1b\[([\d;]+)m *([\d.]+)x", part.splitlines()[0]) for part in parts]
@@ -89,7 +90,7 @@ def test_runs_compared_with_themselves_are_as_fast(tmp_path):
     summaries = runs(0.7) + runs(0.9, experiment="sft_nemo_llama3_8b_fp8_16")
     baseline = read_baseline(results(tmp_path, summaries))
     assert [baseline.ratio(run) for run in summaries] == [1.0, 1.0]
-    rows = json.loads(formats.to_json(View(summaries, baseline)))
+    rows = json.loads(formats.render("json", View(summaries, baseline)))
     assert rows["baseline"] == {"name": "before.json", "tolerance": 0.05}
     assert [(row["step_time_ratio"], row["regressed"]) for row in rows["runs"]] == [(1.0, False)] * 2
 

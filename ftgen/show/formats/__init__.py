@@ -1,33 +1,22 @@
-"""A view to text, one name a format. In: a `View`. Out: what is printed or written to a file."""
+"""Output formats: one module a format, each with a function `render` from a `View` to text.
 
-from collections.abc import Callable, Mapping
+In: a format's name and a `View`. Out: text. A module is imported when its format is asked for: HTML alone needs Jinja, and
+the terminal alone needs rich. A new format is a new module here and its name in `FORMATS`.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
 
 from ftgen.results.keys import View
-from ftgen.show.formats.csv import to_csv, to_json
-from ftgen.show.formats.latex import MARKUPS
-from ftgen.show.formats.terminal import WIDE, terminal
-from ftgen.show.tables import remarks, tabulate
+
+FORMATS = ("terminal", "markdown", "csv", "json", "html", "latex")
 
 
-def to_terminal(view: View, *, width: int | None = None, colour: bool | None = None) -> str:
-    """Tables and remarks for a terminal of `width` columns, by default the one there is."""
-    return terminal(tabulate(view), remarks(view.runs), width=width, colour=colour)
+def render(name: str, view: View, *, to_file: bool = False) -> str:
+    """The view as text in the format `name`, which is one of `FORMATS`; in a file it has no colour and no limit of width."""
+    if name == "terminal":
+        from ftgen.show.formats import terminal
 
-
-def to_text_file(view: View) -> str:
-    """The same for a file: as wide as the tables are, without colour."""
-    return to_terminal(view, width=WIDE, colour=False)
-
-
-def _marked_up(name: str) -> Callable[[View], str]:
-    return lambda view: MARKUPS[name](tabulate(view), remarks(view.runs))
-
-
-FORMATS: Mapping[str, Callable[[View], str]] = {
-    "terminal": to_terminal,
-    "markdown": _marked_up("markdown"),
-    "csv": to_csv,
-    "json": to_json,
-    "html": _marked_up("html"),
-    "latex": _marked_up("latex"),
-}
+        return terminal.render(view, width=terminal.WIDE if to_file else None, colour=False if to_file else None)
+    write: Callable[[View], str] = import_module(f"{__name__}.{name}").render
+    return write(view)
