@@ -29,7 +29,7 @@ SECTIONS = {
 class Sections(click.Group):
     """A group whose help lists the commands in sections, each with the whole first sentence of its help."""
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, _context: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the sections."""
         wide = max(len(name) for name in self.commands)
         for title, modules in SECTIONS.items():

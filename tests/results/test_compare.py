@@ -128,12 +128,12 @@ def test_the_mean_of_repeats_has_the_figures_of_its_step_time():
     ("text", "error"),
     [
         (None, "cannot be read: No such file or directory"),
-        ("{", "is no JSON: "),
-        ("[" * 100_000, "is no JSON: "),
+        ("{", "is not JSON: "),
+        ("[" * 100_000, "is not JSON: "),
         ("[]", "must be a JSON object"),
         ('{"format": 2, "runs": []}', "format: must be 1, found 2"),
         ('{"format": 1}', "runs: is needed"),
-        ('{"format": 1, "runs": []}', "runs: none is complete and has a step time"),
+        ('{"format": 1, "runs": []}', "runs: no run is complete with a step time"),
         ('{"format": 1, "runs": [{"status": "complete"}]}', "runs.0.step_time_s: is needed"),
     ],
 )
@@ -192,7 +192,7 @@ def test_nothing_to_compare_is_no_success(ftgen):
     ("arguments", "says"),
     [
         (["--fail-on", "regressions"], "did you mean regression?"),
-        (["--fail-on", "regression"], "regression needs something to compare with"),
+        (["--fail-on", "regression"], "regression needs a baseline"),
         (["--tolerance", "much"], "must be a percentage"),
         (["--columns", "mfu,stepp"], "columns: unknown key stepp"),
         (["--sort", "-tokens"], "did you mean tokens_per_s?"),

@@ -132,7 +132,7 @@ def edits(draw, text):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_healthy_log_has_no_warning(kind):
     run = summary(*healthy(kind))
-    notes = (f"logged every {EVERY} steps",) if kind == "at intervals" else ()
+    notes = (f"the log has a step line every {EVERY} steps",) if kind == "at intervals" else ()
     assert said(run) == ("complete", None, (), notes)
     assert run.step_time_s == pytest.approx(sum(seconds(step) for step in range(10, 30)) / 20, abs=1e-4)
 

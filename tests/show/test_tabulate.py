@@ -62,7 +62,7 @@ def test_the_step_time_is_the_mean_of_exactly_the_window():
 
 def test_too_few_steps_give_no_step_time_and_say_so():
     summary = summary_of("sft_nemo_llama3_8b_bf16_8", [1.0] * 18)
-    assert summary.reason == "18 steps, the window needs 20: no step time is reported"
+    assert summary.reason == "the window needs 20 steps, but the log has 18: no step time is reported"
     assert (summary.step_time_s, summary.tokens_per_s, summary.mfu, summary.days_per_1t_tokens) == (None,) * 4
 
 
