@@ -1,7 +1,8 @@
 """Tables of text. In: a `View`. Out: the recipe's tables or a flat table, and remarks.
 
-The recipe has one table for each model, scheme and precision. It has a row for each figure and a column for each run. The
-runs of one size come first, then the published figures for that size, then the baseline's. A flat table has a row for each run.
+The recipe has one table for each model, scheme and precision, with a row for each figure and a column for each run. The
+published figures for a size, and then the baseline's, stand after the runs of that size. A flat table has a row for each
+run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -112,7 +113,7 @@ def _table(runs: Sequence[Summary], view: View) -> Table:
 
 
 def _size_columns(repeats: Sequence[Summary], view: View) -> Iterator[tuple[Cell, list[Cell]]]:
-    """The columns of one size: each run or group with its ratio to the baseline; then the published figures; then the baseline's."""
+    """The columns of one size: each run or group with its ratio to the baseline, the published figures, the baseline's."""
     columns: Sequence[Summary | Group] = repeats
     if view.group:
         columns = [each for each in group(repeats) if each.step_time_s] or repeats
