@@ -1,13 +1,17 @@
 """What every test shares: the command line as a process, golden files, and no skipping in CI."""
 
+import io
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+from ftgen.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 # What the environment brings, such as shellcheck, is found however pytest was called.
@@ -37,7 +41,32 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture
 def ftgen() -> Run:
-    """Runs the real command line in a process of its own."""
+    """Runs the command line within this process, which takes a tenth of the time of a new one."""
+
+    def run(
+        *arguments: object, cwd: str | Path = ROOT, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="\n", write_through=True)
+        err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", "\n", write_through=True)
+        command = ["ftgen", *map(str, arguments)]
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.chdir(cwd)
+            patch.setattr(sys, "argv", command)
+            patch.setattr(os, "environ", env or os.environ)
+            try:
+                main()
+                code = 0
+            except SystemExit as end:
+                code = end.code
+        texts = (stream.buffer.getvalue().decode() for stream in (out, err))
+        return subprocess.CompletedProcess(command, code, *texts)
+
+    return run
+
+
+@pytest.fixture
+def ftgen_process() -> Run:
+    """Runs the command line in a process of its own."""
 
     def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "ftgen", *map(str, arguments)]

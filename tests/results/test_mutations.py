@@ -79,15 +79,23 @@ BEYOND = [
 ODD = [*BEYOND, "1e-400", "1e5", "1e35", "0x1p3", "1_000", "١٢", "１.５", "1..2", "--1", "1e", "1,5", "0", "0.0", "", " "]
 
 
+@cache
+def folder_of_a_run():
+    """One for all edits: to make and remove a folder takes longer than to read a log."""
+    folder = tempfile.TemporaryDirectory()
+    Path(folder.name, NAME).mkdir()
+    return folder
+
+
 def summary(text, plan):
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder, NAME)
-        place.mkdir()
-        place.joinpath(f"log-a.{NAME}_1_0.out").write_bytes(text)
-        if plan:
-            place.joinpath("plan.json").write_text(plan)
-        (run,) = find_runs([folder])
-        return summarize(run)
+    place = Path(folder_of_a_run().name, NAME)
+    place.joinpath(f"log-a.{NAME}_1_0.out").write_bytes(text)
+    if plan:
+        place.joinpath("plan.json").write_text(plan)
+    else:
+        place.joinpath("plan.json").unlink(missing_ok=True)
+    (run,) = find_runs([place.parent])
+    return summarize(run)
 
 
 def said(run):
