@@ -29,6 +29,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the expected files anew")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups when collection ends
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep on one worker what shares a cluster, a browser, a checkpoint or a built package: see --dist loadgroup."""
+    for item in items:
+        if group := _group(item):
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _group(item: pytest.Item) -> str | None:
+    """One group for Slurm, and one for each file whose tests share something that is slow to make."""
+    if ROOT / "tests" / "slurm" in item.path.parents:
+        return "slurm"
+    shares = any(item.get_closest_marker(name) for name in ("runtime", "browser", "slow"))
+    return item.path.stem if shares else None
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     """Where FTGEN_SKIP_IS_FAILURE is set, as in CI, a test that was not run has failed."""

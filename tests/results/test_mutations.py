@@ -80,15 +80,14 @@ ODD = [*BEYOND, "1e-400", "1e5", "1e35", "0x1p3", "1_000", "١٢", "１.５", "1
 
 
 @cache
-def folder_of_a_run():
-    """One for all edits: to make and remove a folder takes longer than to read a log."""
-    folder = tempfile.TemporaryDirectory()
-    Path(folder.name, NAME).mkdir()
-    return folder
+def folder(_name):
+    """One for all edits: making and removing a folder takes longer than reading a log."""
+    return tempfile.TemporaryDirectory()
 
 
 def summary(text, plan):
-    place = Path(folder_of_a_run().name, NAME)
+    place = Path(folder("with a plan").name, NAME)
+    place.mkdir(exist_ok=True)
     place.joinpath(f"log-a.{NAME}_1_0.out").write_bytes(text)
     if plan:
         place.joinpath("plan.json").write_text(plan)
@@ -171,9 +170,10 @@ def said_or_harmless(before, after, time):
 
 def read_both_ways(text):
     """The log as it is read, which is as if its lines were read one by one."""
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        Path(folder, f"log-a.{NAME}_1_0.out").write_bytes(text)
-        (run,) = find_runs([folder])
+    place = Path(folder("alone").name)
+    place.joinpath(f"log-a.{NAME}_1_0.out").write_bytes(text)
+    (run,) = find_runs([place])
+    with pytest.MonkeyPatch.context() as patch:
         at_once = read_log(run)
         patch.setattr(log, "chunk_of", lambda *_, **__: None)
         patch.setattr(log, "whole_chunk", lambda _: None)
