@@ -1,12 +1,16 @@
 # make run    a fine-tune from nothing to its result table, on this machine's CPU
 # make test   every test; make check is the part of it that only reads the code
+# make quick  the tests that need no NeMo, Slurm, browser or LaTeX, and neither build nor install the package: a minute
 # make docs   the documentation, as a site in site/
 PYTHON ?= python3
 VENV ?= .venv
 bin := $(VENV)/bin
 installed := $(VENV)/.installed
+# Two workers: pytest-xdist keeps the tests of a group on one of them, see tests/conftest.py.
+pytest := $(bin)/pytest -n 2 --dist loadgroup
+light := not runtime and not slurm and not tex and not browser and not slow
 
-.PHONY: run test check coverage docs pytest install compile clean
+.PHONY: run test quick check coverage docs pytest install compile clean
 .DEFAULT_GOAL := help
 help:
 	@sed -n 's/^# //p' Makefile
@@ -32,10 +36,13 @@ check: $(installed)
 	@RUST_LOG=error $(bin)/taplo lint specs/*.toml specs/sites/*.toml
 
 coverage: $(installed)
-	$(bin)/pytest -q -k "not quick and not light_install" --ignore tests/runtime --ignore tests/slurm --cov --cov-report=term-missing:skip-covered
+	$(pytest) -q -m "$(light)" --cov --cov-report=term-missing:skip-covered
+
+quick: $(installed)
+	$(pytest) -q -m "$(light)"
 
 pytest: $(installed)
-	$(bin)/pytest
+	$(pytest)
 
 docs: $(installed)
 	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs --quiet build --strict

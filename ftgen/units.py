@@ -1,15 +1,15 @@
-"""Quantities as people write them: walltimes, bytes, FLOP/s. Text in, numbers out, and back."""
+"""Quantities as people write them: walltimes, bytes, FLOP/s. In: text or numbers. Out: numbers or text."""
 
 import math
 import re
 
-UNKNOWN = "–"  # a measurement that is missing
+UNKNOWN = "–"  # stands for a missing measurement
 
 WALLTIME = r"^(?:([0-9]{1,4})-)?([0-9]{1,6}):([0-5][0-9]):([0-5][0-9])$"
 
 
 def parse_walltime(text: str) -> int:
-    """Seconds in Slurm's `[days-]hours:minutes:seconds`; ValueError for anything else, and for no time at all."""
+    """Seconds in Slurm's `[days-]hours:minutes:seconds`. ValueError for any other text and for 0 seconds."""
     match = re.fullmatch(WALLTIME, text)
     if not match:
         raise ValueError(f"must be [days-]hours:minutes:seconds, found {text!r}")
@@ -21,7 +21,7 @@ def parse_walltime(text: str) -> int:
 
 
 def format_walltime(seconds: int) -> str:
-    """Slurm's `hours:minutes:seconds`, with days before it where there are any."""
+    """Slurm's `hours:minutes:seconds`, or `days-hours:minutes:seconds` from one day on."""
     minutes, second = divmod(seconds, 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
@@ -35,7 +35,7 @@ def format_flops(flops: float | None) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """Bytes in the binary unit that leaves one to four digits before the point."""
+    """Bytes in the binary unit that gives one to four digits before the point."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.4g} {unit}"
@@ -44,7 +44,7 @@ def format_bytes(count: float) -> str:
 
 
 def number(value: float | None, decimals: int) -> str:
-    """Rounded, without zeros at the end: 1.32, 0.924, 116."""
+    """Rounded to `decimals`, without trailing zeros: 1.32, 0.924, 116."""
     if value is None:
         return UNKNOWN
     text = f"{value:.{decimals}f}"
@@ -52,14 +52,14 @@ def number(value: float | None, decimals: int) -> str:
 
 
 def significant(value: float | None, digits: int) -> str:
-    """Rounded to so many digits, or to whole numbers if those are more."""
+    """Rounded to `digits` significant digits; digits before the point are never rounded away."""
     if not value or not math.isfinite(value):
         return UNKNOWN if value is None else f"{value:g}"
     return number(value, max(0, digits - 1 - math.floor(math.log10(abs(value)))))
 
 
 def whole(value: float | None) -> str:
-    """Cut to a whole number, as the recipe does."""
+    """Rounded down to a whole number, as in the recipe."""
     return UNKNOWN if value is None else str(math.floor(round(value, 6)))
 
 
@@ -69,10 +69,10 @@ def percent(value: float | None, decimals: int) -> str:
 
 
 def ratio(value: float | None) -> str:
-    """How many times as much: 0.956x."""
+    """A ratio: 0.956x."""
     return UNKNOWN if value is None else f"{value:.3f}x"
 
 
 def clean(text: str) -> str:
-    """The text with whatever does not print spelled out: control characters, bidirectional marks, lone surrogates."""
+    """The text with non-printing characters spelled out: control characters, bidirectional marks, lone surrogates."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text)

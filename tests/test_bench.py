@@ -19,6 +19,7 @@ def bench(name, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_readers_agree_and_are_timed(tmp_path):
     table = bench("reading.py", "--scale", "0.0005", "--rounds", "1", "--output", tmp_path / "out.json")
     results = json.loads((tmp_path / "out.json").read_text())["results"]

@@ -16,7 +16,7 @@ from ftgen.cli import doctor, import_env, plan, report, schema, setup, tabulate,
 from ftgen.cli import list as list_
 from ftgen.errors import UserError
 
-# pydantic would look through every installed package for plug-ins, which ftgen does not have
+# without this, pydantic searches every installed package for plug-ins, and ftgen has none
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 SECTIONS = {
@@ -29,7 +29,7 @@ SECTIONS = {
 class Sections(click.Group):
     """A group whose help lists the commands in sections, each with the whole first sentence of its help."""
 
-    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, _context: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the sections."""
         wide = max(len(name) for name in self.commands)
         for title, modules in SECTIONS.items():
@@ -45,7 +45,7 @@ def _first_line(command: click.Command) -> str:
 @click.group(cls=Sections, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def ftgen() -> None:
-    """Compile fine-tunes of Llama to Slurm jobs, and their logs to result tables.
+    """Compile specs of Llama fine-tunes to Slurm jobs, and read their logs into result tables.
 
     \b
       ftgen compile specs/lora_fp8_16.toml
@@ -62,7 +62,7 @@ for _modules in SECTIONS.values():
 def main() -> None:
     """Run one command and end the process with its exit code."""
     try:
-        ftgen.main(standalone_mode=False)
+        ftgen.main(prog_name="ftgen", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -1,6 +1,6 @@
-"""What several commands share: arguments, options, and reading them.
+"""Arguments and options that several commands share, and functions that read them.
 
-In: what the user typed. Out: paths, a `Window`, a `Baseline`, the `Summary`s of the logs.
+In: the text that the user typed. Out: paths, a `Window`, a `Baseline`, the `Summary`s of the logs.
 """
 
 from __future__ import annotations
@@ -32,31 +32,39 @@ def _complete_key(_context: click.Context, _parameter: click.Parameter, typed: s
 
 specs_argument = click.argument("specs", nargs=-1, required=True, type=ANYWHERE, metavar="SPEC...")
 optional_specs_argument = click.argument("specs", nargs=-1, type=ANYWHERE, metavar="[SPEC...]")
-site_option = click.option("--site", type=FILE, help="The site profile, a TOML file that describes the cluster.")
+site_option = click.option("--site", type=FILE, help="Site profile: a TOML file that describes the cluster.")
 set_option = click.option(
     "--set",
     "overrides",
     multiple=True,
     metavar="KEY.PATH=VALUE",
     shell_complete=_complete_key,
-    help="Override one key of the spec. Can be given several times.",
+    help="Override one key of the spec. Repeat the option for more keys.",
 )
 
 logs_argument = click.argument("logs", nargs=-1, required=True, type=ANYWHERE, metavar="LOGS...")
 window_option = click.option(
-    "--window", metavar="N|A-B", help="Time the last N steps, or steps A to B. Default: the plan's window, or 20."
+    "--window",
+    metavar="N|A-B",
+    help="Average the last N steps, or steps A to B. By default the plan decides, or else the last 20 steps count.",
 )
 baseline_option = click.option(
-    "--baseline", metavar="published|FILE.json", help="Compare each run with the published figures or with earlier results."
+    "--baseline",
+    metavar="published|FILE.json",
+    help="Compare each run with the published figures or with a file of earlier results.",
 )
 tolerance_option = click.option(
-    "--tolerance", default="5%", show_default=True, help="How much slower than the baseline a step may be."
+    "--tolerance",
+    default="5%",
+    show_default=True,
+    metavar="PERCENT%",
+    help="Count a run as a regression if its step is slower than the baseline's by more than this.",
 )
 
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Turn a `UserError` inside into an error of usage: exit code 2."""
+    """Turn a `UserError` into a usage error, which has exit code 2."""
     try:
         yield
     except UserError as error:
@@ -82,7 +90,7 @@ def read_window_option(text: str | None) -> Window | None:
 
 
 def read_summaries(logs: tuple[Path, ...], window: str | None) -> list[Summary]:
-    """A summary of every run in LOGS; a progress bar on a terminal, and a line on stderr for what is passed over."""
+    """A summary of every run in LOGS. Stderr gets a progress bar on a terminal, and a line for each file that is skipped."""
     from ftgen.logs.find import find_folders
     from ftgen.results.summary import summarize_all
     from ftgen.show.progress import reading
@@ -94,7 +102,7 @@ def read_summaries(logs: tuple[Path, ...], window: str | None) -> list[Summary]:
 
 
 def warn(text: str) -> None:
-    """A line on stderr, with control characters spelled out."""
+    """Print a line on stderr, with control characters spelled out."""
     from ftgen.units import clean
 
     click.echo(clean(text), err=True)

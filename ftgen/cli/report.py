@@ -18,8 +18,10 @@ from ftgen.cli.options import (
 
 @click.command("report")
 @logs_argument
-@click.option("-o", "--output", type=FILE, default=Path("report.html"), show_default=True, help="The file to write.")
-@click.option("--title", default="Results of fine-tuning runs", show_default=True, help="Title of the page.")
+@click.option(
+    "-o", "--output", type=FILE, default=Path("report.html"), show_default=True, help="Write the report to this file."
+)
+@click.option("--title", default="Results of fine-tuning runs", show_default=True, help="Use this title for the page.")
 @window_option
 @baseline_option
 @tolerance_option
@@ -28,7 +30,7 @@ def command(
 ) -> None:
     """Write one HTML file with results, curves and verdicts.
 
-    The file covers every run in LOGS. It opens offline.
+    The report covers every run in LOGS, and a browser needs no network to open it.
     """
     from ftgen import files
     from ftgen.logs.find import find_folders

@@ -6,12 +6,16 @@ import click
 
 
 @click.command("schema")
-@click.option("--site", is_flag=True, help="The schema of a site profile.")
-@click.option("--results", is_flag=True, help="The schema of what `ftgen tabulate --format json` prints.")
+@click.option("--site", is_flag=True, help="Print the schema of a site profile instead.")
+@click.option(
+    "--results",
+    is_flag=True,
+    help="Print the schema of the JSON results instead, as `ftgen tabulate --format json` prints them.",
+)
 def command(site: bool, results: bool) -> None:
     """Print the JSON Schema of a spec.
 
-    Editors use it to complete and check keys.
+    Editors use it to complete keys and to check them.
     """
     from ftgen.results.keys import json_schema as results_schema
     from ftgen.spec.site import Site

@@ -22,16 +22,25 @@ FORMATS = "terminal, markdown, csv, json, html, latex"
 
 @click.command("tabulate")
 @logs_argument
-@click.option("--format", "format_", default="terminal", show_default=True, help=FORMATS)
+@click.option(
+    "--format", "format_", default="terminal", show_default=True, metavar="FORMAT", help=f"Output format: {FORMATS}."
+)
 @window_option
-@click.option("--flat", is_flag=True, help="One table with a row for each run.")
-@click.option("--columns", default="", metavar="KEY,...", help="Columns of the flat table: keys of the JSON results.")
-@click.option("--sort", default="", metavar="[-]KEY,...", help="Order of the flat table: keys of the JSON results.")
-@click.option("--group", is_flag=True, help="Repeats of an experiment as one row: mean, spread, how many.")
+@click.option("--flat", is_flag=True, help="Print one table with a row for each run.")
+@click.option(
+    "--columns",
+    default="",
+    metavar="KEY,...",
+    help="Print a flat table with these columns. A column is a key of the JSON results.",
+)
+@click.option(
+    "--sort", default="", metavar="[-]KEY,...", help="Print a flat table in this order. A minus sign sorts from high to low."
+)
+@click.option("--group", is_flag=True, help="Combine repeats of an experiment: their mean, standard deviation and number.")
 @baseline_option
 @tolerance_option
-@click.option("--fail-on", default="", metavar="WORD,...", help=f"Exit 1 on: {FAIL_ON}.")
-@click.option("--output", type=FILE, help="Write there instead of to stdout.")
+@click.option("--fail-on", default="", metavar="WORD,...", help=f"Exit with code 1 if a run is one of these: {FAIL_ON}.")
+@click.option("--output", type=FILE, help="Write to this file instead of stdout.")
 def command(
     logs: tuple[Path, ...],
     format_: str,
@@ -45,24 +54,26 @@ def command(
     fail_on: str,
     output: Path | None,
 ) -> None:
-    """Print the result tables of every run in LOGS."""
+    """Print the result tables of every run in LOGS.
+
+    LOGS are log files, or folders that contain logs.
+    """
     from ftgen import files
     from ftgen.results.fail_on import failures, read_words
     from ftgen.results.keys import View, read_keys
     from ftgen.show import formats
 
     if format_ not in formats.FORMATS:
-        raise click.BadParameter(f"one of {', '.join(formats.FORMATS)}", param_hint="--format")
+        raise click.BadParameter(f"must be one of {', '.join(formats.FORMATS)}, found {format_}", param_hint="--format")
     with usage_errors():
         words = read_words(fail_on, compared=baseline is not None)
         view = View((), None, flat, read_keys(columns), read_keys(sort), group)
         view.check()
     view = view._replace(baseline=read_baseline_option(baseline, tolerance), runs=read_summaries(logs, window))
     if output is None:
-        click.echo(formats.FORMATS[format_](view), nl=False)
+        click.echo(formats.render(format_, view), nl=False)
     else:
-        write = formats.to_text_file if format_ == "terminal" else formats.FORMATS[format_]
-        files.write(output.parent, {output.name: write(view)})
+        files.write(output.parent, {output.name: formats.render(format_, view, to_file=True)})
     if found := failures(view, words):
         click.echo("\n".join(found), err=True)
         sys.exit(1)

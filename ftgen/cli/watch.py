@@ -1,4 +1,4 @@
-"""`ftgen watch`: runs while they run."""
+"""`ftgen watch`: the progress of runs."""
 
 from pathlib import Path
 
@@ -10,12 +10,17 @@ from ftgen.cli.options import logs_argument
 @click.command("watch")
 @logs_argument
 @click.option(
-    "--every", type=click.FloatRange(min=0.1), default=2.0, show_default=True, help="Seconds between two looks at the logs."
+    "--every",
+    type=click.FloatRange(min=0.1),
+    default=2.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Read the logs again after so many seconds.",
 )
 def command(logs: tuple[Path, ...], every: float) -> None:
     """Show the progress of every run in LOGS until all have ended.
 
-    Shows a live table on a terminal, and one line for each change elsewhere.
+    On a terminal a live table shows the progress; in a pipe or a file each change is a line.
     """
     from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""What follows from a log: figures, verdicts, warnings, comparisons.
+"""From a log to results: figures, verdicts, warnings, comparisons.
 
-In: a `Run` and its `Log`. Out: a `Summary`; keys of the results, each once. Start with `summary.py`, then `keys.py`.
+In: a `Run` and its `Log`. Out: a `Summary`, and the keys of the results. Start with `summary.py`, then `keys.py`.
 """

@@ -1,4 +1,4 @@
-"""What runs are compared with. In: `published`, or a file that `ftgen tabulate --format json` wrote. Out: a `Baseline`."""
+"""Read a baseline. In: `published`, or a file that `ftgen tabulate --format json` wrote. Out: a `Baseline`."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from ftgen.validation import validate
 
 
 class Result(BaseModel):
-    """A run in a file of results, as far as it is needed here."""
+    """A run in a file of results: the keys that a comparison needs."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
@@ -41,23 +41,25 @@ class Results(BaseModel):
 
 
 def read_baseline(name: str, tolerance: float = TOLERANCE) -> Baseline:
-    """`published`, or a file of results; LogError for a file that is none."""
+    """The published figures, or those of a file of results. LogError for a file that has no such results."""
     if name == PUBLISHED:
         return published(tolerance)
     complete = [run for run in _read(Path(name)).runs if run.status == "complete" and run.step_time_s]
     if not complete:
-        raise LogError(Problem(("runs",), "none is complete and has a step time: nothing to compare with", file=name))
+        raise LogError(
+            Problem(("runs",), "no run is complete with a step time, so there is nothing to compare with", file=name)
+        )
     return measured(Path(name).name, complete, tolerance)
 
 
 def _read(path: Path) -> Results:
-    hint = f"write it with `ftgen tabulate LOGS --format json`; or --baseline {PUBLISHED}"
+    hint = f"write it with `ftgen tabulate LOGS --format json --output FILE.json`, or use --baseline {PUBLISHED}"
     try:
         document = json.loads(path.read_bytes())
     except OSError as error:
         raise LogError(Problem((), f"cannot be read: {error.strerror}", hint, file=str(path))) from None
     except (ValueError, RecursionError) as error:
-        raise LogError(Problem((), f"is no JSON: {error}", hint, file=str(path))) from None
+        raise LogError(Problem((), f"is not JSON: {error}", hint, file=str(path))) from None
     if not isinstance(document, dict):
         raise LogError(Problem((), "must be a JSON object", hint, file=str(path)))
     results, problems = validate(Results, document)

@@ -1,7 +1,7 @@
-"""Figures beside a baseline. In: `Summary`s, and what the recipe published or earlier results. Out: ratios, regressions.
+"""Figures beside a baseline. In: `Summary`s, and the published figures or earlier results. Out: ratios, regressions.
 
-The step time decides: it is what is measured, and all else follows from it. A published row therefore counts by its step
-time, and what else was printed in that row is shown beside what the step time gives.
+The step time decides, because it is measured and the other figures follow from it. A published row is therefore compared
+by its step time; a table shows its other figures beside those that follow from the step time.
 """
 
 import math
@@ -17,14 +17,14 @@ from ftgen.logs.identity import from_name
 from ftgen.results.summary import SECONDS_PER_DAY, TRILLION, model_flops_utilization, tokens_per_s
 
 PUBLISHED = "published"
-TOLERANCE = 0.05  # by how much a step may be slower before it counts
+TOLERANCE = 0.05  # a step may be slower by this fraction
 FORMAT = 1  # of the JSON results
 
-Work = tuple[object, ...]  # what must be the same for two figures to be comparable
+Work = tuple[object, ...]  # what two runs must share to be comparable
 
 
 class Figures(Protocol):
-    """What the recipe's tables show: of a run, or as published."""
+    """The figures of the recipe's tables, of a run or as published."""
 
     @property
     def step_time_s(self) -> float | None: ...  # noqa: D102
@@ -40,7 +40,7 @@ class Figures(Protocol):
 
 
 class Timed(NamedTuple):
-    """Figures that follow from a step time; or ratios of two such."""
+    """Figures that follow from a step time, or their ratios to a baseline."""
 
     step_time_s: float | None
     tokens_per_s: float | None
@@ -49,14 +49,14 @@ class Timed(NamedTuple):
 
 
 class Baseline(NamedTuple):
-    """What runs are compared with, and how much slower a step may be."""
+    """The figures that runs are compared with, and how much slower a step may be."""
 
-    name: str  # published, or the file's
+    name: str  # `published`, or the name of the file
     figures: Mapping[Work, Figures]
     tolerance: float = TOLERANCE  # a fraction
 
     def of(self, run: Figures) -> Figures | None:
-        """The baseline's figures for the same work; None where it has none."""
+        """The baseline's figures for the same work; None if it has none."""
         work = _work(run, gpu=self.name != PUBLISHED)
         return self.figures.get((*work, _options(run)), self.figures.get(work))
 
@@ -66,18 +66,18 @@ class Baseline(NamedTuple):
         return ratios(run, there).step_time_s if there else None
 
     def regressed(self, run: Figures) -> bool | None:
-        """Whether the step is slower than the tolerance allows; None where it cannot be said."""
+        """Whether the step is slower than the tolerance allows; None if there is no ratio."""
         ratio = self.ratio(run)
         return None if ratio is None else ratio > 1 + self.tolerance
 
 
 def published(tolerance: float = TOLERANCE) -> Baseline:
-    """The recipe's step times, and what follows from them."""
+    """The recipe's step times, and the figures that follow from them."""
     return Baseline(PUBLISHED, {_work(row, gpu=False): recomputed(row) for row in catalogue.published()}, tolerance)
 
 
 def measured(name: str, runs: Iterable[Figures], tolerance: float = TOLERANCE) -> Baseline:
-    """The mean step times of runs, by what they did and how; where all did it in one way, by what alone as well."""
+    """The mean step times of runs, by their work and options; by their work alone if all its runs have the same options."""
     same: dict[Work, list[Figures]] = {}
     for run in runs:
         same.setdefault((*_work(run, gpu=True), _options(run)), []).append(run)
@@ -99,7 +99,7 @@ def read_tolerance(text: str) -> float:
 
 
 def _work(of: Any, *, gpu: bool) -> Work:
-    """What was done: the published figures are for H100s and stand beside any GPU's, a measurement's only beside its own."""
+    """The work of a run. Published figures, which are for H100s, compare with any GPU; measured ones only with the same."""
     work = (of.model, of.scheme, of.precision, of.gpus, of.global_batch_size, of.seq_length)
     return (*work, of.gpu) if gpu else work
 
@@ -109,7 +109,7 @@ def _options(of: Any) -> tuple[str, ...]:
 
 
 def mean(runs: Sequence[Figures]) -> Timed:
-    """The figures of repeats of the same work: those of their mean step time, or of none."""
+    """The figures of the mean step time of repeats; None for each if no repeat has a step time."""
     times = [run.step_time_s for run in runs if run.step_time_s]
     return scaled(runs[0], math.fsum(times) / len(times)) if times else Timed(None, None, None, None)
 
@@ -121,7 +121,7 @@ def spread(runs: Sequence[Figures]) -> float | None:
 
 
 def scaled(run: Figures, time_s: float) -> Timed:
-    """The figures of the same work in another step time."""
+    """The figures of the same work with another step time."""
     longer = time_s / run.step_time_s if run.step_time_s else None
     if not longer:
         return Timed(time_s, None, None, None)
@@ -130,13 +130,13 @@ def scaled(run: Figures, time_s: float) -> Timed:
 
 
 def ratios(run: Figures, by: Figures) -> Timed:
-    """Each figure by the other's; None where either is missing."""
+    """Each figure divided by the other run's; None if either is missing."""
     pairs = ((getattr(run, key), getattr(by, key)) for key in Timed._fields)
     return Timed(*(mine / other if mine and other else None for mine, other in pairs))
 
 
 def recomputed(row: Published) -> Timed:
-    """What a published step time gives by the recipe's own formulas."""
+    """The figures that the recipe's formulas give for a published step time."""
     name = f"{row.scheme}_nemo_{row.model}_{row.precision}_{row.gpus}"
     what = from_name(name)._replace(global_batch_size=row.global_batch_size, seq_length=row.seq_length)
     tokens = tokens_per_s(what, row.step_time_s)
@@ -145,9 +145,9 @@ def recomputed(row: Published) -> Timed:
 
 
 def contradicts_itself(row: Published) -> bool:
-    """Whether the published tokens/s are none that any step time gives which rounds to the published one."""
+    """Whether no step time that rounds to the published one gives the published tokens/s."""
     decimals = len(f"{row.step_time_s:.9f}".rstrip("0").partition(".")[2])
-    half = 0.5 * 10.0 ** -max(decimals, 2)  # the tables print two decimals, or three
+    half = 0.5 * 10.0 ** -max(decimals, 2)  # the tables print two or three decimals
     work = row.global_batch_size * row.seq_length
     fewest, most = work / (row.step_time_s + half), work / (row.step_time_s - half)
     return not math.floor(fewest) <= row.tokens_per_s <= math.ceil(most)

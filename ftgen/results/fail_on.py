@@ -1,4 +1,4 @@
-"""What makes `--fail-on` fail. In: a `View` and the words asked for. Out: a line for each run that is so."""
+"""The words of `--fail-on`. In: a `View` and words. Out: a line for each run that one of the words describes."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -9,7 +9,7 @@ from ftgen.results.summary import Summary
 from ftgen.units import clean, ratio, significant
 
 BY_STATUS: Mapping[str, Callable[[Summary], bool]] = {
-    "incomplete": lambda run: run.status in {"incomplete", "failed"},  # steps are missing, whatever the reason
+    "incomplete": lambda run: run.status in {"incomplete", "failed"},  # steps are missing, for whatever reason
     "failed": lambda run: run.status in {"failed", "ended-badly"},
     "invalid": lambda run: run.status == "invalid",
     "warning": lambda run: bool(run.warnings),
@@ -19,21 +19,23 @@ WORDS = (REGRESSION, *BY_STATUS)
 
 
 def read_words(text: str, *, compared: bool) -> tuple[str, ...]:
-    """`regression,invalid` as its words; LogError for one that is none, or that needs a baseline where there is none."""
+    """Read `regression,invalid`. LogError for an unknown word, and for `regression` without a baseline."""
     words = tuple(filter(None, (word.strip() for word in text.split(","))))
     wrong = [word for word in words if word not in WORDS]
     if wrong:
         raise LogError(*(Problem(("fail-on",), f"unknown word {word}", closest(word, WORDS)) for word in wrong))
     if REGRESSION in words and not compared:
-        raise LogError(Problem(("fail-on",), f"{REGRESSION} needs something to compare with", "add --baseline published"))
+        raise LogError(Problem(("fail-on",), f"{REGRESSION} needs a baseline", "add --baseline published"))
     return words
 
 
 def failures(view: View, words: Sequence[str]) -> list[str]:
-    """Each run that one of the words is true of, and why."""
+    """A line for each run that one of the words describes, with the reason."""
     found = [clean(line) for run in view.runs for line in _failures(run, words, view.baseline)]
     if REGRESSION in words and view.baseline and all(view.baseline.ratio(run) is None for run in view.runs):
-        found.append(f"no run has a step time and the same work in {view.baseline.name}: nothing could be compared")
+        found.append(
+            f"no run with a step time did work that {view.baseline.name} has a figure for: nothing could be compared"
+        )
     return found
 
 

@@ -1,6 +1,6 @@
-"""What is known of a run, key by key: JSON's keys, CSV's header, the flat table's columns, what can be sorted by.
+"""The keys of the results. They are JSON's keys, CSV's header, and the columns and sort keys of the flat table.
 
-In: `Summary`s or `Group`s and a baseline. Out: rows, key to value. A later ftgen may add keys; none is renamed.
+In: `Summary`s or `Group`s, and a baseline. Out: rows, key to value. A later ftgen may add keys, but renames none.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ def _text(value: Any) -> str:
 
 
 class Field(NamedTuple):
-    """One key: its JSON type, what it means, what a table calls it and how a table writes it."""
+    """One key: its JSON type, its meaning, its title in a table, and how a table writes its value."""
 
     key: str
     kind: str
@@ -40,98 +40,133 @@ def _seconds(value: float | None) -> str:
 
 
 WORK = (
-    Field("experiment", "string", "the recipe's name, {scheme}_nemo_{model}_{precision}_{gpus}", "Experiment"),
-    Field("model", "string?", "a name of the catalogue", "Model"),
+    Field(
+        "experiment",
+        "string",
+        "name of the experiment in the recipe's form {scheme}_nemo_{model}_{precision}_{gpus}",
+        "Experiment",
+    ),
+    Field("model", "string?", "name of the model in the catalogue", "Model"),
     Field("scheme", "string?", "sft or lora", "Scheme"),
     Field("precision", "string?", "bf16, fp8 or fp32", "Precision"),
-    Field("gpu", "string?", "a name of the catalogue", "GPU"),
-    Field("gpus", "integer?", "how many", "GPUs"),
-    Field("global_batch_size", "integer?", "sequences of a step", "GBS"),
-    Field("seq_length", "integer?", "tokens of a sequence", "Tokens"),
-    Field("options", "strings", "what differs from the recipe's way of doing the work", "Options"),
+    Field("gpu", "string?", "name of the GPU in the catalogue", "GPU"),
+    Field("gpus", "integer?", "number of GPUs", "GPUs"),
+    Field("global_batch_size", "integer?", "sequences in a step", "GBS"),
+    Field("seq_length", "integer?", "tokens in a sequence", "Tokens"),
+    Field(
+        "options", "strings", "how the plan differs from the recipe: parallelism, micro-batch size, optimizations", "Options"
+    ),
 )
 FIGURES = (
-    Field("step_time_s", "number?", "seconds a step: the mean of the window", "Step time (s)", _seconds),
+    Field("step_time_s", "number?", "mean time of a step in the window, in seconds", "Step time (s)", _seconds),
     Field("tokens_per_s", "number?", "seq_length x global_batch_size / step_time_s", "Tokens/s", whole),
-    Field("mfu", "number?", "model FLOPs utilization, a fraction of the dense peak", "MFU", lambda v: percent(v, 2)),
-    Field("days_per_1t_tokens", "number?", "days to train on 10^12 tokens", "Days/1T", lambda v: number(v, 1)),
-    Field("peak_memory_gib", "number?", "GiB of the GPU that used most", "Memory (GiB)", lambda v: number(v, 2)),
-    Field("published_step_time_s", "number?", "the recipe's, for the same work on H100s", "Published (s)", _seconds),
+    Field(
+        "mfu", "number?", "model FLOPs utilization, as a fraction of the GPU's dense peak", "MFU", lambda v: percent(v, 2)
+    ),
+    Field("days_per_1t_tokens", "number?", "days to train on 10^12 tokens at this speed", "Days/1T", lambda v: number(v, 1)),
+    Field(
+        "peak_memory_gib",
+        "number?",
+        "highest memory use of any GPU in the window, in GiB",
+        "Memory (GiB)",
+        lambda v: number(v, 2),
+    ),
+    Field(
+        "published_step_time_s",
+        "number?",
+        "step time that the recipe published for the same work on H100s, in seconds",
+        "Published (s)",
+        _seconds,
+    ),
 )
 AGAINST = (
-    Field("baseline_step_time_s", "number?", "the baseline's, for the same work", "Baseline (s)", _seconds),
+    Field(
+        "baseline_step_time_s",
+        "number?",
+        "step time of the baseline for the same work, in seconds",
+        "Baseline (s)",
+        _seconds,
+    ),
     Field("step_time_ratio", "number?", "step_time_s / baseline_step_time_s: above 1 is slower", "Ratio", ratio),
-    Field("regressed", "boolean?", "whether the ratio is above 1 + tolerance", "Regressed"),
+    Field("regressed", "boolean?", "whether step_time_ratio is above 1 + tolerance", "Regressed"),
 )
 RUN = (
     WORK[0],
-    Field("run_id", "string", "Slurm's job id, or what the log's name has in its place", "Run"),
+    Field("run_id", "string", "Slurm's job id, or the part of the log's name that stands in its place", "Run"),
     Field("status", "status", "how the run ended", "Status"),
-    Field("reason", "string?", "why that status, or why there is no step time", "Reason"),
-    Field("warnings", "strings", "what makes the figures less than certain", "Warnings"),
-    Field("notes", "strings", "what a reader should know besides", "Notes"),
+    Field("reason", "string?", "why the run has this status, or why it has no step time", "Reason"),
+    Field("warnings", "strings", "reasons to distrust a figure", "Warnings"),
+    Field("notes", "strings", "facts that explain the figures but are no reason to distrust them", "Notes"),
     *WORK[1:],
-    Field("steps", "integer", "steps the log tells of", "Steps"),
-    Field("planned_steps", "integer?", "steps there were to be", "Planned"),
-    Field("window", "integer", "steps whose mean is the step time", "Window"),
-    Field("window_first", "integer?", "the first of them, numbered from 0", "From"),
-    Field("window_last", "integer?", "the last of them", "To"),
+    Field("steps", "integer", "steps that the run made, judged by its log", "Steps"),
+    Field("planned_steps", "integer?", "steps that the run should make", "Planned"),
+    Field("window", "integer", "number of steps whose mean is the step time", "Window"),
+    Field("window_first", "integer?", "first step of the window, numbered from 0", "From"),
+    Field("window_last", "integer?", "last step of the window", "To"),
     FIGURES[0],
-    Field("spread", "number?", "the window's standard deviation, a fraction of the mean", "Spread", lambda v: percent(v, 1)),
+    Field(
+        "spread",
+        "number?",
+        "standard deviation of the window's step times, as a fraction of their mean",
+        "Spread",
+        lambda v: percent(v, 1),
+    ),
     *FIGURES[1:],
-    Field("restarts", "integer", "earlier attempts, which do not count", "Restarts"),
-    Field("started", "string?", "when, in the cluster's time, ISO 8601", "Started"),
-    Field("ended", "string?", "when, in the cluster's time, ISO 8601", "Ended"),
+    Field("restarts", "integer", "earlier attempts of the run, which the figures leave out", "Restarts"),
+    Field("started", "string?", "when the run started, in the cluster's time, ISO 8601", "Started"),
+    Field("ended", "string?", "when the run ended, in the cluster's time, ISO 8601", "Ended"),
     *AGAINST,
-    Field("log", "string", "the log's path, as it was found", "Log"),
+    Field("log", "string", "path of the log", "Log"),
 )
 GROUP = (
     *WORK,
-    Field("runs", "integer", "runs there are of this experiment", "Runs"),
-    Field("counted", "integer", "of which complete and with a step time", "Counted"),
-    FIGURES[0]._replace(meaning="the mean of the counted runs' step times, seconds"),
-    Field("step_time_spread_s", "number?", "standard deviation (of a sample) of those, seconds", "Spread (s)", _seconds),
+    Field("runs", "integer", "number of runs in the group", "Runs"),
+    Field("counted", "integer", "number of them that are complete and have a step time", "Counted"),
+    FIGURES[0]._replace(meaning="mean step time of the counted runs, in seconds"),
+    Field(
+        "step_time_spread_s", "number?", "sample standard deviation of their step times, in seconds", "Spread (s)", _seconds
+    ),
     *FIGURES[1:],
     *AGAINST,
 )
-# Columns of a flat table unless others are asked for.
+# Columns of a flat table by default.
 SHOWN_OF_RUN = ("experiment", "run_id", "status", "gpu", "global_batch_size", "step_time_s", "spread", "tokens_per_s", "mfu")
 SHOWN_OF_GROUP = ("experiment", "gpu", "global_batch_size", "counted", "step_time_s", "step_time_spread_s", "tokens_per_s")
 
 
 class View(NamedTuple):
-    """Which runs are shown, beside what, and how."""
+    """What a format shows: the runs, the baseline, and the kind of table."""
 
     runs: Sequence[Summary]
     baseline: Baseline | None = None
-    flat: bool = False  # a row a run in place of the recipe's tables
-    columns: tuple[str, ...] = ()  # keys, of a flat table; empty: what fits
-    sort: tuple[str, ...] = ()  # keys, of a flat table; -key from the highest
-    group: bool = False  # repeats of an experiment as one
+    flat: bool = False  # one table with a row for each run, in place of the recipe's tables
+    columns: tuple[str, ...] = ()  # keys of the flat table's columns; empty for the default ones
+    sort: tuple[str, ...] = ()  # keys that order the flat table; `-key` for descending
+    group: bool = False  # one row for each group of repeats
 
     @property
     def fields(self) -> tuple[Field, ...]:
-        """Every key there is."""
+        """All keys of a run, or of a group."""
         return GROUP if self.group else RUN
 
     @property
     def is_flat(self) -> bool:
-        """Columns and an order are for a flat table."""
+        """Whether to show a flat table: asked for, or implied by columns or an order."""
         return bool(self.flat or self.columns or self.sort)
 
     def check(self) -> None:
-        """LogError for a column or an order by a key that there is none of."""
+        """LogError for an unknown key in `columns` or `sort`."""
         chosen(self.fields, self.columns, "columns")
         chosen(self.fields, [key.removeprefix("-") for key in self.sort], "sort")
 
 
 def read_keys(text: str) -> tuple[str, ...]:
-    """`gpus,-mfu` as its keys."""
+    """Read `gpus,-mfu`."""
     return tuple(filter(None, (key.strip() for key in text.split(","))))
 
 
 def rows(view: View) -> list[Row]:
-    """The runs, or the groups of them, in the order asked for; what is not known comes last."""
+    """The rows of the runs or groups, sorted by `view.sort`. Unknown values come last."""
     of: Sequence[Summary | Group] = group(view.runs) if view.group else view.runs
     found = [row(each, view.baseline) for each in of]
     for key in reversed(view.sort):
@@ -142,7 +177,7 @@ def rows(view: View) -> list[Row]:
 
 
 def row(of: Summary | Group, baseline: Baseline | None = None) -> Row:
-    """Every key of a run or of a group."""
+    """All keys of a run or a group, with their values."""
     there = baseline.of(of) if baseline else None
     against = {
         "published_step_time_s": of.published.step_time_s if of.published else None,
@@ -155,14 +190,14 @@ def row(of: Summary | Group, baseline: Baseline | None = None) -> Row:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it."""
+    """The value as JSON has it."""
     if isinstance(value, datetime):
         return value.isoformat()
     return list(value) if isinstance(value, tuple) else value
 
 
 def chosen(fields: Sequence[Field], keys: Sequence[str], option: str) -> tuple[Field, ...]:
-    """The fields of these keys; LogError for a key there is none of."""
+    """The fields of these keys; LogError for an unknown key."""
     by_key = {field.key: field for field in fields}
     wrong = [key for key in keys if key not in by_key]
     if wrong:
@@ -175,13 +210,13 @@ def json_schema() -> dict[str, Any]:
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Results of ftgen tabulate",
-        "description": "Keys may be added; none is renamed, and what one means does not change, while format stays.",
+        "description": "While format stays 1, keys may be added, but no key is renamed and no meaning changes.",
         "type": "object",
         "required": ["format", "baseline", "runs", "groups"],
         "properties": {
             "format": {"const": FORMAT},
             "baseline": _object(
-                Field("name", "string", "published, or the name of a file of results", ""),
+                Field("name", "string", "published, or the name of the file of results", ""),
                 Field("tolerance", "number", "how much slower a step may be, as a fraction", ""),
                 null=True,
             ),

@@ -1,6 +1,6 @@
-"""How a run's work was done, where that is not the recipe's way. In: a plan as its JSON has it. Out: words.
+"""Options of a run: how its plan differs from the recipe. In: a plan, as read from JSON. Out: words such as `TP 2`.
 
-Runs whose words differ are no repeats of each other, though the work is the same.
+Runs with different options are no repeats of each other, even if their work is the same.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ SIZES = {
 
 
 def options(plan: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """`TP 2`, and the names of the optimizations that are on; nothing for a plan that says nothing, or for none."""
+    """`TP 2`, and the names of the optimizations that are on; empty without a plan."""
     if not plan:
         return ()
     words = sizes(plan)
@@ -32,7 +32,7 @@ def sizes(plan: Mapping[str, Any]) -> list[str]:
 
 
 def shortly(words: Iterable[str]) -> str:
-    """The sizes, and how many optimizations: for a table's head."""
+    """The sizes and the number of optimizations, for the head of a table."""
     large = [word for word in words if word.partition(" ")[0] in SIZES]
     rest = sum(word.partition(" ")[0] not in SIZES for word in words)
     count = [f"{rest} optimization{'s' if rest > 1 else ''}"] if rest else []

@@ -1,4 +1,4 @@
-"""Repeats of one experiment as one. In: `Summary`s. Out: a `Group` for each experiment: mean, spread, how many count."""
+"""Groups of repeats. In: `Summary`s. Out: a `Group` for each experiment: mean, standard deviation, number of runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from ftgen.results.summary import Summary
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of the same work, done in the same way on the same GPUs; the figures are those of the mean step time."""
+    """Runs of the same work with the same options on the same GPUs. The figures are those of the mean step time."""
 
     experiment: str
     model: str | None
@@ -21,10 +21,10 @@ class Group:
     gpus: int | None
     global_batch_size: int | None
     seq_length: int | None  # tokens
-    options: tuple[str, ...]  # what differs from the recipe's way of doing the work
-    runs: int  # that there are
-    counted: int  # of which complete and with a step time
-    step_time_s: float | None  # the mean of those
+    options: tuple[str, ...]  # how the plan differs from the recipe
+    runs: int  # all of them
+    counted: int  # the complete ones with a step time
+    step_time_s: float | None  # the mean of the counted runs
     step_time_spread_s: float | None  # their sample standard deviation
     tokens_per_s: float | None
     mfu: float | None  # a fraction
@@ -34,29 +34,29 @@ class Group:
 
 
 def kind(run: Summary | Group) -> tuple[str, ...]:
-    """What shares a table; a run that is not known for anything has one of its own."""
+    """Runs of one kind share a table. A run of unknown kind has a table of its own."""
     parts = tuple(str(part or "") for part in (run.model, run.scheme, run.precision))
     return parts if all(parts) else (*parts, run.experiment)
 
 
 def size(run: Summary | Group) -> tuple[int | str, ...]:
-    """What makes two runs of a kind comparable."""
+    """Runs of one kind and size are comparable."""
     return (run.gpus or 0, run.global_batch_size or 0, run.seq_length or 0, run.gpu or "")
 
 
 def way(run: Summary | Group) -> tuple[object, ...]:
-    """What makes two runs repeats of each other."""
+    """Runs of one kind, size and options are repeats of each other."""
     return (kind(run), size(run), run.options)
 
 
 def order(run: Summary) -> tuple[object, ...]:
-    """The recipe's order: SFT before LoRA, BF16 before FP8; then sizes, then ids as numbers."""
+    """The recipe's order: SFT before LoRA, BF16 before FP8; then by size, then by id as a number."""
     known = (run.model or "~", -ord((run.scheme or "~")[0]), run.precision or "~")
     return (*known, kind(run), size(run), run.options, len(run.run_id), run.run_id, run.log)
 
 
 def group(runs: Sequence[Summary]) -> list[Group]:
-    """One group an experiment, in the recipe's order."""
+    """One group for each experiment, in the recipe's order."""
     return [_group(list(same)) for _, same in groupby(sorted(runs, key=order), way)]
 
 

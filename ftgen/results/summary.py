@@ -1,6 +1,6 @@
-"""A run's figures and its verdict. In: a `Run` and the `Log` it left. Out: a `Summary`.
+"""A run's figures and its verdict. In: a `Run` and its `Log`. Out: a `Summary`.
 
-The formulas are those of the recipe; a figure that is not known, or not to be trusted, is None and has a reason.
+The formulas are those of the recipe. A figure that is unknown or invalid is None, and `reason` says why.
 """
 
 from collections.abc import Iterable
@@ -21,19 +21,19 @@ from ftgen.results.verdict import planned_steps, verdict_of
 from ftgen.results.warnings import warnings
 from ftgen.results.window import RECIPE_WINDOW, Window, checked, count, timed
 
-LORA_WORK = 2 / 3  # of SFT's FLOPs: the frozen weights need no gradients of their own
+LORA_WORK = 2 / 3  # of SFT's FLOPs: the frozen weights need no gradients
 SECONDS_PER_DAY = 86400
 TRILLION = 1e12  # tokens
 TERA = 1e12
 
 
 class Summary(NamedTuple):
-    """One run in figures; None is not known."""
+    """One run in figures. None means unknown."""
 
     experiment: str
     run_id: str
     status: str  # of STATUSES
-    reason: str | None  # for the status, and for a step time that is not there
+    reason: str | None  # for the status, and for a missing step time
     model: str | None
     scheme: str | None
     precision: str | None
@@ -41,8 +41,8 @@ class Summary(NamedTuple):
     gpus: int | None
     global_batch_size: int | None
     seq_length: int | None  # tokens
-    steps: int  # that the log tells of, those without a line of their own among them
-    window: int  # steps, whose mean is the step time
+    steps: int  # that the run made, with those that have no line of their own
+    window: int  # the number of steps whose mean is the step time
     step_time_s: float | None
     tokens_per_s: float | None
     mfu: float | None  # a fraction
@@ -50,16 +50,16 @@ class Summary(NamedTuple):
     peak_memory_gib: float | None
     published: Published | None  # the recipe's figures for the same work
     log: str
-    warnings: tuple[str, ...] = ()  # what makes a figure less than certain, each in a sentence's part
-    notes: tuple[str, ...] = ()  # what a reader should know besides
+    warnings: tuple[str, ...] = ()  # reasons to distrust a figure
+    notes: tuple[str, ...] = ()  # facts that explain the figures but are no reason to distrust them
     planned_steps: int | None = None
-    window_first: int | None = None  # the steps that the window spans, numbered from 0, both included
+    window_first: int | None = None  # the window's first and last step, numbered from 0
     window_last: int | None = None
     spread: float | None = None  # standard deviation of the window's step times, as a fraction of their mean
     restarts: int = 0  # earlier attempts, in logs of their own or in this one
-    started: datetime | None = None  # as the log tells, in the cluster's time
+    started: datetime | None = None  # by the log, in the cluster's time
     ended: datetime | None = None
-    options: tuple[str, ...] = ()  # what differs from the recipe's way of doing the work
+    options: tuple[str, ...] = ()  # how the plan differs from the recipe
 
     @property
     def published_step_time_s(self) -> float | None:
@@ -68,7 +68,7 @@ class Summary(NamedTuple):
 
 
 def summarize(run: Run, *, window: Window | None = None) -> Summary:
-    """Read a run's log and judge it; `window` in place of the plan's last steps."""
+    """Read a run's log and judge it. `window` replaces the plan's window."""
     return judge(run, read_log(run), window=window)
 
 
@@ -86,7 +86,7 @@ def summarize_all(
 
 
 def judge(run: Run, log: Log, *, window: Window | None = None) -> Summary:
-    """The figures of a log, over the steps of `window`, and what is to be thought of them; LogError for no window."""
+    """The figures of a log over the steps of `window`, its status and its warnings. LogError for an impossible window."""
     what = log.identity
     window = checked(what.window_steps or RECIPE_WINDOW if window is None else window)
     planned = planned_steps(log)
@@ -148,18 +148,18 @@ def model_flops_utilization(what: Identity, time_s: float | None) -> float | Non
 
 
 def _notes(run: Run, log: Log, lines: Logged) -> list[str]:
-    """What a reader should know besides."""
-    notes = [f"logged every {lines.every} steps"] if lines.every > 1 else []
+    """Facts that explain the figures but are no reason to distrust them."""
+    notes = [f"the log has a step line every {lines.every} steps"] if lines.every > 1 else []
     if run.earlier:
-        notes.append(f"restart {run.restart}; {count(run.earlier, 'earlier log')} not counted")
+        notes.append(f"this is restart {run.restart}; the figures leave out {count(run.earlier, 'earlier log')}")
     if log.attempts > 1:
-        notes.append(f"attempt {log.attempts} in this log; its steps alone count")
+        notes.append(f"the log has {log.attempts} attempts; only the steps of the last one count")
     return notes
 
 
 @lru_cache
 def _published(what: Identity) -> Published | None:
-    """The recipe's figures, where they are for the same tokens a step; on whatever GPU."""
+    """The recipe's figures for the same number of tokens in a step, on any GPU; None if there are none."""
     if not (what.model and what.scheme and what.precision and what.gpus):
         return None
     row = catalogue.published_for(what.model, what.scheme, what.precision, what.gpus)

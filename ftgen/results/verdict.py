@@ -1,4 +1,4 @@
-"""How a run ended. In: a `Log`. Out: a status, apart from Slurm's, and why that is said."""
+"""How a run ended. In: a `Log`. Out: a status of ftgen's own, not Slurm's, and the reason for it."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from ftgen.logs.read import read_batch_log
 from ftgen.results.interval import Logged
 from ftgen.results.window import count
 
-# What made a run fail, in the order in which one explains the others.
+# Failure reasons, and what stands before the quoted line. An earlier one explains those after it.
 FAILURES = {
     "error": "",
     "out of memory": "out of GPU memory: ",
@@ -22,19 +22,19 @@ FAILURES = {
     "killed": "",
     "task exit": "",
 }
-AFTER_TRAINING = frozenset(FAILURES) - {"exception", "traceback"}  # what spoils a run that has all its steps
+AFTER_TRAINING = frozenset(FAILURES) - {"exception", "traceback"}  # these count even if the run made all its steps
 STATUSES = ("complete", "ended-badly", "incomplete", "failed", "invalid")
 
 
 class Verdict(NamedTuple):
-    """How a run ended, and why that is said of it."""
+    """How a run ended, and the reason for this status."""
 
     status: str  # of STATUSES
     reason: str | None
 
 
 def verdict_of(run: Run, log: Log, planned: int | None, lines: Logged) -> Verdict:
-    """Invalid before all else; complete only with every step that was planned, and nothing said against it."""
+    """Invalid comes before all others. Complete needs every planned step and no failure."""
     not_finite = log.mentioned.get("not finite") or log.endings.get("not finite")
     if log.invalid or not_finite:
         return Verdict("invalid", log.invalid or (_told(not_finite) if not_finite else None))
@@ -45,20 +45,22 @@ def verdict_of(run: Run, log: Log, planned: int | None, lines: Logged) -> Verdic
     if planned and _all_there(log, lines, planned):
         spoiled = log.exit_status or (log.exit_status is None and AFTER_TRAINING & log.endings.keys())
         if spoiled:
-            return Verdict("ended-badly", f"all {planned} steps, then: {failure}")
+            return Verdict("ended-badly", f"the run made all {planned} steps and then failed: {failure}")
         return Verdict("incomplete", log.unread) if log.unread else Verdict("complete", None)
-    progress = f"{there} of {count(planned, 'step')}" if planned else f"{count(there, 'step')}, of how many is not known"
+    progress = (
+        f"{there} of {count(planned, 'step')}" if planned else f"{count(there, 'step')}; the planned number is unknown"
+    )
     if planned and log.steps.last >= planned:
-        progress += f", and step {log.steps.last} among them"
+        progress += f"; step {log.steps.last} is beyond the last planned step"
     if lines.wrong is not None:
-        progress += f"; step {lines.wrong} is missing or out of turn"
+        progress += f"; step {lines.wrong} is missing or out of order"
     failure = failure or _failure(read_batch_log(run), None)
     status = "failed" if failure else "incomplete"
     return Verdict(status, "; ".join(filter(None, (failure, log.unread, progress))))
 
 
 def _all_there(log: Log, lines: Logged, planned: int) -> bool:
-    """Whether each step that should have a line has one; the last few may have none, if the log says that they were made."""
+    """Whether each step that should have a line has one. The last few need none if the log says that training ended."""
     if lines.wrong is not None or log.steps.last >= planned:
         return False
     after = planned - 1 - log.steps.last
@@ -67,7 +69,7 @@ def _all_there(log: Log, lines: Logged, planned: int) -> bool:
 
 
 def planned_steps(log: Log) -> int | None:
-    """Steps the run was to have: by its plan, else by what it says when it stops, else by its last step line."""
+    """Planned steps: from the plan, else from the line with which training stops, else from the last step line."""
     return log.identity.max_steps or log.stopped_at or log.steps.planned
 
 
@@ -75,11 +77,11 @@ def _failure(endings: Mapping[str, Told], exit_status: int | None) -> str | None
     for kind, words in FAILURES.items():
         if kind in endings:
             return words + _told(endings[kind])
-    return f"exit status {exit_status}" if exit_status else None
+    return f"exit code {exit_status}" if exit_status else None
 
 
 def _told(ending: Told) -> str:
-    """The line, with the rank and the place in the file that it has."""
+    """The line of the log, with its rank and its line number."""
     if ending.file:
         return f"{ending.note} ({ending.file})"
     rank = None if ending.rank is None else f"rank {ending.rank}"

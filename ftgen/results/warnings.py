@@ -1,8 +1,8 @@
-"""What makes a figure less than certain. In: a `Log` and the steps of its window. Out: a sentence for each warning.
+"""Reasons to distrust a figure. In: a `Log` and the steps of its window. Out: a sentence for each warning.
 
-A log says most things twice: a step's number and the samples until then, its time and its TFLOPS, a plan and what was run.
-Where the two do not fit, one of them is wrong, and the reader should know. The thresholds are fractions, and each is
-wider than what healthy runs show.
+A log states most facts twice: a step's number and the samples consumed until then, its time and its TFLOPS, the plan and
+what ran. If the two disagree, one of them is wrong, and a warning tells the reader. Every threshold is a fraction, and
+healthy runs stay below it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,14 +13,14 @@ from ftgen.logs.log import Log
 from ftgen.logs.step import Step
 from ftgen.results.window import Timed, count
 
-OUTLIER = 0.05  # a step's time from the window's median
-SPREAD = 0.03  # the standard deviation of the window's times
-TREND = 0.02  # the mean of the window's second half from that of the first
-RANKS = 0.05  # the slowest rank's time of a step from the fastest one's
-TFLOPS = 0.05  # logged from recomputed: frameworks do not count all the same operations
-FEW = 4  # times that a window should at least have, where not every step has one
-MISFIT = 0.005  # a step's time x TFLOPS from the window's median: two numbers of four digits
-MEMORY = 0.01  # a peak that one step alone tells of, from all the others'
+OUTLIER = 0.05  # distance of a step's time from the window's median
+SPREAD = 0.03  # standard deviation of the window's times, by their mean
+TREND = 0.02  # distance of the median of the window's second half from that of the first half
+RANKS = 0.05  # distance of the slowest rank's time of a step from the fastest rank's
+TFLOPS = 0.05  # distance of logged from recomputed TFLOPS: frameworks count different operations
+FEW = 4  # times that a window must have at least, if the run does not log every step
+MISFIT = 0.005  # distance of a step's time x TFLOPS from the window's median: each number has four digits
+MEMORY = 0.01  # distance of a peak memory that only one step reports from the next lower peak
 SECOND_DIGIT_S = 0.0051  # Megatron-Bridge's second line has two decimals
 
 
@@ -28,7 +28,7 @@ def warnings(what: Identity, log: Log, window: Timed, tflops_per_gpu: float | No
     """Every warning; `tflops_per_gpu` is recomputed from the window's mean, in TFLOP/s."""
     yield from log.problems
     if log.damaged:
-        yield f"{count(log.damaged, 'step line')} damaged beyond reading"
+        yield f"ftgen could not read {count(log.damaged, 'damaged step line')}"
     steps = window.steps
     yield from _other_plan(what, log, steps)
     yield from _samples(what, steps)
@@ -36,9 +36,9 @@ def warnings(what: Identity, log: Log, window: Timed, tflops_per_gpu: float | No
     if not window.times_s:
         return
     if window.every > 1 and len(window.times_s) < FEW:
-        yield f"the window has no more than {count(len(window.times_s), 'logged step time')}"
+        yield f"the window has only {count(len(window.times_s), 'logged step time')}"
     least, most = min(window.times_s), max(window.times_s)
-    if most - least > min(OUTLIER, SPREAD, TREND) * least:  # else no two of them, nor their means, are further apart
+    if most - least > min(OUTLIER, SPREAD, TREND) * least:  # below that, no warning is possible
         yield from _outliers(window)
         yield from _trend(window)
     if any(_values(steps, "fastest_s")):
@@ -48,29 +48,29 @@ def warnings(what: Identity, log: Log, window: Timed, tflops_per_gpu: float | No
 
 
 def _other_plan(what: Identity, log: Log, steps: Mapping[int, Step]) -> Iterator[str]:
-    """Sizes that are not the plan's, or not the same in all of the window."""
+    """Sizes that differ from the plan, or within the window."""
     batch = what.global_batch_size
     others = _values(steps, "global_batch_size") - {batch, None}
     if batch and others:
-        yield f"the log has steps of global_batch_size {min(filter(None, others))}, the figures are for {batch}"
+        yield f"the log has steps with global_batch_size {min(filter(None, others))}, but the figures are for {batch}"
     planned = what.max_steps or log.steps.planned
     counted = _values(steps, "planned") - {planned, None}
     if counted:
-        yield f"step lines count to {count(min(filter(None, counted)), 'step')}, the run was to have {planned}"
+        yield f"step lines count to {count(min(filter(None, counted)), 'step')}, but the run was planned with {planned}"
 
 
 def _samples(what: Identity, steps: Mapping[int, Step]) -> Iterator[str]:
-    """Samples that are not those of so many steps."""
+    """Consumed samples that do not match the number of steps."""
     for number, step in steps.items():
         samples, batch = step.consumed_samples, what.global_batch_size or step.global_batch_size
         if samples is not None and batch and samples != (number + 1) * batch:
             yield (
-                f"step {number} says consumed_samples {samples:.0f}, "
-                f"{count(number + 1, 'step')} of {batch} make {(number + 1) * batch}"
+                f"step {number} reports consumed_samples {samples:.0f}, "
+                f"but {count(number + 1, 'step')} of {batch} samples make {(number + 1) * batch}"
             )
             return
     if not what.global_batch_size and any(_values(steps, "consumed_samples")):
-        yield "consumed_samples do not tell the global batch size"
+        yield "the global batch size cannot be computed from consumed_samples"
 
 
 def _memory(steps: Mapping[int, Step]) -> Iterator[str]:
@@ -79,7 +79,8 @@ def _memory(steps: Mapping[int, Step]) -> Iterator[str]:
     peaks = sorted((step.peak_memory, number) for number, step in steps.items() if step.peak_memory)
     if len(peaks) > 1 and peaks[-2][0] < peaks[-1][0] * (1 - MEMORY):
         (others, _), (most, number) = peaks[-2:]
-        yield f"step {number} alone tells of a peak memory of {most / 2**30:.1f} GiB, others of {others / 2**30:.1f} at most"
+        peak, next_peak = f"{most / 2**30:.1f} GiB", f"{others / 2**30:.1f} GiB"
+        yield f"only step {number} reports a peak memory of {peak}; the other steps report at most {next_peak}"
 
 
 def _values(steps: Mapping[int, Step], name: str) -> set[Any]:
@@ -88,7 +89,7 @@ def _values(steps: Mapping[int, Step], name: str) -> set[Any]:
 
 
 def median(numbers: Iterable[float]) -> float:
-    """The statistics module's, which takes as long to import as many logs to read and is seldom needed."""
+    """The median. The import is here because it is slow and few logs need it."""
     from statistics import median as middle
 
     return middle(numbers)
@@ -101,11 +102,11 @@ def _outliers(window: Timed) -> Iterator[str]:
         far = [(distance, number) for distance, number in distances if distance > OUTLIER * middle]
         _, worst = max(far)
         yield (
-            f"{len(far)} of {count(len(window.times_s), 'step')} more than {OUTLIER:.0%} from the window's median of "
-            f"{middle:.4g} s; step {worst} took {window.steps[worst].time_s:.4g} s"
+            f"the window has {count(len(far), 'outlier')} in {count(len(window.times_s), 'step')}, more than {OUTLIER:.0%} "
+            f"from the median of {middle:.4g} s; step {worst} took {window.steps[worst].time_s:.4g} s"
         )
     if window.spread is not None and window.spread > SPREAD:
-        yield f"the window's step times spread by {window.spread:.1%}"
+        yield f"the standard deviation of the window's step times is {window.spread:.1%} of their mean"
 
 
 def _trend(window: Timed) -> Iterator[str]:
@@ -115,23 +116,23 @@ def _trend(window: Timed) -> Iterator[str]:
     first, second = median(window.times_s[:half]), median(window.times_s[-half:])
     if abs(second / first - 1) > TREND:
         way = "slower" if second > first else "faster"
-        yield f"the window's second half is {abs(second / first - 1):.1%} {way} than its first"
+        yield f"the second half of the window is {abs(second / first - 1):.1%} {way} than the first half"
 
 
 def _ranks(steps: Mapping[int, Step]) -> Iterator[str]:
     for number, step in steps.items():
         if step.fastest_s and step.time_s and step.time_s > step.fastest_s * (1 + RANKS):
-            yield f"step {number} is told of more than once: {step.fastest_s:.4g} to {step.time_s:.4g} s; the slowest counts"
+            yield f"several lines give step {number} {step.fastest_s:.4g} to {step.time_s:.4g} s; the slowest counts"
             return
 
 
 def _tflops(log: Log, window: Timed, recomputed: float | None) -> Iterator[str]:
-    """Logged TFLOPS against the step's own time, and against the recipe's formula."""
+    """Logged TFLOPS that contradict the step's own time or the recipe's formula."""
     others = log.other_lines(window.steps)
     for number, other in others.items():
         time_s = window.steps[number].time_s or 0.0
         if abs(other.time_s - time_s) > SECOND_DIGIT_S + MISFIT * time_s:
-            yield f"step {number} took {time_s:.4g} s by one line and {other.time_s:.4g} s by the other"
+            yield f"one line gives step {number} {time_s:.4g} s, and the other line {other.time_s:.4g} s"
             break
     logged = {number: step.tflops_per_gpu for number, step in window.steps.items() if step.tflops_per_gpu}
     logged = {number: other.tflops_per_gpu for number, other in others.items()} | logged
@@ -141,7 +142,7 @@ def _tflops(log: Log, window: Timed, recomputed: float | None) -> Iterator[str]:
     usual = median(work.values())
     misfit = [number for number, amount in work.items() if abs(amount - usual) > MISFIT * usual]
     if misfit:
-        yield f"the time and the TFLOPS of step {misfit[0]} do not belong together"
+        yield f"the time and the TFLOPS of step {misfit[0]} contradict each other"
     mean = sum(logged.values()) / len(logged)
     if recomputed and abs(mean / recomputed - 1) > TFLOPS:
-        yield f"the log has {mean:.4g} TFLOPS per GPU, recomputed are {recomputed:.4g}"
+        yield f"the log reports {mean:.4g} TFLOPS per GPU, but the step time gives {recomputed:.4g}"

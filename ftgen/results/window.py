@@ -1,6 +1,6 @@
-"""The steps whose mean is a run's step time. In: `20` (the last 20) or `80-99`. Out: those steps, or why there are none.
+"""The steps whose mean is a run's step time. In: `20` (the last 20) or `80-99`. Out: those steps, or the reason for none.
 
-Steps are numbered from 0, as NeMo prints them, whatever the framework that wrote the log counts from.
+Steps are numbered from 0, as NeMo prints them, even if the framework that wrote the log counts from 1.
 """
 
 import re
@@ -15,27 +15,27 @@ from ftgen.logs.step import Step
 from ftgen.logs.steps import Steps
 from ftgen.results.interval import Logged
 
-Window = int | range  # so many last steps, or from the first to before the end
+Window = int | range  # the number of last steps, or the steps themselves
 RECIPE_WINDOW = 20  # steps
 
 WINDOW = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
 
 
 class Timed(NamedTuple):
-    """A window with a time for each of its steps, or why there is no such window."""
+    """A window with the time of each of its steps, or the reason why it has no step time."""
 
     first: int | None
     last: int | None
-    steps: Mapping[int, Step]  # those of the window that are there, in ascending order
+    steps: Mapping[int, Step]  # those steps of the window that the log has, in ascending order
     times_s: tuple[float, ...] = ()
     why_not: str | None = None
-    mean_s: float | None = None  # the mean step time in seconds: of all the window's steps or of none
-    spread: float | None = None  # the standard deviation (of a sample) as a fraction of it; None of fewer than two steps
+    mean_s: float | None = None  # the mean step time of all the window's steps, in seconds; None if one is missing
+    spread: float | None = None  # sample standard deviation by the mean; None for fewer than two steps
     every: int = 1  # steps from one time to the next
 
 
 def read_window(text: str) -> Window:
-    """`N`, the last N steps, or `A-B`, the steps from A to B; LogError for anything else."""
+    """Read `N`, the last N steps, or `A-B`, the steps from A to B. LogError for any other text."""
     match = WINDOW.fullmatch(text.strip())
     if not match:
         what = f"must be a number of steps (20) or a first and a last (80-99), found {text}"
@@ -44,7 +44,7 @@ def read_window(text: str) -> Window:
 
 
 def checked(window: Window) -> Window:
-    """The window, if there can be steps in it; LogError."""
+    """The window unchanged; LogError if it can have no steps."""
     if isinstance(window, int) and window < 1:
         raise LogError(Problem(("window",), f"must be at least 1 step, found {window}"))
     if isinstance(window, range) and not window:
@@ -53,11 +53,11 @@ def checked(window: Window) -> Window:
 
 
 def timed(steps: Steps, window: Window, lines: Logged) -> Timed:
-    """The window's steps and their times, as the steps are logged: it is of all of them or of none."""
+    """The window's steps and their times. The step time is the mean of all of them; if one is missing there is none."""
     if isinstance(window, int):
         there = lines.made
         if there < window:
-            what = f"{count(there, 'step')}, the window needs {window}: no step time is reported"
+            what = f"the window needs {window} steps, but the log has {there}: no step time is reported"
             return Timed(None, None, steps.between(0, steps.last + 1), (), what)
         window = range(steps.last - window + 1, steps.last + 1)
     first, last = window[0], window[-1]
@@ -71,19 +71,23 @@ def timed(steps: Steps, window: Window, lines: Logged) -> Timed:
     number = next(number for number in window if number not in found or found[number].time_s is None)
     what = "has no time" if number in found else "is missing"
     return Timed(
-        first, last, found, (), f"step {number} {what}, the window needs {first} to {last}: no step time is reported"
+        first,
+        last,
+        found,
+        (),
+        f"step {number} {what}, but the window needs steps {first} to {last}: no step time is reported",
     )
 
 
 def _timed_at_intervals(found: Mapping[int, Step], window: range, lines: Logged) -> Timed:
-    """Of steps that are not all logged: each time counts for the steps of the window that it stands for."""
+    """For a run that does not log every step: each time counts for the steps of the window that it stands for."""
     first, last, every = window[0], window[-1], lines.every
     part = Timed(first, last, found, every=every)
     numbers = list(found)
     times = [step.time_s for step in found.values() if step.time_s is not None]
-    asked = f"the window needs {first} to {last}: no step time is reported"
+    asked = f"but the window needs steps {first} to {last}: no step time is reported"
     if not numbers:
-        return part._replace(why_not=f"no step from {first} to {last} is logged: no step time is reported")
+        return part._replace(why_not=f"the log has no step from {first} to {last}: no step time is reported")
     if len(times) < len(numbers):
         number = next(number for number in numbers if found[number].time_s is None)
         return part._replace(why_not=f"step {number} has no time, {asked}")

@@ -1,4 +1,4 @@
-"""Results as people see them: tables, output formats, the report, watching runs.
+"""Results as text and pages: tables, output formats, the report, the progress of runs.
 
 In: `Summary`s. Out: text and HTML. Start with `tables.py`, then `report.py`.
 """

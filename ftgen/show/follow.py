@@ -1,6 +1,6 @@
-"""Runs while they run. In: LOGS. Out: a `Progress` for each run, read again when its log has changed.
+"""Follow runs while they run. In: LOGS. Out: a `Progress` for each run.
 
-What has been added to a log is read, and what is said is what `tabulate` would say of all of it.
+A look reads only what was added to a log since the last look. The figures are those that `tabulate` gives for the whole log.
 """
 
 import time
@@ -17,11 +17,11 @@ from ftgen.logs.growing import Growing
 from ftgen.logs.log import Log
 from ftgen.results.summary import Summary, judge
 
-LAST_STEPS = 10  # whose median is the step time that the rest is reckoned by
-SILENT_S = 600  # without a word, until that is said
-GONE_S = 60  # without a word of a job that is not in the queue, until it is taken for over
-QUEUE_S = 10  # between two questions to Slurm
-SHARE = 0.2  # of the time may go into reading
+LAST_STEPS = 10  # their median is the step time that gives the time left
+SILENT_S = 600  # after so long without a new line, a run is shown as silent
+GONE_S = 60  # after so long without a new line, a job that is not in the queue is over
+QUEUE_S = 10  # between two calls of squeue
+SHARE = 0.2  # of the time may be spent on reading
 BAD = {"failed", "invalid", "ended-badly"}
 
 
@@ -29,11 +29,11 @@ class Progress(NamedTuple):
     """How far a run is."""
 
     run: Summary
-    state: str  # running, silent, or as the queue or the verdict has it
+    state: str  # running, silent since, or the state of the queue or of the verdict
     over: bool
-    step_time_s: float | None  # of late
-    loss: float | None  # the last one
-    eta_s: float | None  # until the last step
+    step_time_s: float | None  # of the last steps
+    loss: float | None  # of the last step that has one
+    eta_s: float | None  # time left until the last step
 
     @property
     def name(self) -> str:
@@ -42,21 +42,21 @@ class Progress(NamedTuple):
 
     @property
     def sample(self) -> tuple[object, ...]:
-        """What a change of is worth a line."""
+        """The values whose change is worth a new line."""
         return (self.state, self.run.status if self.over else None, self.run.steps, self.loss)
 
 
 @dataclass
 class Look:
-    """A log, as it was at the last look."""
+    """A log as it was at the last look."""
 
     reader: Growing
-    stamp: tuple[int, ...] | None = None  # time, size and place on the disk
+    stamp: tuple[int, ...] | None = None  # modification time, size, inode, device
     found: tuple[Summary, Log] | None = None
 
 
 class Follower:
-    """Looks at LOGS again and again. `queue` gives job id to state, or None; `clock` is the files' time in seconds."""
+    """Looks at LOGS repeatedly. `queue` gives the state of each job id, or None; `clock` is the files' time in seconds."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Follower:
         self.read: dict[str, Look] = {}
 
     def look(self) -> list[Progress]:
-        """Every run there is by now; LogError for a path that is not there."""
+        """The progress of every run so far. LogError for a path that does not exist."""
         if self.clock() - self.asked >= QUEUE_S:
             self.jobs, self.asked = self.queue(), self.clock()
         runs = self._runs()
@@ -84,12 +84,12 @@ class Follower:
         except LogError:
             if not all(path.exists() for path in self.paths):
                 raise
-            return []  # the first job has yet to start
+            return []  # no job has started yet
 
     def _progress(self, run: Run, look: "Look") -> Progress:
         try:
             status = Path(run.log).stat()
-        except OSError:  # gone since it was found
+        except OSError:  # removed since it was found
             status = None
         stamp = (status.st_mtime_ns, status.st_size, status.st_ino, status.st_dev) if status else None
         if look.found is None or look.stamp != stamp:
@@ -104,7 +104,7 @@ class Follower:
 
 
 def progress(run: Summary, log: Log, state: str | None, *, queued: bool, gone: bool) -> Progress:
-    """How far a run is; `state` is what else is known of it, `gone` that there is no such job any more."""
+    """How far a run is. `state` is its state in the queue, if known; `gone` means that its job no longer exists."""
     last = [step for _, step in sorted(log.steps.between(log.steps.last - LAST_STEPS + 1, log.steps.last + 1).items())]
     times = [step.time_s for step in last if step.time_s is not None]
     step_time_s = median(times) if times else None

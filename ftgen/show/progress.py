@@ -1,6 +1,6 @@
-"""A bar while logs are read. In: folders as they are found, and how many bytes have been read. Out: a bar on the terminal.
+"""A progress bar for reading logs. In: the folders found, and the bytes read. Out: a bar on stderr.
 
-Nothing is shown of what takes no longer than a second, nor where stderr is no terminal.
+The bar appears after one second, and only if stderr is a terminal.
 """
 
 import sys
@@ -15,7 +15,7 @@ PATIENCE_S = 1.0
 
 @contextmanager
 def reading() -> Iterator[tuple[Callable[[Folder], Folder], Callable[[int], None]]]:
-    """Gives what each folder is to go through, and what is to be called with the bytes that have been read since."""
+    """Give two functions: one to pass each folder through, and one to call with the number of bytes just read."""
     if not sys.stderr.isatty():
         yield lambda folder: folder, lambda _: None
         return

@@ -1,7 +1,8 @@
-"""Runs to tables of text. In: a `View`. Out: the recipe's tables or a flat one, and remarks.
+"""Tables of text. In: a `View`. Out: the recipe's tables or a flat table, and remarks.
 
-The recipe's tables, one for each model, scheme and precision, have a row for each figure and a column for each run, and
-beside the runs of a size what was published for it, and the baseline's. A flat table has a row a run.
+The recipe has one table for each model, scheme and precision, with a row for each figure and a column for each run. The
+published figures for a size, and then the baseline's, stand after the runs of that size. A flat table has a row for each
+run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,26 +20,26 @@ from ftgen.results.summary import Summary
 from ftgen.units import UNKNOWN, number, percent, ratio, significant, whole
 
 SCHEMES = {"sft": "SFT", "lora": "LoRA"}
-RATIO = "ratio to "  # begins the title of a column that belongs to the one before it
-GOOD, BAD, FAINT = "good", "bad", "faint"  # what colour says besides the words
+RATIO = "ratio to "  # a column whose title begins with this belongs to the column before it
+GOOD, BAD, FAINT = "good", "bad", "faint"  # tones, which a format may show as colours
 
 
 class Cell(NamedTuple):
-    """Text, and what colour would say."""
+    """A text and its tone."""
 
     text: str
     tone: str = ""
 
 
 class Column(NamedTuple):
-    """One figure: what it is called and how it is written."""
+    """One figure: its title and how it is written."""
 
     title: str
     how: Callable[[Figures], str]
 
 
 class Table(NamedTuple):
-    """Cells; every row as long as the header. Notes stand below."""
+    """A header, and rows as long as the header. The notes stand below."""
 
     title: str
     header: tuple[Cell, ...]
@@ -47,7 +48,7 @@ class Table(NamedTuple):
 
 
 class Remark(NamedTuple):
-    """What must be said of a run beside its figures, or in place of them."""
+    """A run with its status, and the reason, warnings and notes that belong to it."""
 
     run: str
     status: str
@@ -55,8 +56,13 @@ class Remark(NamedTuple):
     log: str
 
 
+REMARKS = ("Run", "Status", "Reason", "Log")  # the titles of a remark's parts
+
+
 COLUMNS = (
-    Column("Training step time (seconds per step)", lambda s: significant(s.step_time_s, 4)),  # as many as NeMo prints
+    Column(
+        "Training step time (seconds per step)", lambda s: significant(s.step_time_s, 4)
+    ),  # as many digits as NeMo prints
     Column("Throughput in tokens per second", lambda s: whole(s.tokens_per_s)),
     Column("Model flops utilization", lambda s: percent(s.mfu, 2)),
     Column("Time to train 1T tokens in days", lambda s: number(s.days_per_1t_tokens, 1)),
@@ -64,7 +70,7 @@ COLUMNS = (
 
 
 def tabulate(view: View) -> list[Table]:
-    """The tables of a view. The recipe's have every run with a step time: columns by GPUs, then by run."""
+    """The tables of a view. The recipe's tables show the runs with a step time, ordered by GPUs, then by run."""
     if view.is_flat:
         return [_flat(view)]
     shown = sorted((run for run in view.runs if run.step_time_s is not None), key=order)
@@ -72,7 +78,7 @@ def tabulate(view: View) -> list[Table]:
 
 
 def remarks(runs: Sequence[Summary]) -> list[Remark]:
-    """Every run of which something must be said, in the tables' order: all that have no figures are among them."""
+    """A remark for each run with a reason, warnings or notes, in the tables' order. Each run without figures has one."""
     told = [(s, "; ".join(filter(None, (s.reason, *s.warnings, *s.notes)))) for s in sorted(runs, key=order)]
     return [Remark(f"{s.experiment} {s.run_id}".strip(), s.status, text, s.log) for s, text in told if text]
 
@@ -92,7 +98,7 @@ def _flat_cell(field: Field, row: Row) -> Cell:
 
 
 def _table(runs: Sequence[Summary], view: View) -> Table:
-    """Columns of the same size share what was published for that size, and the baseline's, after the last of them."""
+    """The runs of each size, and after them the published figures and the baseline's for that size."""
     title = experiment_title(runs[0])
     header, columns, notes = [Cell(title)], [[Cell(column.title) for column in COLUMNS]], []
     for _, same in groupby(runs, size):
@@ -107,7 +113,7 @@ def _table(runs: Sequence[Summary], view: View) -> Table:
 
 
 def _size_columns(repeats: Sequence[Summary], view: View) -> Iterator[tuple[Cell, list[Cell]]]:
-    """The columns of one size: each run, or the mean of them, beside its ratio to the baseline; then what that is."""
+    """The columns of one size: each run or group with its ratio to the baseline, the published figures, the baseline's."""
     columns: Sequence[Summary | Group] = repeats
     if view.group:
         columns = [each for each in group(repeats) if each.step_time_s] or repeats
@@ -134,7 +140,7 @@ def _texts(figures: Figures) -> list[str]:
 
 
 def _ratio_column(run: Summary | Group, there: Figures, baseline: Baseline) -> tuple[Cell, list[Cell]]:
-    """Each figure by the baseline's; the words say what the colour does."""
+    """The ratio of each figure to the baseline's. The title says in words what the colour shows."""
     regressed = baseline.regressed(run)
     faster = (baseline.ratio(run) or 1.0) <= 1.0
     tone = BAD if regressed else GOOD if faster else ""
@@ -143,7 +149,7 @@ def _ratio_column(run: Summary | Group, there: Figures, baseline: Baseline) -> t
 
 
 def _published_columns(row: Published, *, both: bool) -> Iterator[tuple[Cell, list[Cell]]]:
-    """As published, with a mark where the row contradicts itself; and what its step time gives."""
+    """The figures as published, marked if they contradict the step time; and those that follow from the step time."""
     cells = [Cell(text, FAINT) for text in _texts(row)]
     if contradicts_itself(row):
         cells[1] = Cell(f"{cells[1].text} *", FAINT)
@@ -159,7 +165,7 @@ def _contradiction(row: Published) -> str:
 
 
 def experiment_title(run: Summary | Group) -> str:
-    """Llama-3 8B finetuning, LoRA FP8; the experiment's name where that is not known."""
+    """Llama-3 8B finetuning, LoRA FP8; the experiment's name if model, scheme or precision is unknown."""
     if not (run.model and run.scheme and run.precision):
         return run.experiment
     model = catalogue.models().get(run.model)
@@ -168,7 +174,7 @@ def experiment_title(run: Summary | Group) -> str:
 
 
 def _column_title(run: Summary | Group, beside: Sequence[Summary | Group]) -> str:
-    """8x H100 GPUs (GBS=32), as in the recipe, with what else tells the run from its neighbours."""
+    """8x H100 GPUs (GBS=32), as in the recipe, and what distinguishes the run from its neighbours."""
     length = "" if run.seq_length == RECIPE_SEQ_LENGTH else f", {run.seq_length or UNKNOWN} tokens"
     title = f"{accelerators(run)} (GBS={run.global_batch_size or UNKNOWN}{length})"
     title = ", ".join(filter(None, (title, shortly(run.options))))

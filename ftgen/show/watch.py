@@ -1,4 +1,4 @@
-"""`ftgen watch`. In: a `Follower`. Out: on a terminal a table that changes, elsewhere a line a change."""
+"""Show the progress of runs. In: a `Follower`. Out: a live table on a terminal, else a line for each change."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from ftgen.show.follow import SHARE, Follower, Progress
-from ftgen.show.terminal import STATUS_STYLE
+from ftgen.show.formats.terminal import STATUS_STYLE
 from ftgen.units import UNKNOWN, clean, format_walltime, significant
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ BAR = 20  # columns
 
 
 def watch(follower: Follower, every_s: float, console: "Console", write: Callable[[str], object]) -> None:
-    """Until every run is over, or ^C, which is the caller's; `write` gets lines where the console is no terminal."""
+    """Show progress until every run is over. `write` gets the lines if the console is no terminal."""
     if console.is_terminal:
         _live(follower, every_s, console)
     else:
@@ -58,7 +58,7 @@ def _over(runs: Sequence[Progress]) -> bool:
 
 
 def line(run: Progress) -> str:
-    """A run in a line: what it is, how it is, how far, how fast."""
+    """A run in one line: name, state, steps, step time, loss, time left."""
     parts = [
         f"{run.name}: {run.state}",
         f"step {steps(run)}",
@@ -73,12 +73,12 @@ def line(run: Progress) -> str:
 
 
 def steps(run: Progress) -> str:
-    """How many of how many."""
+    """Steps made of steps planned."""
     return f"{run.run.steps}/{run.run.planned_steps or UNKNOWN}"
 
 
 def table(runs: Sequence[Progress]) -> "RenderableType":
-    """All runs, with a bar for each."""
+    """A table of all runs, with a bar for each."""
     from rich import box
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -89,7 +89,7 @@ def table(runs: Sequence[Progress]) -> "RenderableType":
     grid = Table(box=box.SIMPLE_HEAD)
     for title in ("Run", "State", "", "Step", "Step time", "Loss", "Left"):
         grid.add_column(title, justify="right" if title in {"Step", "Step time", "Loss", "Left"} else "left")
-    for run in sorted(runs, key=lambda run: run.over):  # where the terminal is too low, those that change stay in sight
+    for run in sorted(runs, key=lambda run: run.over):  # running ones first: a low terminal cuts off the end
         grid.add_row(
             Text(clean(run.name), overflow="fold"),
             Text(clean(run.state), STATUS_STYLE.get(run.state, "")),

@@ -42,6 +42,7 @@ def installed(built, tmp_path_factory) -> Path:
     return folder / "bin"
 
 
+@pytest.mark.slow
 def test_the_wheel_has_templates_runtime_types_and_licence(built):
     (wheel,) = built.glob("*.whl")
     assert wheel.name == f"ftgen-{ftgen.__version__}-py3-none-any.whl"
@@ -57,6 +58,7 @@ def test_the_wheel_has_templates_runtime_types_and_licence(built):
     assert f"ftgen-{ftgen.__version__}.dist-info/licenses/LICENSE" in names
 
 
+@pytest.mark.slow
 def test_the_source_distribution_has_the_specs(built):
     (archive,) = built.glob("*.tar.gz")
     with tarfile.open(archive) as file:
@@ -64,6 +66,7 @@ def test_the_source_distribution_has_the_specs(built):
     assert {"specs/lora_fp8_16.toml", "specs/sites/example.toml", "LICENSE", "CHANGELOG.md", "README.md"} <= names
 
 
+@pytest.mark.slow
 def test_an_installed_ftgen_compiles_in_an_empty_directory(installed, tmp_path):
     (tmp_path / "lora_fp8_16.toml").write_text((ROOT / "specs/lora_fp8_16.toml").read_text())
     run(installed / "ftgen", "compile", "lora_fp8_16.toml", cwd=tmp_path)
@@ -72,11 +75,13 @@ def test_an_installed_ftgen_compiles_in_an_empty_directory(installed, tmp_path):
     assert run(installed / "python", "-m", "ftgen", "--version", cwd=tmp_path).strip().endswith(ftgen.__version__)
 
 
+@pytest.mark.slow
 def test_an_installed_ftgen_reads_logs_in_an_empty_directory(installed, tmp_path):
     logs = ROOT / "tests/logs/documented/logs"
     assert "Training step time" in run(installed / "ftgen", "tabulate", logs, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_the_light_install_is_light(installed, tmp_path):
     names = run(installed / "pip", "list", "--format", "freeze", "--disable-pip-version-check", cwd=tmp_path).lower()
     assert not {"torch", "numpy", "nemo_toolkit", "transformers"} & {line.split("==")[0] for line in names.split()}

@@ -201,7 +201,11 @@ def test_a_second_attempt_after_a_head_line_counts_alone(tmp_path):
     head = f"ftgen plan: {make.json.dumps(make.json.loads(make.plan('sft', 'bf16', 8, 25).to_json()))}\n"
     log(tmp_path, [head, *make.step_lines(25, 32, 9.0), "words\n", head, *make.step_lines(25, 32, 1.32)])
     run = only(tmp_path)
-    assert (run.step_time_s, run.restarts, run.notes) == (1.32, 1, ("attempt 2 in this log; its steps alone count",))
+    assert (run.step_time_s, run.restarts, run.notes) == (
+        1.32,
+        1,
+        ("the log has 2 attempts; only the steps of the last one count",),
+    )
 
 
 def test_what_is_passed_over_is_said(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from ftgen.results.compare import contradicts_itself, mean, read_tolerance, reco
 from ftgen.results.fail_on import WORDS, read_words
 from ftgen.results.keys import View
 from ftgen.show import formats
+from ftgen.show.formats import terminal
 from ftgen.show.tables import tabulate
 
 FP8_16 = "lora_nemo_llama3_8b_fp8_16"
@@ -26,7 +27,7 @@ def runs(*step_times_s, experiment=FP8_16, batch=64):
 
 def results(tmp_path, summaries, name="before.json"):
     path = tmp_path / name
-    path.write_text(formats.to_json(View(summaries)))
+    path.write_text(formats.render("json", View(summaries)))
     return str(path)
 
 
@@ -67,7 +68,7 @@ def test_every_figure_has_its_ratio():
 
 
 def test_a_regression_is_red_and_its_ratio_stays_beside_the_run_where_tables_are_folded():
-    text = formats.to_terminal(View(runs(0.7, 0.71, 0.72, 0.9), read_baseline("published")), width=80, colour=True)
+    text = terminal.render(View(runs(0.7, 0.71, 0.72, 0.9), read_baseline("published")), width=80, colour=True)
     parts = text.split("Training step time")[1:]
     assert len(parts) > 2
     figures = [re.findall(r"\x1b\[([\d;]+)m *([\d.]+)x", part.splitlines()[0]) for part in parts]
@@ -89,7 +90,7 @@ def test_runs_compared_with_themselves_are_as_fast(tmp_path):
     summaries = runs(0.7) + runs(0.9, experiment="sft_nemo_llama3_8b_fp8_16")
     baseline = read_baseline(results(tmp_path, summaries))
     assert [baseline.ratio(run) for run in summaries] == [1.0, 1.0]
-    rows = json.loads(formats.to_json(View(summaries, baseline)))
+    rows = json.loads(formats.render("json", View(summaries, baseline)))
     assert rows["baseline"] == {"name": "before.json", "tolerance": 0.05}
     assert [(row["step_time_ratio"], row["regressed"]) for row in rows["runs"]] == [(1.0, False)] * 2
 
@@ -127,12 +128,12 @@ def test_the_mean_of_repeats_has_the_figures_of_its_step_time():
     ("text", "error"),
     [
         (None, "cannot be read: No such file or directory"),
-        ("{", "is no JSON: "),
-        ("[" * 100_000, "is no JSON: "),
+        ("{", "is not JSON: "),
+        ("[" * 100_000, "is not JSON: "),
         ("[]", "must be a JSON object"),
         ('{"format": 2, "runs": []}', "format: must be 1, found 2"),
         ('{"format": 1}', "runs: is needed"),
-        ('{"format": 1, "runs": []}', "runs: none is complete and has a step time"),
+        ('{"format": 1, "runs": []}', "runs: no run is complete with a step time"),
         ('{"format": 1, "runs": [{"status": "complete"}]}', "runs.0.step_time_s: is needed"),
     ],
 )
@@ -191,7 +192,7 @@ def test_nothing_to_compare_is_no_success(ftgen):
     ("arguments", "says"),
     [
         (["--fail-on", "regressions"], "did you mean regression?"),
-        (["--fail-on", "regression"], "regression needs something to compare with"),
+        (["--fail-on", "regression"], "regression needs a baseline"),
         (["--tolerance", "much"], "must be a percentage"),
         (["--columns", "mfu,stepp"], "columns: unknown key stepp"),
         (["--sort", "-tokens"], "did you mean tokens_per_s?"),

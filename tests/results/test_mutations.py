@@ -79,15 +79,22 @@ BEYOND = [
 ODD = [*BEYOND, "1e-400", "1e5", "1e35", "0x1p3", "1_000", "١٢", "１.５", "1..2", "--1", "1e", "1,5", "0", "0.0", "", " "]
 
 
+@cache
+def folder(_name):
+    """One for all edits: making and removing a folder takes longer than reading a log."""
+    return tempfile.TemporaryDirectory()
+
+
 def summary(text, plan):
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder, NAME)
-        place.mkdir()
-        place.joinpath(f"log-a.{NAME}_1_0.out").write_bytes(text)
-        if plan:
-            place.joinpath("plan.json").write_text(plan)
-        (run,) = find_runs([folder])
-        return summarize(run)
+    place = Path(folder("with a plan").name, NAME)
+    place.mkdir(exist_ok=True)
+    place.joinpath(f"log-a.{NAME}_1_0.out").write_bytes(text)
+    if plan:
+        place.joinpath("plan.json").write_text(plan)
+    else:
+        place.joinpath("plan.json").unlink(missing_ok=True)
+    (run,) = find_runs([place.parent])
+    return summarize(run)
 
 
 def said(run):
@@ -132,7 +139,7 @@ def edits(draw, text):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_healthy_log_has_no_warning(kind):
     run = summary(*healthy(kind))
-    notes = (f"logged every {EVERY} steps",) if kind == "at intervals" else ()
+    notes = (f"the log has a step line every {EVERY} steps",) if kind == "at intervals" else ()
     assert said(run) == ("complete", None, (), notes)
     assert run.step_time_s == pytest.approx(sum(seconds(step) for step in range(10, 30)) / 20, abs=1e-4)
 
@@ -163,9 +170,10 @@ def said_or_harmless(before, after, time):
 
 def read_both_ways(text):
     """The log as it is read at once, which is as it is read line by line."""
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        Path(folder, f"log-a.{NAME}_1_0.out").write_bytes(text)
-        (run,) = find_runs([folder])
+    place = Path(folder("alone").name)
+    place.joinpath(f"log-a.{NAME}_1_0.out").write_bytes(text)
+    (run,) = find_runs([place])
+    with pytest.MonkeyPatch.context() as patch:
         at_once = read_log(run)
         patch.setattr(blocks, "BLOCK", 100)
         assert repr(read_log(run)) == repr(at_once)

@@ -82,9 +82,9 @@ def plan_in(entrypoint: Path) -> dict:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.stem)
-def test_every_spec_compiles_to_the_same_bytes_each_time(spec, ftgen, tmp_path):
-    for out in (tmp_path / "first", tmp_path / "second"):
-        assert ftgen("compile", spec, "--out", out).returncode == 0
+def test_every_spec_compiles_to_the_same_bytes_each_time(spec, ftgen, ftgen_process, tmp_path):
+    assert ftgen("compile", spec, "--out", tmp_path / "first").returncode == 0
+    assert ftgen_process("compile", spec, "--out", tmp_path / "second").returncode == 0
     first, second = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("first", "second"))
     assert first == second
     assert set(first) == {f"{spec.stem}.sh", f"{spec.stem}.py"}

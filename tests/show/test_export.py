@@ -23,7 +23,8 @@ from ftgen.results.keys import GROUP, RUN, View, json_schema, read_keys, rows
 from ftgen.results.options import options
 from ftgen.results.summary import summarize
 from ftgen.show import formats
-from ftgen.show.markup import latex_text
+from ftgen.show.formats import terminal
+from ftgen.show.formats.latex import escaped
 
 ROOT = Path(__file__).parents[2]
 CASES = sorted(path for path in (Path(__file__).parents[1] / "logs").iterdir() if (path / "logs").is_dir())
@@ -39,7 +40,7 @@ def test_formats_are_as_expected(format_, matches_golden, monkeypatch):
     case = ROOT / "tests" / "logs" / "sizes"
     monkeypatch.chdir(case)
     view = View([summarize(run) for run in find_runs(["logs"])], read_baseline("published", 0.01))
-    text = re.sub("(?s)<style>.*?</style>", "<style></style>", formats.FORMATS[format_](view))
+    text = re.sub("(?s)<style>.*?</style>", "<style></style>", formats.render(format_, view))
     matches_golden(case / f"expected.{format_}", text)
 
 
@@ -55,14 +56,14 @@ def test_the_published_schema_is_that_of_the_results(ftgen, request):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_json_is_as_its_schema_says(case):
     view = View([summarize(run) for run in find_runs([case / "logs"])], read_baseline("published"))
-    Draft202012Validator(json_schema()).validate(json.loads(formats.to_json(view)))
+    Draft202012Validator(json_schema()).validate(json.loads(formats.render("json", view)))
 
 
 def test_columns_and_order_are_those_asked_for():
     view = View(sizes(), columns=read_keys("gpus, mfu"), sort=read_keys("-gpus"))
-    assert [line.split(",")[0] for line in formats.FORMATS["csv"](view).splitlines()] == ["gpus", "32", "16", "8"]
-    assert formats.FORMATS["markdown"](view).startswith("| GPUs | MFU |\n")
-    assert [run["gpus"] for run in json.loads(formats.to_json(view))["runs"]] == [32, 16, 8]
+    assert [line.split(",")[0] for line in formats.render("csv", view).splitlines()] == ["gpus", "32", "16", "8"]
+    assert formats.render("markdown", view).startswith("| GPUs | MFU |\n")
+    assert [run["gpus"] for run in json.loads(formats.render("json", view))["runs"]] == [32, 16, 8]
 
 
 def test_a_second_key_orders_what_the_first_leaves_equal():
@@ -85,7 +86,7 @@ def test_repeats_are_one_with_mean_spread_and_number():
     assert (row["runs"], row["counted"]) == (4, 3)
     assert row["step_time_s"] == pytest.approx(0.7)
     assert row["step_time_spread_s"] == pytest.approx(0.1)
-    text = formats.FORMATS["markdown"](View([*repeats, failed], group=True))
+    text = formats.render("markdown", View([*repeats, failed], group=True))
     assert "8x H100 GPUs (GBS=32), mean of 3 of 4 runs" in text
     assert "0.7 ± 0.1" in text
     assert list(row) == [field.key for field in GROUP]
@@ -96,7 +97,7 @@ def test_runs_that_did_the_work_in_another_way_are_no_repeats():
     ways = [(), (), ("TP 2", "cuda_graphs", "op_fuser")]
     runs = [summary_of(name, [0.6 + i / 10] * 20, run_id=str(i))._replace(options=way) for i, way in enumerate(ways)]
     assert [(row["runs"], row["options"]) for row in rows(View(runs, group=True))] == [(2, []), (1, [*ways[2]])]
-    text = formats.FORMATS["markdown"](View(runs, group=True))
+    text = formats.render("markdown", View(runs, group=True))
     assert "8x H100 GPUs (GBS=32), mean of 2" in text
     assert "8x H100 GPUs (GBS=32), TP 2, 2 optimizations" in text
 
@@ -115,7 +116,7 @@ def test_a_plan_says_in_which_way_it_differs(plan, words):
 
 
 def test_csv_has_a_row_a_run_and_every_key():
-    table = list(csv.DictReader(io.StringIO(formats.FORMATS["csv"](View(sizes())))))
+    table = list(csv.DictReader(io.StringIO(formats.render("csv", View(sizes())))))
     assert [row["gpus"] for row in table] == ["8", "16", "32"]
     assert list(table[0]) == [field.key for field in RUN]
 
@@ -143,19 +144,19 @@ def named(name):
     return View([run], Baseline(name, read_baseline("published").figures))
 
 
-HARMLESS = Page(formats.FORMATS["html"](named("x")))
+HARMLESS = Page(formats.render("html", named("x")))
 
 
 @given(name=st.one_of(st.sampled_from(EVIL), st.text(min_size=1, max_size=30)))
 @settings(max_examples=200)
 def test_no_name_becomes_markup_in_html(name):
-    page = Page(formats.FORMATS["html"](named(name)))
+    page = Page(formats.render("html", named(name)))
     assert page.tags == HARMLESS.tags
     assert [at[:2] for at in page.attributes] == [at[:2] for at in HARMLESS.attributes]
     assert not {"script", "img", "iframe", "link", "a"} & set(page.tags)
 
 
-# What may stand in LaTeX's text: plain letters, and the commands that latex_text writes.
+# What may stand in LaTeX's text: plain letters, and the commands that `escaped` writes.
 PLAIN = re.compile(
     r"-\{\}|\{[\[*]\}|[^\\&%$#_{}~^<>|\[*\"'`\x00-\x1f\x7f-\U0010ffff]"
     r"|\\text(?:backslash|asciitilde|asciicircum|less|greater|bar|quotesingle|asciigrave|endash)\{\}|\\char34\{\}"
@@ -165,7 +166,7 @@ PLAIN = re.compile(
 
 @given(text=st.one_of(st.sampled_from(EVIL), st.text(max_size=40)))
 def test_no_name_becomes_a_command_in_latex(text):
-    written = latex_text(text)
+    written = escaped(text)
     assert not PLAIN.sub("", written), written
     assert not re.search("--|[?!]`", written)
 
@@ -174,8 +175,8 @@ def test_no_name_becomes_a_command_in_latex(text):
 def test_pdflatex_sets_the_tables_with_the_names_as_they_are(tmp_path):
     pdflatex, pdftotext = program("pdflatex", "texlive-latex-base"), program("pdftotext", "poppler-utils")
     runs = [run for name in EVIL for run in named(name).runs]
-    tables = formats.FORMATS["latex"](View(runs[:8], columns=("run_id", "gpus"))) + formats.FORMATS["latex"](View(sizes()))
-    names = "\n\n".join(latex_text(name) for name in EVIL)
+    tables = formats.render("latex", View(runs[:8], columns=("run_id", "gpus"))) + formats.render("latex", View(sizes()))
+    names = "\n\n".join(escaped(name) for name in EVIL)
     body = "\\documentclass{article}\\usepackage[margin=5mm,paperwidth=90cm]{geometry}\\begin{document}\\tiny\n"
     (tmp_path / "t.tex").write_text(f"{body}{names}\n\n{tables}\n\\end{{document}}\n", encoding="utf-8")
     done = subprocess.run([pdflatex, "-halt-on-error", "t.tex"], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -190,14 +191,14 @@ def test_pdflatex_sets_the_tables_with_the_names_as_they_are(tmp_path):
 
 @given(name=st.one_of(st.sampled_from(EVIL), st.text(min_size=1, max_size=30)))
 def test_no_name_becomes_a_formula_in_csv(name):
-    for row in csv.reader(io.StringIO(formats.FORMATS["csv"](named(name)))):
+    for row in csv.reader(io.StringIO(formats.render("csv", named(name)))):
         assert not any(cell.lstrip().startswith(("=", "+", "-", "@", "＝", "＋", "－", "＠", "\t")) for cell in row)
 
 
 @given(name=st.one_of(st.sampled_from(EVIL), st.text(min_size=1, max_size=30)))
 def test_no_name_moves_the_cursor_of_a_terminal(name):
     for flat in (False, True):
-        text = formats.to_terminal(named(name)._replace(flat=flat), width=200, colour=True)
+        text = terminal.render(named(name)._replace(flat=flat), width=200, colour=True)
         assert not re.search(r"[\x00-\x09\x0b-\x1a\x1c-\x1f\x7f-\x9f\u202a-\u202e]", re.sub(r"\x1b\[[\d;]*m", "", text))
         assert "\x1b" not in re.sub(r"\x1b\[[\d;]*m", "", text)
     view = View([run._replace(status="failed", step_time_s=9.0) for run in named(name).runs], read_baseline("published", 0))

@@ -18,23 +18,21 @@ from ftgen.logs.find import find_runs
 from ftgen.results.keys import RUN, View
 from ftgen.results.summary import summarize
 from ftgen.show import formats, tables
-from ftgen.show.records import FORMULA
+from ftgen.show.formats import terminal
+from ftgen.show.formats.csv import FORMULA
 from ftgen.units import clean
 
 CASES = sorted(path for path in (Path(__file__).parents[1] / "logs").iterdir() if (path / "logs").is_dir())
 CONTROL = re.compile(r"[^\S\n ]|[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
-def tabulated(case, format_, monkeypatch, **options):
-    monkeypatch.chdir(case)
-    return formats.FORMATS[format_](View([summarize(run) for run in find_runs(["logs"])]), **options)
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_logs_give_the_expected_runs_and_tables(case, matches_golden, monkeypatch):
-    matches_golden(case / "expected.json", tabulated(case, "json", monkeypatch))
-    matches_golden(case / "expected.md", tabulated(case, "markdown", monkeypatch))
-    matches_golden(case / "expected.txt", tabulated(case, "terminal", monkeypatch, width=100, colour=False))
+    monkeypatch.chdir(case)
+    view = View([summarize(run) for run in find_runs(["logs"])])
+    matches_golden(case / "expected.json", formats.render("json", view))
+    matches_golden(case / "expected.md", formats.render("markdown", view))
+    matches_golden(case / "expected.txt", terminal.render(view, width=100, colour=False))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +62,7 @@ def test_the_step_time_is_the_mean_of_exactly_the_window():
 
 def test_too_few_steps_give_no_step_time_and_say_so():
     summary = summary_of("sft_nemo_llama3_8b_bf16_8", [1.0] * 18)
-    assert summary.reason == "18 steps, the window needs 20: no step time is reported"
+    assert summary.reason == "the window needs 20 steps, but the log has 18: no step time is reported"
     assert (summary.step_time_s, summary.tokens_per_s, summary.mfu, summary.days_per_1t_tokens) == (None,) * 4
 
 
@@ -88,28 +86,28 @@ def test_published_figures_print_as_they_were_published(row):
 
 def test_what_is_not_known_is_a_dash_and_never_zero():
     summary = summary_of("some_run", [1.0] * 20, batch=None)
-    assert "–" in formats.FORMATS["markdown"](View([summary]))
-    assert json.loads(formats.FORMATS["json"](View([summary])))["runs"][0]["tokens_per_s"] is None
-    row = next(csv.DictReader(io.StringIO(formats.FORMATS["csv"](View([summary])))))
+    assert "–" in formats.render("markdown", View([summary]))
+    assert json.loads(formats.render("json", View([summary])))["runs"][0]["tokens_per_s"] is None
+    row = next(csv.DictReader(io.StringIO(formats.render("csv", View([summary])))))
     assert row["tokens_per_s"] == row["mfu"] == ""
 
 
 def test_json_has_exactly_the_documented_keys():
-    record = json.loads(formats.FORMATS["json"](View([summary_of("x", [1.0] * 20)])))
+    record = json.loads(formats.render("json", View([summary_of("x", [1.0] * 20)])))
     assert list(record) == ["format", "baseline", "runs", "groups"]
     assert list(record["runs"][0]) == [field.key for field in RUN]
 
 
 def test_colour_is_for_terminals_only():
     summary = summary_of("sft_nemo_llama3_8b_bf16_8", [1.0] * 18)
-    assert "\x1b" not in formats.to_terminal(View([summary]), width=80)
-    assert "\x1b" in formats.to_terminal(View([summary]), width=80, colour=True)
+    assert "\x1b" not in terminal.render(View([summary]), width=80)
+    assert "\x1b" in terminal.render(View([summary]), width=80, colour=True)
 
 
 @pytest.mark.parametrize("width", [40, 80, 132])
 def test_tables_fit_the_terminal_and_keep_their_numbers_whole(width):
     summaries = [summary_of(f"lora_nemo_llama3_8b_fp8_{gpus}", [0.68] * 20, batch=4 * gpus) for gpus in (8, 16, 32)]
-    text = formats.to_terminal(View(summaries), width=width, colour=False)
+    text = terminal.render(View(summaries), width=width, colour=False)
     assert max(map(len, text.splitlines())) <= width
     for summary in summaries:
         assert tables.whole(summary.tokens_per_s) in text
@@ -120,7 +118,7 @@ def test_names_are_text_in_every_format(name):
     texts_of: dict = {"warnings": (name,), "notes": (name, name)}
     texts_of |= dict.fromkeys(("experiment", "run_id", "reason", "log", "model", "scheme", "precision", "gpu"), name)
     summary = summary_of("x", [1.0] * 20)._replace(**texts_of)
-    texts = {format_: write(View([summary])) for format_, write in formats.FORMATS.items()}
+    texts = {format_: formats.render(format_, View([summary])) for format_ in formats.FORMATS}
     assert not any(CONTROL.search(text) for text in texts.values())
     assert json.loads(texts["json"])["runs"][0]["experiment"] == clean(name)
     rows = list(csv.reader(io.StringIO(texts["csv"])))

@@ -1,6 +1,7 @@
-"""Tables on a terminal, by rich. In: tables and remarks. Out: text, in colour for a terminal.
+"""Tables for a terminal, by rich. In: a `View`. Out: text, in colour on a terminal.
 
-Names come from file names and logs: they are given to rich as Text objects, in which it reads no markup.
+Names come from file names and logs, which anybody may have written. Rich gets them as Text objects, in which it reads no
+markup.
 """
 
 import io
@@ -9,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ftgen.show.tables import BAD, FAINT, GOOD, RATIO, Cell, Remark, Table
+from ftgen.results.keys import View
+from ftgen.show.tables import BAD, FAINT, GOOD, RATIO, Cell, Remark, Table, remarks, tabulate
 from ftgen.units import clean
 
 if TYPE_CHECKING:
@@ -23,39 +25,40 @@ STATUS_STYLE = {
     "complete": "green",
 }
 TONE_STYLE = {GOOD: "green", BAD: "bold red", FAINT: "dim", "": ""}
-NARROW = 15  # columns a figure's column needs: "published, 16x" and "(GBS=128)" stay in one piece
-WIDE = 10_000  # columns where nothing limits them
+NARROW = 15  # characters that a column of figures needs: "published, 16x" and "(GBS=128)" are not broken
+WIDE = 10_000  # characters in a line where nothing limits it
 
 
-def terminal(
-    tables: Sequence[Table], remarks: Sequence[Remark], *, width: int | None = None, colour: bool | None = None
-) -> str:
-    """The tables in `width` columns, by default the terminal's, in colour on a terminal; piped, as wide as they are."""
+def render(view: View, *, width: int | None = None, colour: bool | None = None) -> str:
+    """The tables and the remarks in `width` columns; by default those of the terminal, and in a pipe as many as they need.
+
+    `colour` is by default for a terminal only.
+    """
     on_terminal = sys.stdout.isatty()
     if width is None:
         width = shutil.get_terminal_size().columns if on_terminal else WIDE
     console = _console(width, on_terminal if colour is None else colour)
-    for table in tables:
+    for table in tabulate(view):
         for part in _folded(table, width):
             console.print(_rich_table(part))
             console.print()
         for note in table.notes:
             console.print(_text(Cell(note, FAINT)))
             console.print()
-    for remark in remarks:
+    for remark in remarks(view.runs):
         console.print(_rich_remark(remark), soft_wrap=True)
     return "".join(line.rstrip() + "\n" for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
 
 
 def _folded(table: Table, width: int) -> list[Table]:
-    """The table in parts that fit the width, each with the first column: a wrapped number is no number."""
+    """The table in parts that fit the width, each with the first column. A number is never broken over two lines."""
     labels = max((len(row[0].text) for row in table.rows), default=0) + 4
     some = max(1, (width - min(labels, width // 3)) // (NARROW + 3))
     return [Table(table.title, *(_part(table, start, end))) for start, end in _spans(table.header, some)]
 
 
 def _spans(header: Sequence[Cell], most: int) -> list[tuple[int, int]]:
-    """Columns by at most so many, from which to before which; a ratio stays with what it is the ratio of."""
+    """Parts of at most `most` columns, each as its first column and the one after its last. A ratio stays beside its run."""
     starts = [column for column in range(1, len(header)) if not header[column].text.startswith(RATIO)]
     spans: list[tuple[int, int]] = []
     for start, end in zip(starts, [*starts[1:], len(header)], strict=True):
