@@ -86,8 +86,14 @@ def not_finite(fields: Mapping[bytes, bytes], keys: Sequence[bytes]) -> str | No
 
 def _first(fields: Mapping[bytes, bytes], keys: Sequence[bytes]) -> float | None:
     """The number under the first key that does not say 0."""
-    found = [number(fields[key]) for key in keys if key in fields]
-    return next((value for value in found if value != 0), found[0] if found else None)
+    zero = None
+    for key in keys:
+        if text := fields.get(key):
+            value = number(text)
+            if value != 0:
+                return value
+            zero = value
+    return zero
 
 
 def _within(value: float | None, least: float, most: float) -> float | None:

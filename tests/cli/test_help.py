@@ -12,7 +12,7 @@ from ftgen.cli import main
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [[], *([name] for name in main.ftgen.commands)]
-HEAVY = {"pydantic", "jinja2", "rich", "vl_convert", "torch", "tomli", "hyperscan"}
+HEAVY = {"pydantic", "jinja2", "rich", "vl_convert", "torch", "tomli"}
 
 
 def test_every_command_is_in_one_section():
