@@ -28,7 +28,7 @@ class Steps(Mapping[int, Step]):
         self.last = max(self._single, default=-1)  # the highest number; -1 where there is no step
 
     def __repr__(self) -> str:
-        return f"Steps({dict(self)})"
+        return f"Steps({self.between(0, self.last + 1)})"
 
     def __len__(self) -> int:
         return len(self._numbers) + sum(self._place(number) is None for number in self._single)
