@@ -54,15 +54,15 @@ class Log:
 
     def __repr__(self) -> str:
         known = {key: value for key, value in self.__dict__.items() if key not in {"told", "handled"}}
-        return f"Log({known | {'endings': self.endings, 'mentioned': self.mentioned}})"
+        return f"Log({known | {'at_end': self.at_end, 'survived': self.survived}})"
 
     @property
-    def endings(self) -> dict[str, Told]:
+    def at_end(self) -> dict[str, Told]:
         """The lines that say how the run ended: no step came after them, or just a few of other ranks."""
         return {kind: told for kind, told in self.told.items() if self._is_near(told)}
 
     @property
-    def mentioned(self) -> dict[str, Told]:
+    def survived(self) -> dict[str, Told]:
         """The first line of each kind that says what the run survived: more steps came after it."""
         passed = {k: told for k, told in self.told.items() if not self._is_near(told) and k in HANDLED}
         return passed | self.handled
@@ -70,13 +70,13 @@ class Log:
     @property
     def stopped_at(self) -> int | None:
         """The max_steps that training says it reached."""
-        stopped = self.endings.get("stopped")
+        stopped = self.at_end.get("stopped")
         return stopped.number if stopped else None
 
     @property
     def exit_status(self) -> int | None:
         """The job's: ftgen's line counts before others', and the last one before earlier ones."""
-        told = self.endings.get("exit") or self.endings.get("job exit")
+        told = self.at_end.get("exit") or self.at_end.get("job exit")
         return told.number if told else None
 
     def copy(self) -> "Log":

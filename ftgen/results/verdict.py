@@ -35,15 +35,15 @@ class Verdict(NamedTuple):
 
 def verdict_of(run: Run, log: Log, planned: int | None, lines: Logged) -> Verdict:
     """Invalid comes before all others. Complete needs every planned step and no failure."""
-    not_finite = log.mentioned.get("not finite") or log.endings.get("not finite")
+    not_finite = log.survived.get("not finite") or log.at_end.get("not finite")
     if log.invalid or not_finite:
         return Verdict("invalid", log.invalid or (_told(not_finite) if not_finite else None))
     if log.unread and not log.steps:
         return Verdict("incomplete", log.unread)
     there = lines.made
-    failure = _failure(log.endings, log.exit_status)
+    failure = _failure(log.at_end, log.exit_status)
     if planned and _all_there(log, lines, planned):
-        spoiled = log.exit_status or (log.exit_status is None and AFTER_TRAINING & log.endings.keys())
+        spoiled = log.exit_status or (log.exit_status is None and AFTER_TRAINING & log.at_end.keys())
         if spoiled:
             return Verdict("ended-badly", f"the run made all {planned} steps and then failed: {failure}")
         return Verdict("incomplete", log.unread) if log.unread else Verdict("complete", None)
@@ -64,7 +64,7 @@ def _all_there(log: Log, lines: Logged, planned: int) -> bool:
     if lines.wrong is not None or log.steps.last >= planned:
         return False
     after = planned - 1 - log.steps.last
-    said = log.stopped_at == planned or "done" in log.endings
+    said = log.stopped_at == planned or "done" in log.at_end
     return lines.made == log.steps.last + 1 and (after == 0 or (after < lines.every and said))
 
 
@@ -73,17 +73,17 @@ def planned_steps(log: Log) -> int | None:
     return log.identity.max_steps or log.stopped_at or log.steps.planned
 
 
-def _failure(endings: Mapping[str, Told], exit_status: int | None) -> str | None:
+def _failure(told: Mapping[str, Told], exit_status: int | None) -> str | None:
     for kind, words in FAILURES.items():
-        if kind in endings:
-            return words + _told(endings[kind])
+        if kind in told:
+            return words + _told(told[kind])
     return f"exit code {exit_status}" if exit_status else None
 
 
-def _told(ending: Told) -> str:
+def _told(told: Told) -> str:
     """The line of the log, with its rank and its line number."""
-    if ending.file:
-        return f"{ending.note} ({ending.file})"
-    rank = None if ending.rank is None else f"rank {ending.rank}"
-    place = ", ".join(filter(None, (rank, f"line {ending.row}" if ending.row else None)))
-    return f"{ending.note} ({place})" if place else ending.note
+    if told.file:
+        return f"{told.note} ({told.file})"
+    rank = None if told.rank is None else f"rank {told.rank}"
+    place = ", ".join(filter(None, (rank, f"line {told.row}" if told.row else None)))
+    return f"{told.note} ({place})" if place else told.note

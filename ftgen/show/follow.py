@@ -108,7 +108,7 @@ def progress(run: Summary, log: Log, state: str | None, *, queued: bool, gone: b
     last = [step for _, step in sorted(log.steps.between(log.steps.last - LAST_STEPS + 1, log.steps.last + 1).items())]
     times = [step.time_s for step in last if step.time_s is not None]
     step_time_s = median(times) if times else None
-    ended = log.exit_status is not None or bool({"stopped", "done"} & log.endings.keys())
+    ended = log.exit_status is not None or bool({"stopped", "done"} & log.at_end.keys())
     over = not queued and (gone or ended or run.status in BAD or run.status == "complete")
     left = max(0, run.planned_steps - run.steps) if run.planned_steps else None
     return Progress(

@@ -61,7 +61,7 @@ class Reading(NamedTuple):
     def of(cls, run: Summary, log: Log) -> "Reading":
         """All that is shown of a run."""
         drawn = curves(log.steps)
-        told_by = [(kind, ending.note) for kind, ending in log.endings.items() if not ending.json]
+        told_by = [(kind, told.note) for kind, told in log.at_end.items() if not told.json]
         told = Told(drawn, told_by, flattened(log.plan or {}), flattened(log.environment or {}))
         return cls(run, variant(log.plan), drawn.losses.known, zlib.compress(pickle.dumps(told), 1))
 

@@ -253,5 +253,5 @@ def test_times_are_found_wherever_lines_tell_them(tmp_path, line, before, told):
 @pytest.mark.parametrize("label", ["", "1: ", "[rank1]: ", "[rank 1 on node-7.example] "])
 def test_an_exception_is_known_behind_every_label(label):
     lines = ("Traceback (most recent call last):", '  File "x.py", line 1, in <module>', "IndexError: out of range")
-    found = read("".join(f"{label}{line}\n" for line in lines).encode()).endings["exception"]
+    found = read("".join(f"{label}{line}\n" for line in lines).encode()).at_end["exception"]
     assert (found.note, found.rank) == ("IndexError: out of range", 1 if label else None)

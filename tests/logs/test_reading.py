@@ -108,7 +108,7 @@ def test_what_the_run_survived_is_no_ending(tmp_path, monkeypatch, block):
     run = only(tmp_path)
     assert (run.status, run.reason, run.steps) == ("complete", None, 100)
     (found,) = find_runs([tmp_path])
-    assert sorted(read_log(found).mentioned) == ["exception", "out of memory", "traceback"]
+    assert sorted(read_log(found).survived) == ["exception", "out of memory", "traceback"]
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])

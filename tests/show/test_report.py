@@ -57,7 +57,7 @@ def test_every_run_is_told_of_with_what_its_verdict_stands_on(text):
     for run in find_runs(LOGS):
         assert str(run.log) in words
         assert (summarize(run).reason or "") in words
-        assert all(ending.note in words for ending in read_log(run).endings.values() if not ending.json)
+        assert all(ending.note in words for ending in read_log(run).at_end.values() if not ending.json)
 
 
 def test_several_processes_read_what_one_does(monkeypatch):
