@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -109,7 +110,9 @@ def test_jobs_that_have_yet_to_start_are_waited_for_and_mistyped_paths_are_not(t
 
 def watching(*arguments, **options):
     command = [sys.executable, "-m", "ftgen", "watch", "--every", "0.1", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, **options)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # even if a shell runs the tests in the background
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, preexec_fn=heard, **pipes, **options)  # noqa: PLW1509
 
 
 def test_piped_it_prints_a_line_a_change_and_ends_with_the_last_run(tmp_path):
