@@ -59,7 +59,7 @@ def command(
     LOGS are log files, or folders that contain logs.
     """
     from ftgen import files
-    from ftgen.results.fail_on import failures, read_words
+    from ftgen.results.fail_on import REGRESSION, failures, nothing_compared, read_words
     from ftgen.results.keys import View, read_keys
     from ftgen.show import formats
 
@@ -74,6 +74,8 @@ def command(
         click.echo(formats.render(format_, view), nl=False)
     else:
         files.write(output.parent, {output.name: formats.render(format_, view, to_file=True)})
+    if REGRESSION not in words:
+        click.echo("".join(f"{line}\n" for line in nothing_compared(view)), err=True, nl=False)
     if found := failures(view, words):
         click.echo("\n".join(found), err=True)
         sys.exit(1)

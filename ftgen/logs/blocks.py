@@ -17,6 +17,7 @@ PACKED_BLOCK = 1 << 16  # bytes of compressed data
 LONGEST_LINE = 1 << 24  # bytes: a longer line is cut
 KNOWN_BY = 4096  # bytes at the beginning, and before a place, by which a file is recognized
 PACKED = (GZIP, ZSTD) = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")  # the first bytes: RFC 1952, RFC 8878
+DOCKER = re.compile(rb'(?m)^\{"log":"(.*?)(?:\\[rn])*","(?:stream|time|attrs)":.*\}\n')  # its json-file driver
 ESCAPE = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(?:\x07|\x1b\\))")  # ECMA-48: CSI, OSC
 
 
@@ -38,6 +39,8 @@ class Block(NamedTuple):
             text = ESCAPE.sub(b"", text)
         if b"\r" in text:
             text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        if text.startswith(b'{"log":"'):
+            text = DOCKER.sub(lambda match: match[1].replace(b'\\"', b'"') + b"\n", text)
         return text
 
 
@@ -92,6 +95,28 @@ def blocks(path: str | Path, start: int = 0) -> Iterator[Block]:
         raise LogFileError("the log is cut off: its compressed data has no end") from None
     except OSError as error:
         raise LogFileError(f"the log cannot be read: {error.strerror or error}") from None
+
+
+def beginning(path: str | Path, size: int) -> bytes:
+    """About the first `size` bytes, decompressed; LogFileError."""
+    found = b""
+    try:
+        for piece in _pieces(path, 0):
+            found += piece
+            if len(found) >= size:
+                break
+    except (EOFError, OSError):
+        pass  # what could be read
+    return found[:size]
+
+
+def end_of(path: str | Path, size: int) -> bytes:
+    """The last `size` bytes of a file that is not compressed; nothing of one that is; LogFileError."""
+    with closing(_open(path)) as file:
+        if file.read(4).startswith(PACKED):
+            return b""
+        file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+        return file.read(size)
 
 
 def line_end(raw: bytes) -> int:

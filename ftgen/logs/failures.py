@@ -15,12 +15,24 @@ KINDS: dict[str, tuple[tuple[bytes, ...], bytes]] = {
     "exit": ((b"ftgen: exit status ",), rb"ftgen: exit status (\d{1,9})"),
     "job exit": ((b"job exited with code ",), rb"job exited with code (\d{1,9})"),
     "task exit": ((b"Exited with exit code ",), rb"Exited with exit code [1-9]"),
-    "stopped": ((b"`Trainer.fit` stopped: `",), rb"`Trainer\.fit` stopped: `max_steps=(\d{1,9})` reached"),
+    "task killed": (
+        (b"srun: error: ",),
+        rb"srun: error: [^\n]{1,200}?: (?:Killed|Segmentation fault|Aborted|Bus error|Terminated|Out Of Memory)|"
+        rb"srun: error: Node failure on [^\n]",
+    ),
+    "stopped": (
+        (b"`Trainer.fit` stopped: `",),
+        rb"`Trainer\.fit` stopped: `(?:max_steps=(\d{1,9})|max_epochs=\d{1,9})` reached",
+    ),
+    "exited": ((b"[exiting program at iteration ",), rb"\[exiting program at iteration +(\d{1,9})\]"),
     "done": ((b"[after training is done]",), rb"\[after training is done\]"),
     "not finite": ((b"found NaN in", b"found Inf in"), rb"found NaN in|found Inf in"),
     "out of memory": ((b"OutOfMemoryError", b"CUDA out of memory"), rb"OutOfMemoryError|CUDA out of memory"),
     "host memory": ((b"oom_kill event", b"oom-kill event"), rb"oom[-_]kill event"),
-    "collective": ((b"Watchdog caught collective",), rb"Watchdog caught collective operation timeout"),
+    "collective": (
+        (b"Watchdog caught collective", b"watchdog thread terminated"),
+        rb"Watchdog caught collective operation timeout|watchdog thread terminated with exception",
+    ),
     # a limit, a node, somebody with more rights; or by hand, or because another task had failed
     "cancelled": ((b"*** STEP ", b"*** JOB "), rb"\*\*\* (?:STEP|JOB) [^\n]{1,200}? DUE TO "),
     "killed": ((b"*** STEP ", b"*** JOB "), rb"\*\*\* (?:STEP|JOB) [^\n]{1,200}? CANCELLED"),
@@ -31,10 +43,10 @@ ANYWHERE = ("plan", "environment", "stopped", "not finite", "out of memory", "ca
 REPEATED = frozenset({"plan", "exit", "job exit", "stopped"})  # of these every line is told, of others the first
 # The line that ends a traceback, behind srun's, torch's and our own labels.
 EXCEPTION = re.compile(
-    rb"(?m)^(?: *\d+: )?(?:\[rank\d+\]: ?|\[rank \d+ on [^]\n]{1,255}\] )?"
+    rb"(?m)^(?:[^\n]{0,255}?(?:\d: |\]:? ?|/\d{1,6} |\| ))?"
     rb"((?:\w{1,80}\.){0,20}\w{0,80}(?:Error|Exception|Interrupt|Exit|Expired)(?::[^\n]*)?)$"
 )
-RANK = re.compile(rb"\[rank ?(\d{1,6})(?:\]| on )|^ *(\d{1,6}): ")
+RANK = re.compile(rb"\[rank ?(\d{1,6})(?:\]| on )|\[default(\d{1,6})\]|^ *(\d{1,6}): |^[^\s/]{1,120}/(\d{1,6}) ")
 LONGEST_JSON = 1 << 20  # bytes
 LONGEST_TRACEBACK = 1 << 16  # bytes
 LONGEST_NOTE = 200  # bytes kept of a line, on each side of the words
@@ -105,7 +117,7 @@ def exception(text: bytes, start: int, most: int) -> Told | None:
 
 def _rank(line: bytes) -> int | None:
     label = RANK.search(line)
-    return int(label[1] or label[2]) if label else None
+    return next((int(digits) for digits in label.groups() if digits), None) if label else None
 
 
 def _line(text: bytes, at: int, most: int, *, before: int = 0) -> bytes:

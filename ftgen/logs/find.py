@@ -1,6 +1,8 @@
-"""Where runs are. In: directories. Out: the `Folder`s with logs below them, and a `Run` for each run in those.
+"""Where runs are. In: directories and files. Out: the `Folder`s with logs in them, and a `Run` for each run there.
 
-Runs are told by the names of their files alone: no file is opened."""
+A file is a log by its name, as the recipe and NeMo-Run name logs; by being asked for; or because step lines are in it,
+which a look at its beginning and its end shows.
+"""
 
 import os
 import re
@@ -11,10 +13,18 @@ from typing import NamedTuple
 
 from ftgen.errors import LogError, Problem
 from ftgen.logs import identity
+from ftgen.logs.look import Look, look_at
 
 # log-<account>.<experiment>_<id>_<restart>.out; NeMo-Run writes log-<account>-<partition>.<experiment>_…
 LOG_NAME = re.compile(r"log-(?P<stem>.*)_(?P<id>\d{1,18})_(?P<restart>\d{1,9})\.out(?:\.gz|\.zst)?", re.DOTALL)
+JOB_ID = re.compile(r"(?P<name>.*?)[-_.](?P<id>\d{2,18}(?:_\d{1,9})?)")  # slurm-1234, llama3-8b_joe_124, an array's 77_3
 PLAN = "plan.json"
+# Files that are no logs, by their names: what is written beside logs, and what takes long to look at.
+NO_LOGS = re.compile(
+    r"\..*|sbatch_.*|submit-.*|convert-.*|.*\.(?:err|json|jsonl|toml|ya?ml|py|sh|html?|md|csv|tex|png|svg|npy|npz|pt|bin|idx|"
+    r"safetensors|distcp|nemo|model|sqsh|sif|whl|nsys-rep|sqlite)",
+    re.DOTALL,
+)
 
 Tell = Callable[[str], object]  # what is called with each thing that was passed over, and why
 
@@ -26,14 +36,14 @@ class Run(NamedTuple):
     run_id: str
     log: str  # path of the newest restart's
     restart: int
-    earlier: int  # logs of restarts before it, which do not count
+    earlier: tuple[str, ...]  # logs of the restarts before it, oldest first
     plan: Path | None
-    batch: Path | None = None  # the batch script's own log, beside
+    beside: tuple[Path, ...] = ()  # the batch script's own log, and what was written to stderr
     size: int = 0  # bytes of the log
 
 
 class Folder(NamedTuple):
-    """A directory with logs in it. Paths are strings here: the others cost more than all the rest."""
+    """A directory with logs in it. Paths are strings: in large trees the others cost more than all the rest."""
 
     path: str
     logs: dict[str, int]  # bytes, by name
@@ -65,57 +75,100 @@ def find_folders(paths: Iterable[str | Path], tell: Tell = lambda _: None) -> It
     if missing:
         raise LogError(*missing)
     seen: set[tuple[int, int]] = set()
-    none = True
-    for path, names, others in _folders(tops, tell):
+    none, left_out = True, [0]
+    for path, names, others in _folders(tops, tell, left_out):
         within = _within(path)
         logs = {name: size for name in names if (size := _size(within + name, seen, tell)) is not None}
         if logs:
             none = False
             yield Folder(path, logs, others)
+    looked = f"{left_out[0]} other file{'' if left_out[0] == 1 else 's'} without step lines"
     if none:
         where = ", ".join(tops) or "no directory"
-        what = f"no run found below {where}: no file is named log-<account>.<experiment>_<id>_<restart>.out"
-        raise LogError(Problem((), what, "runs keep their logs in $STAGE_PATH/logs"))
+        what = (
+            f"no run found below {where}: no file has step lines or the name log-<account>.<experiment>_<id>_<restart>.out"
+        )
+        raise LogError(
+            Problem((), f"{what} ({looked})" if left_out[0] else what, "runs keep their logs in $STAGE_PATH/logs")
+        )
+    if left_out[0]:
+        tell(f"left out: {looked}")
 
 
 def runs_in(folder: Folder) -> Iterator[Run]:
-    """The runs of one directory; the highest restart of each is its log."""
-    restarts: dict[tuple[str, str], list[tuple[int, str, int]]] = {}
-    for name, size in folder.logs.items():
+    """The runs of one directory; the highest restart of each is its log. A compressed copy of a log is left out."""
+    restarts: dict[tuple[str, str], dict[int, tuple[str, int]]] = {}
+    for name, size in sorted(folder.logs.items()):
         match = LOG_NAME.fullmatch(name)
-        stem, run_id, restart = match.group("stem", "id", "restart") if match else (Path(name).stem, "", "0")
-        restarts.setdefault((stem, run_id), []).append((int(restart), name, size))
+        if match:
+            key, restart = (match["stem"], match["id"]), int(match["restart"])
+        else:
+            key, restart = (name.removesuffix(".gz").removesuffix(".zst"), ""), 0
+        restarts.setdefault(key, {}).setdefault(restart, (name, size))
     place = _within(folder.path)
-    # where logs of several runs were put together, a plan beside them is that of one at most
+    # if several runs' logs are in one directory, a plan beside them belongs to one of them at most
     plan = Path(place + PLAN) if PLAN in folder.others and len(restarts) == 1 else None
     for (stem, run_id), found in restarts.items():
-        restart, name, size = max(found)
-        beside = [name for name in folder.others if run_id and name.endswith(f"_{run_id}.out")]
-        batch = Path(place + min(beside)) if beside else None
-        yield Run(_experiment(folder.path, stem), run_id, place + name, restart, len(found) - 1, plan, batch, size)
+        *before, newest = sorted(found)
+        name, size = found[newest]
+        earlier = tuple(place + found[restart][0] for restart in before)
+        experiment, number = (_experiment(folder.path, stem), run_id) if run_id else _by_path(folder.path, stem)
+        array = re.search(rf"{re.escape(experiment)}_(\d{{1,18}})$", stem) if run_id else None
+        number = f"{array[1]}_{number}" if array else number
+        beside = tuple(Path(place + other) for other in folder.others if _belongs(other, name, number))
+        yield Run(experiment, number, place + name, newest, earlier, plan, beside, size)
 
 
-def _folders(tops: list[str], tell: Tell) -> Iterator[tuple[str, list[str], list[str]]]:
+def _belongs(other: str, log: str, run_id: str) -> bool:
+    """Whether another file is of the same run: the batch script's log, or what was written to stderr."""
+    stem = log.partition(".out")[0] if ".out" in log else Path(log).stem
+    of_stderr = {f"{stem}.err", stem.replace("stdout", "stderr") + ".log", stem.replace("stdout", "stderr") + ".txt"}
+    return other not in {PLAN, log} and (bool(run_id and other.endswith(f"_{run_id}.out")) or other in of_stderr)
+
+
+def _folders(tops: list[str], tell: Tell, left_out: list[int]) -> Iterator[tuple[str, list[str], list[str]]]:
     """Directories, with the names of the logs there, and of what may belong to them."""
     asked: dict[str, list[str]] = {}
     for top in tops:
         if os.path.isdir(top):  # noqa: PTH112
-            yield from _below(top, tell)
+            yield from _below(top, tell, left_out)
         else:
             path, name = os.path.split(top)
             names = asked.setdefault(path, [])
             names += [name] if name not in names else []
     for path, logs in asked.items():  # these count whatever they are called
-        yield path, logs, [PLAN] if Path(path, PLAN).is_file() else []
+        looks = ((name, look_at(_within(path) + name)) for name in logs)
+        if wrong := [Problem((), f"{_within(path)}{name} is {look.value}", look.hint) for name, look in looks if look.hint]:
+            raise LogError(*wrong)
+        beside = sorted(os.listdir(path or "."))  # noqa: PTH208
+        yield path, logs, [name for name in beside if name not in logs and _may_belong(name)]
 
 
-def _below(top: str, tell: Tell) -> Iterator[tuple[str, list[str], list[str]]]:
+def _below(top: str, tell: Tell, left_out: list[int]) -> Iterator[tuple[str, list[str], list[str]]]:
     """The directories with logs in and below one."""
     for path, folders, files in os.walk(top, onerror=lambda error: tell(_unreadable(error))):
         folders.sort()
-        logs = [name for name in files if LOG_NAME.fullmatch(name)]
+        within = _within(path)
+        logs, others = [], [name for name in files if _may_belong(name)]
+        for name in files:
+            if LOG_NAME.fullmatch(name):
+                logs.append(name)
+            elif name not in others and not NO_LOGS.fullmatch(name):
+                look = look_at(within + name)
+                if look is Look.LOG:
+                    logs.append(name)
+                elif look.hint:
+                    tell(f"{within}{name} is {look.value} and is left out: {look.hint}")
+                elif look is Look.TEXT:
+                    left_out[0] += 1
+        if not logs:  # then the batch script's own log may be the run's
+            logs = [name for name in others if name.startswith("sbatch_") and look_at(within + name) is Look.LOG]
         if logs:
-            yield path, logs, [name for name in files if name == PLAN or name.startswith("sbatch_")]
+            yield path, logs, others
+
+
+def _may_belong(name: str) -> bool:
+    return name == PLAN or name.startswith("sbatch_") or name.endswith(".err") or name.startswith("stderr")
 
 
 def _within(path: str) -> str:
@@ -147,9 +200,29 @@ def _size(path: str, seen: set[tuple[int, int]], tell: Tell) -> int | None:
 def _experiment(folder: str, stem: str) -> str:
     """The directory's name where the file's ends with it, as the layout has it; else what looks like an experiment."""
     directory = folder.rpartition(os.sep)[2]
-    if directory and (stem == directory or stem.endswith(f".{directory}")):
+    numbered = re.compile(rf"(?:.*\.)?{re.escape(directory)}(?:_\d+)?", re.DOTALL)  # an array's index stands behind it
+    if directory and numbered.fullmatch(stem):
         return directory
-    for name in (stem, *reversed(Path(folder).parts)):
-        if match := identity.RECIPE_NAME.search(name):
-            return match.group()
-    return stem.partition(".")[2] or stem
+    return _named((stem, *reversed(Path(folder).parts))) or stem.partition(".")[2] or stem
+
+
+def _named(names: Iterable[str]) -> str:
+    """The first name that looks like an experiment's."""
+    for name in names:
+        for pattern in (identity.RECIPE_NAME, identity.LONG_NAME):
+            if match := pattern.search(name):
+                return match.group()
+    return ""
+
+
+def _by_path(folder: str, name: str) -> tuple[str, str]:
+    """Experiment and job id of a log with a name of its own: `slurm-llama-1234.out`, `a/stdout.txt`."""
+    stem = name if name.startswith(".") else name.rpartition(".")[0] or name
+    job = JOB_ID.fullmatch(stem)
+    base, run_id = (job["name"], job["id"]) if job else (stem, "")
+    named = _named((stem, *reversed(Path(folder).parts)))
+    if named:
+        return named, run_id
+    if not identity.is_name(base) and not run_id:  # every run's log has this name: the path tells which it is
+        return "/".join((*Path(folder).parts[-2:], stem)).lstrip("/"), run_id
+    return base, run_id

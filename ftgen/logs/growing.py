@@ -21,7 +21,7 @@ class Growing:
         """What the log says by now. Never fails, as `read_log`."""
         known, self._known = self._known, None
         try:
-            if is_packed(run.log):
+            if run.earlier or is_packed(run.log):
                 return read_log(run)
             if known is None or not known[1].offset or not known[1].is_in(run.log):
                 known = Log(identity.from_name(run.experiment)), Place()

@@ -5,6 +5,7 @@ A plan is read for the keys the tables need and no others: a plan of a later ftg
 
 import json
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,6 +18,17 @@ RECIPE_GPU = "h100"
 RECIPE_SEQ_LENGTH = 4096
 
 RECIPE_NAME = re.compile(r"(?P<scheme>lora|sft)_nemo_(?P<model>\w+)_(?P<precision>bf16|fp8|fp32)_(?P<gpus>[1-9]\d{0,8})")
+# The names of the recipes since 25.05 and of Megatron-Bridge: pretrain_llama3.1_405b_bf16_gpus128_tp4_pp8_mbs1_gbs128
+LONG_NAME = re.compile(
+    r"(?P<scheme>pretrain|sft|lora|peft|finetune)_(?P<model>[A-Za-z][A-Za-z0-9.+-]*(?:_[A-Za-z0-9.+-]+)*?)_"
+    r"(?P<precision>bf16|fp16|fp32|fp8|nvfp4)(?:_(?:cs|ds|sc|mx))?_(?:gpus(?P<gpus>[1-9]\d{0,6})|\d{1,5}nodes)"
+    r"(?P<rest>(?:_[A-Za-z0-9]+)*)"
+)
+BATCH = re.compile(r"_gbs(\d{1,7})(?![0-9])|_(\d{1,7})gbs(?![0-9A-Za-z])")
+GPU = re.compile(r"_((?:gb|gh|a|b|h|l)\d{2,3})(?![0-9A-Za-z])")
+# What logs are called whatever they are the log of.
+COMMON_NAMES = {"stdout", "stderr", "log", "logs", "output", "out", "slurm", "train", "compose", "console", "nemo_log", ""}
+SCHEMES = {"peft": "lora", "finetune": "sft"}
 
 MOST = 1e30  # beyond it a number is no measurement of anything, and arithmetic on it overflows
 
@@ -36,6 +48,7 @@ class Identity(NamedTuple):
     window_steps: int | None = None
     flops_per_sample: float | None = None
     peak_flops: float | None = None  # FLOP/s of one GPU, dense
+    assumed: tuple[str, ...] = ()  # which of these come from the experiment's name, or are the recipe's
 
 
 # Identity's field: key of the plan, its type, whether it may be null or absent
@@ -79,22 +92,67 @@ def from_plan(text: str | bytes, file: str) -> tuple[Identity, dict[str, Any]]:
 
 @lru_cache
 def from_name(experiment: str, global_batch_size: int | None = None) -> Identity:
-    """The identity in the recipe's {lora|sft}_nemo_{model}_{precision}_{gpus}; what that leaves out is the recipe's."""
-    match = RECIPE_NAME.fullmatch(experiment)
+    """What the name of an experiment suggests; what the recipe's own names leave out is the recipe's."""
+    if match := RECIPE_NAME.fullmatch(experiment):
+        what = Identity(
+            experiment,
+            model=match["model"],
+            scheme=match["scheme"],
+            precision=match["precision"],
+            gpu=RECIPE_GPU,
+            gpus=int(match["gpus"]),
+            global_batch_size=global_batch_size,
+            seq_length=RECIPE_SEQ_LENGTH,
+            assumed=("gpu", "gpus", "seq_length"),
+        )
+        return _with_peaks(what)
+    match = LONG_NAME.fullmatch(experiment)
     if not match:
         return Identity(experiment, global_batch_size=global_batch_size)
-    model = catalogue.models().get(match["model"])
-    return Identity(
+    batch, gpu = BATCH.search(match["rest"]), GPU.search(match["rest"])
+    named = {"gpus": int(match["gpus"]) if match["gpus"] else None, "gpu": gpu[1] if gpu else None}
+    if batch and global_batch_size is None:
+        global_batch_size = named["global_batch_size"] = int(batch[1] or batch[2])
+    what = Identity(
         experiment,
-        model=match["model"],
-        scheme=match["scheme"],
+        model=_model_name(match["model"]),
+        scheme=SCHEMES.get(match["scheme"], match["scheme"]),
         precision=match["precision"],
-        gpu=RECIPE_GPU,
-        gpus=int(match["gpus"]),
+        gpu=gpu[1] if gpu else None,
+        gpus=int(match["gpus"]) if match["gpus"] else None,
         global_batch_size=global_batch_size,
-        seq_length=RECIPE_SEQ_LENGTH,
-        flops_per_sample=model.flops(RECIPE_SEQ_LENGTH) if model else None,
-        peak_flops=catalogue.gpus()[RECIPE_GPU].peak_flops(match["precision"]),
+        assumed=tuple(sorted(key for key, value in named.items() if value is not None)),
+    )
+    return _with_peaks(what)
+
+
+def from_log(experiment: str, global_batch_size: int | None, said: Mapping[str, str]) -> Identity:
+    """What the name suggests and what the log says of GPU, GPUs and sequence length: the log wins."""
+    what = from_name(experiment, global_batch_size)
+    if not said:
+        return what
+    known = {key: value if key == "gpu" else int(value) for key, value in said.items()}
+    assumed = tuple(key for key in what.assumed if key not in known)
+    return _with_peaks(what._replace(**known, assumed=assumed))  # type: ignore[arg-type]
+
+
+def is_name(experiment: str) -> bool:
+    """Whether this tells one experiment from others: not `slurm`, or `a/stdout`."""
+    return experiment.rpartition("/")[2].lower() not in COMMON_NAMES
+
+
+def _model_name(name: str) -> str:
+    """The catalogue's name for the model, if it has one: llama3.1_405b is llama31_405b."""
+    plain = name.replace(".", "")
+    return plain if plain in catalogue.models() else name
+
+
+def _with_peaks(what: Identity) -> Identity:
+    """With the FLOPs of a sample and the GPU's peak, where the catalogue knows model and GPU."""
+    model, gpu = catalogue.models().get(what.model or ""), catalogue.gpus().get(what.gpu or "")
+    return what._replace(
+        flops_per_sample=model.flops(what.seq_length) if model and what.seq_length else None,
+        peak_flops=gpu.peak_flops(what.precision) if gpu and what.precision else None,
     )
 
 

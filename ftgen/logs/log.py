@@ -1,9 +1,12 @@
 """What one log says. In: its blocks, in order. Out: a `Log`: its steps, and the lines that tell how the run ended.
 
-`Log.feed` is the only way in, so that a log that grows says what a fresh read of it would say.
+`Log.feed` is the only way in, so that a log that grows says what a fresh read of it would say. A log may hold several
+attempts of a run, which go on where the one before stopped or start over, and several runs, one after the other.
 """
 
 import json
+import re
+from collections import Counter
 from copy import copy
 from datetime import datetime
 from typing import Any
@@ -11,11 +14,18 @@ from typing import Any
 from ftgen.logs import failures, formats
 from ftgen.logs.blocks import Block
 from ftgen.logs.failures import REPEATED, Told
-from ftgen.logs.formats import nemo
+from ftgen.logs.formats import bridge, nemo, nemo_untimed
 from ftgen.logs.identity import Identity
 from ftgen.logs.step import StepLine, StepTime
 from ftgen.logs.steps import Steps
 
+LABEL = re.compile(rb" *(\d{1,6}): |\[rank ?(\d{1,6})|\[default(\d{1,6})\]")
+SEQ_LENGTH = re.compile(rb"\bseq_length\b[ .:='\"]{1,80}(\d{2,8})\b")
+WORLD_SIZE = re.compile(rb"\bworld_size\b[ .:='\"]{1,80}(\d{1,7})\b")
+GPU = re.compile(rb"\bNVIDIA (?:[A-Za-z]{1,20} )?((?:GB|GH|A|B|H|L|V)\d{2,3})\b")
+SETTINGS = (("seq_length", b"seq_length", SEQ_LENGTH), ("gpus", b"world_size", WORLD_SIZE), ("gpu", b"NVIDIA ", GPU))
+CLEAN_ENDS = frozenset({"stopped", "done", "exited"})
+ENDS = CLEAN_ENDS | {"cancelled", "killed", "exit", "job exit", "task exit", "task killed"}
 HEAD = b"ftgen plan: {"  # ftgen's own: the plan as one line of JSON
 LONGEST_LINE = 1 << 16  # bytes of a step line that are looked at
 EDGE = 4096  # bytes at the beginning and the end of a log in which a time is looked for
@@ -31,24 +41,37 @@ class Log:
         self.identity = identity
         self.problems: list[str] = []  # why less is known than should be
         self.unread: str | None = None  # why the file is not known to its end
-        self.attempts = 1  # in this one file
+        self.attempts = 1  # in this file, or in those that are read together
+        self.earlier_logs = 0  # logs of earlier restarts, which do not count
+        self.resumes = 0  # attempts that went on where the one before had stopped
+        self.before: list[Log] = []  # other runs, which ended in this file before this one began
         self.first_bytes = self.last_bytes = b""
         self.started: datetime | None = None  # the first and the last time in the log
         self.ended: datetime | None = None
         self.rows = 0  # lines that have been read
+        self.head = b""  # the plan's JSON
         self._begin(steps or Steps())
 
     def _begin(self, steps: Steps) -> None:
         """Forget what an earlier attempt said."""
         self.steps = steps
+        self._earlier = Steps()  # an earlier attempt's, until it is known whether this one goes on from there
         self.invalid: str | None = None  # the first reason why nothing was learned
         self.damaged = 0  # step lines that could not be read
+        self.accumulated = 0  # bars beyond the first of a step, which gradient accumulation makes
         self.told: dict[str, Told] = {}  # the first line of each kind near the end; of REPEATED kinds the last
         self.handled: dict[str, Told] = {}  # the first line of each kind that steps came after
-        self.head = b""  # the plan's JSON
         self.plan: dict[str, Any] | None = None  # all of it, as plan.json or the head line has it
         self.environment: dict[str, Any] | None = None  # what the job found: versions, GPU, driver, nodes
         self.step_times: list[StepTime] = []  # Megatron-Bridge's, which do not name their steps
+        self.peak_memory: float | None = None  # bytes, from a line of its own
+        self.said: dict[str, str] = {}  # seq_length, world_size and gpu, as the framework prints them before the steps
+        self.with_loss: int | None = None  # the first step with a loss, and the first whose line leaves it out
+        self.without_loss: int | None = None
+        self.skipped: list[int] = []  # steps that fp16 skipped
+        self.widths: Counter[int] = Counter()  # of the lines before step lines that could not be read
+        self._timed = False  # whether a step line had a time
+        self._last_of: dict[bytes, int] = {}  # the last step that each rank printed, by its label
         self._step_lines = 0
         self._traceback = 0  # bytes in which the exception of the last traceback may still come
 
@@ -83,8 +106,9 @@ class Log:
         """A log of its own that has been read as far; one can be fed without the other."""
         other = copy(self)
         other.problems, other.step_times = [*self.problems], [*self.step_times]
-        other.told, other.handled = dict(self.told), dict(self.handled)
-        other.steps = self.steps.copy()
+        other.told, other.handled, other.said = dict(self.told), dict(self.handled), dict(self.said)
+        other.before, other.skipped = [*self.before], [*self.skipped]
+        other.steps, other.widths, other._last_of = self.steps.copy(), self.widths.copy(), dict(self._last_of)
         return other
 
     def other_lines(self, numbers: Any) -> dict[int, StepTime]:
@@ -105,8 +129,12 @@ class Log:
     def _feed(self, text: bytes, block: Block) -> None:
         """Text before the first step line, step lines with other text between them, text behind the last few of them."""
         words = formats.words_in(text)
+        if words == [nemo_untimed.WORD] and self._step_lines and self._timed:
+            words = []  # a line that lost its time
         if not words:
             self._take_text(text, block)
+            if not self.steps:
+                self._take_settings(text)
             return
         start = text.rfind(b"\n", 0, min(map(text.find, words))) + 1
         stop = _line_after(text, max(map(text.rfind, words)))
@@ -115,13 +143,17 @@ class Log:
             self._feed(text[head:], block)
             return
         self._take_text(text[:start], block)
+        if not self.steps:
+            self._take_settings(text[:start])
         if words == [nemo.WORD] and self._take_alike(text[start:stop], block):
             start = stop
+        width = 0
         for line in text[start:stop].splitlines(keepends=True):
             if any(word in line for word in words):
-                self._take_line(line[:LONGEST_LINE], block)
+                self._take_line(line[:LONGEST_LINE], block, width)
             else:
                 self._take_text(line, block)
+            width = len(line)
         self._take_text(text[stop:], block)
 
     def _take_alike(self, text: bytes, block: Block) -> bool:
@@ -134,8 +166,11 @@ class Log:
         scanned = nemo.scan(lines, count) if lines else None
         if not scanned or (not only_steps and any(failures.find(text[:last], anywhere=True))):
             return False
-        if not self.steps.add_scanned(lines, scanned):
+        if not self._goes_on(scanned.numbers[0]) or not self.steps.add_scanned(lines, scanned):
             return False
+        label = LABEL.match(lines)
+        self._last_of[label.group() if label else b""], self._timed = scanned.numbers[-1], True
+        self.with_loss = scanned.numbers[0] if self.with_loss is None else self.with_loss
         self._step_lines += count if only_steps else count - NEAR
         for line in text[last:].splitlines(keepends=True):
             if nemo.WORD in line:
@@ -144,21 +179,87 @@ class Log:
                 self._take_text(line, block)
         return True
 
-    def _take_line(self, line: bytes, block: Block) -> None:
-        """One step line. What another process printed into it counts as well."""
+    def _take_line(self, line: bytes, block: Block, width: int) -> None:
+        """One step line, after a line of `width` bytes. What another process printed into it counts as well."""
         self._expect(line)
         read = formats.parse(line)
         if isinstance(read, StepTime):
             self.step_times.append(read)
         elif isinstance(read, StepLine):
-            number = self._next(read) if read.number is None else read.number
-            if read.invalid and not self.invalid:
-                self.invalid = f"{read.invalid} at step {number}"
-            self.steps.add(read, number)
-            self._step_lines += 1
+            self._take_step(read, line)
         else:
             self.damaged += 1
+            self.widths[width] += 1
             self._take_text(line[failures.start(line) :], block)
+
+    def _take_step(self, read: StepLine, line: bytes) -> None:
+        found = LABEL.match(line)
+        label = found.group() if found else b""
+        number = self._next(read) if read.number is None else read.number
+        if not self._goes_on(number):
+            self._start_over(number, self._last_of.get(label, -1))
+        self._last_of[label] = max(number, self._last_of.get(label, number))
+        self._timed = self._timed or read.step.time_s is not None
+        if read.invalid and not self.invalid:
+            self.invalid = f"{read.invalid} at step {number}"
+        if read.skipped:
+            self.skipped.append(number)
+        if read.step.loss is not None and self.with_loss is None:
+            self.with_loss = number
+        if read.left_out and self.without_loss is None:
+            self.without_loss = number
+        self.accumulated += self.steps.add(read, number)
+        self._step_lines += 1
+
+    def _goes_on(self, number: int) -> bool:
+        """Whether a step follows those before it, or those of an earlier attempt that this one resumes."""
+        if self._earlier and not self.steps:
+            if 0 < number <= self._earlier.last + 1:
+                self._earlier.cut(number)
+                self.steps, self.resumes = self._earlier, self.resumes + 1
+            self._earlier = Steps()
+        return number > self.steps.last
+
+    def _start_over(self, number: int, before: int) -> None:
+        """What a step means that comes after a later one: another rank's line, an attempt, or another run."""
+        near = 0 if ENDS & self.at_end.keys() else NEAR  # ranks print their lines a little out of order
+        if number > before - near:  # `before` is the last step of the same rank
+            return
+        first = next(iter(self.steps))
+        planned = self.stopped_at or self.steps.planned
+        finished = CLEAN_ENDS & self.at_end.keys() or self.exit_status == 0 or (planned and self.steps.last + 1 >= planned)
+        if number > first and not finished:  # it goes on from a checkpoint
+            self.steps.cut(number)
+            self._last_of = {}
+            self.attempts += 1
+            self.resumes += 1
+            return
+        if finished:
+            self.end_run()
+        else:
+            self.attempts += 1
+            self._begin(Steps())
+
+    def end_run(self) -> None:
+        """What comes from here on is of another run."""
+        done = self.copy()
+        done.before = []
+        self.before.append(done)
+        self.attempts, self.resumes, self.head = 1, 0, b""
+        self._begin(Steps())
+
+    def begin_attempt(self) -> None:
+        """What comes from here on is of another attempt, which may go on where this one stopped."""
+        self.attempts += bool(self.steps)
+        steps = self.steps if self.steps else self._earlier
+        self._begin(Steps())
+        self._earlier = steps
+
+    def _take_settings(self, text: bytes) -> None:
+        """What the framework prints before its steps."""
+        for key, word, pattern in SETTINGS:
+            if word in text and (found := pattern.search(text)):
+                self.said[key] = found[1].decode().lower()
 
     def _next(self, line: StepLine) -> int:
         """The number of a step whose line does not say it: one more than the last if samples were consumed since."""
@@ -170,6 +271,8 @@ class Log:
         if self._traceback and (told := failures.exception(text, 0, self._traceback)):
             self._take(told, block)
         self._expect(text)
+        if bridge.MEMORY in text:
+            self.peak_memory = max(filter(None, (self.peak_memory, bridge.peak_memory(text))), default=None)
         for told in failures.find(text):
             self._take(told, block)
             if told.kind == "traceback":
@@ -183,8 +286,10 @@ class Log:
         """A line that tells something."""
         kind = told.kind
         if kind == "plan":
-            self.attempts += bool(self.steps)
-            self._begin(Steps())
+            if self.steps and self.head and self.head != told.json:
+                self.end_run()
+            else:
+                self.begin_attempt()
             self.head = told.json
         elif kind == "environment":
             self.environment = _json(told.json)

@@ -13,7 +13,7 @@ from ftgen import catalogue
 from ftgen.errors import LogError, Problem
 from ftgen.logs.find import Folder, Run, order, runs_in
 from ftgen.logs.log import Log
-from ftgen.logs.read import read_log
+from ftgen.logs.read import logs_of, read_log
 
 BATCH = 4 << 20  # bytes of logs that a process reads at a time
 RUN_BYTES = 16 << 10  # finding and judging a run takes as long as reading so many bytes
@@ -60,7 +60,7 @@ def _weight(folder: Folder) -> int:
 def _make_batch(batch: list[Folder], make: Make[Made], progress: Progress) -> Iterator[tuple[Any, Made]]:
     for folder in batch:
         for run in runs_in(folder):
-            yield order(run), make(run, read_log(run))
+            yield from ((order(each), make(each, log)) for each, log in logs_of(run, read_log(run)))
         progress(folder.size)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -11,31 +12,62 @@ from ftgen.logs.blocks import LogFileError, blocks
 from ftgen.logs.failures import Told
 from ftgen.logs.find import Run
 from ftgen.logs.log import Log
+from ftgen.logs.step import Step
 
 CLOCK = re.compile(rb"-(?<=20\d\d-)\d\d-\d\d[ T]\d\d:\d\d:\d\d")  # the year stands before it: one byte is found faster
 LAST_LINES = 19  # before the last one, that are asked for a batch size
 
 
 def read_log(run: Run) -> Log:
-    """What the run's log says. Never fails: what could not be read is in `unread` or in `problems`."""
-    log = Log(identity.from_name(run.experiment))
-    try:
-        for block in blocks(run.log):
-            log.feed(block)
-    except LogFileError as error:
-        log.unread = str(error)
+    """What the run's log says; other runs in the same file are in its `before`.
+
+    Never fails: what could not be read is in `unread` or in `problems`. A restart that goes on where the one before stopped
+    is read together with that one.
+    """
+    log = _read(run, [run.log])
+    first = next(iter(log.steps), 0)
+    if run.earlier and first > 0 and not log.before:
+        joined = _read(run, [*run.earlier, run.log])
+        if joined.resumes:
+            settle(run, joined)
+            return joined
+    log.earlier_logs = len(run.earlier)
     settle(run, log)
     return log
 
 
-def read_batch_log(run: Run) -> dict[str, Told]:
-    """What the batch script's own log beside the run's says of its end: NeMo-Run has srun's words there."""
-    told: dict[str, Told] = {}
-    if run.batch:
+def _read(run: Run, paths: Iterable[str]) -> Log:
+    log = Log(identity.from_name(run.experiment))
+    for number, path in enumerate(paths):
+        if number:
+            log.begin_attempt()
+            log.rows = 0
         try:
-            for block in blocks(run.batch):
+            for block in blocks(path):
+                log.feed(block)
+        except LogFileError as error:
+            log.unread = str(error)
+    return log
+
+
+def logs_of(run: Run, log: Log) -> list[tuple[Run, Log]]:
+    """Each run in the file of a log, in order; a number behind the id tells them apart."""
+    if not log.before:
+        return [(run, log)]
+    together = [*log.before, log]
+    for each in log.before:
+        settle(run, each)
+    return [(run._replace(run_id=f"{run.run_id}#{number}"), each) for number, each in enumerate(together, 1)]
+
+
+def read_beside(run: Run) -> dict[str, Told]:
+    """What the files beside the run's log say of its end: NeMo-Run has srun's words in the batch script's log."""
+    told: dict[str, Told] = {}
+    for path in run.beside:
+        try:
+            for block in blocks(path):
                 for each in failures.find(block.text):
-                    told.setdefault(each.kind, each._replace(file=run.batch.name))
+                    told.setdefault(each.kind, each._replace(file=path.name))
         except LogFileError:
             pass  # the run's log is what counts
     return told
@@ -72,7 +104,7 @@ def _identify(run: Run, log: Log) -> None:
                 return
         except LogError as error:
             log.problems.append("; ".join(map(str, error.problems)))
-    log.identity = identity.from_name(run.experiment, _batch(log))
+    log.identity = identity.from_log(run.experiment, _batch(log), log.said)
 
 
 def _same(plan: bytes, head: bytes) -> bool:
@@ -86,9 +118,14 @@ def _same(plan: bytes, head: bytes) -> bool:
 
 def _batch(log: Log) -> int | None:
     """Samples a step: as most of the last step lines say, else by how many were consumed; None if that is no number."""
-    last = log.steps.between(log.steps.last - LAST_LINES, log.steps.last + 1)
-    batches = [step.global_batch_size for step in last.values() if step.global_batch_size]
+    return _batch_of(log.steps.between(log.steps.last - LAST_LINES, log.steps.last + 1)) or _batch_of(
+        log.steps.between(0, LAST_LINES)  # the last lines of a progress bar are rounded
+    )
+
+
+def _batch_of(steps: Mapping[int, Step]) -> int | None:
+    batches = [step.global_batch_size for step in steps.values() if step.global_batch_size]
     if not batches:
-        sizes = ((step.consumed_samples or 0.0) / (number + 1) for number, step in last.items())
+        sizes = ((step.consumed_samples or 0.0) / (number + 1) for number, step in steps.items())
         batches = [int(size) for size in sizes if 1 <= size < 1e9 and size.is_integer()]
     return max(dict.fromkeys(batches), key=batches.count, default=None)

@@ -35,6 +35,9 @@ class StepLine(NamedTuple):
     step: Step
     invalid: str | None = None  # why nothing was learned in this step: a loss that is not a number, a skipped step
     bar: bool = False  # a progress bar, which rounds
+    counter: int | None = None  # the bar's own: with gradient accumulation several bars tell of one step
+    skipped: bool = False  # fp16 skipped it while its loss scale settled
+    left_out: bool = False  # the line has no loss, as Megatron writes it for NaN
 
 
 class StepTime(NamedTuple):
@@ -48,8 +51,10 @@ Keys = Mapping[str, tuple[bytes, ...]]  # a format's keys for the fields of `Ste
 
 
 def number(text: bytes | None) -> float | None:
-    """The number that the text is; None for any other text."""
+    """The number that the text is; of `now/average` the first; None for any other text."""
     text = text.strip() if text else b""
+    if b"/" in text:
+        text = text.partition(b"/")[0]
     return float(text) if NUMBER.fullmatch(text) else None
 
 

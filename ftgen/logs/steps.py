@@ -22,6 +22,7 @@ class Steps(Mapping[int, Step]):
     def __init__(self, steps: Mapping[int, Step] | None = None) -> None:
         self._single = dict(steps or {})  # from lines that were parsed one by one
         self._of_bars: set[int] = set()
+        self._counters: dict[int, int] = {}  # of bars, where they accumulate gradients
         self._numbers, self._losses, self._times = array("q"), array("d"), array("d")  # scanned, ascending
         self._texts: deque[tuple[int, bytes]] = deque()  # lines, behind the place of the first of them in the arrays
         self._text_bytes = 0
@@ -71,7 +72,7 @@ class Steps(Mapping[int, Step]):
     def copy(self) -> "Steps":
         """The same steps; one can be added to without the other."""
         other = copy(self)
-        other._single, other._of_bars = dict(self._single), set(self._of_bars)
+        other._single, other._of_bars, other._counters = dict(self._single), set(self._of_bars), dict(self._counters)
         other._numbers, other._losses, other._times = self._numbers[:], self._losses[:], self._times[:]
         other._texts = deque(self._texts)
         return other
@@ -91,17 +92,39 @@ class Steps(Mapping[int, Step]):
         self.last = first + count - 1
         return True
 
-    def add(self, line: StepLine, number: int) -> None:
-        """Take one line. Where several lines tell of a step, the slowest gives its time, and a line counts before a bar."""
+    def add(self, line: StepLine, number: int) -> bool:
+        """Take one line. Where several lines tell of a step, the slowest gives its time, and a line counts before a bar.
+
+        True for a bar beyond the first of a step: with gradient accumulation no bar has the step's time.
+        """
         before = self._single.get(number)
         if before is None and self._place(number) is not None:
             before = self[number]
         of_bar = number in self._of_bars
         if before is not None and line.bar and not of_bar:
-            return
-        self._single[number] = line.step if before is None or of_bar else _slower(before, line.step)
+            return False
+        again = of_bar and line.counter is not None and self._counters.get(number, line.counter) != line.counter
+        step = line.step if before is None or of_bar else _slower(before, line.step)
+        self._single[number] = step._replace(time_s=None) if again else step
         (self._of_bars.add if line.bar else self._of_bars.discard)(number)
+        if line.counter is not None:
+            self._counters[number] = line.counter
         self.last = max(self.last, number)
+        return again
+
+    def cut(self, number: int) -> None:
+        """Forget the steps from this one on: a resumed run makes them again."""
+        place = bisect_left(self._numbers, number)
+        del self._numbers[place:], self._losses[place:], self._times[place:]
+        while self._texts and self._texts[-1][0] >= place:
+            self._text_bytes -= len(self._texts.pop()[1])
+        if self._texts:
+            start, text = self._texts.pop()
+            kept = b"".join(text.splitlines(keepends=True)[: place - start])
+            self._text_bytes -= len(text) - len(kept)
+            self._texts.append((start, kept))
+        self._single = {each: step for each, step in self._single.items() if each < number}
+        self.last = max((*self._single, *self._numbers[-1:]), default=-1)
 
     def _place(self, number: int) -> int | None:
         """Where a scanned step is in the arrays."""

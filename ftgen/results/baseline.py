@@ -17,6 +17,7 @@ class Result(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
     status: str
+    experiment: str = ""
     model: str | None
     scheme: str | None
     precision: str | None

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from ftgen import catalogue
 from ftgen.catalogue import Published
 from ftgen.errors import LogError, Problem
-from ftgen.logs.identity import from_name
+from ftgen.logs.identity import from_name, is_name
 from ftgen.results.summary import SECONDS_PER_DAY, TRILLION, model_flops_utilization, tokens_per_s
 
 PUBLISHED = "published"
@@ -99,9 +99,15 @@ def read_tolerance(text: str) -> float:
 
 
 def _work(of: Any, *, gpu: bool) -> Work:
-    """The work of a run. Published figures, which are for H100s, compare with any GPU; measured ones only with the same."""
-    work = (of.model, of.scheme, of.precision, of.gpus, of.global_batch_size, of.seq_length)
-    return (*work, of.gpu) if gpu else work
+    """The work of a run. Published figures, which are for H100s, compare with any GPU; measured ones only with the same.
+
+    Unknown is never equal to unknown: such a run compares only with one of the same experiment, or with none.
+    """
+    work: Work = (of.model, of.scheme, of.precision, of.gpus, of.global_batch_size, of.seq_length)
+    work = (*work, of.gpu) if gpu else work
+    if None not in work:
+        return work
+    return (of.experiment, *work) if is_name(of.experiment) else (object(),)
 
 
 def _options(of: Any) -> tuple[str, ...]:

@@ -32,11 +32,14 @@ def read_words(text: str, *, compared: bool) -> tuple[str, ...]:
 def failures(view: View, words: Sequence[str]) -> list[str]:
     """A line for each run that one of the words describes, with the reason."""
     found = [clean(line) for run in view.runs for line in _failures(run, words, view.baseline)]
-    if REGRESSION in words and view.baseline and all(view.baseline.ratio(run) is None for run in view.runs):
-        found.append(
-            f"no run with a step time did work that {view.baseline.name} has a figure for: nothing could be compared"
-        )
-    return found
+    return [*found, *nothing_compared(view)] if REGRESSION in words else found
+
+
+def nothing_compared(view: View) -> list[str]:
+    """A line that says so, if there is a baseline and no run could be compared with it."""
+    if not view.baseline or any(view.baseline.ratio(run) is not None for run in view.runs):
+        return []
+    return [f"no run with a step time did work that {view.baseline.name} has a figure for: nothing could be compared"]
 
 
 def _failures(run: Summary, words: Sequence[str], baseline: Baseline | None) -> Iterator[str]:

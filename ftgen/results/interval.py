@@ -18,6 +18,7 @@ class Logged(NamedTuple):
     made: int  # steps that the run made, judged by its lines
     every: int = 1  # steps from one line to the next
     wrong: int | None = None  # the first step whose line is missing or out of order
+    first: int = 0  # the step that the log begins with: above 0 where it goes on from a checkpoint
 
 
 def logged(steps: Steps, planned: int | None) -> Logged:
@@ -26,9 +27,10 @@ def logged(steps: Steps, planned: int | None) -> Logged:
     if there == steps.last + 1:
         return Logged(there)
     numbers = list(steps)
+    first = numbers[0] if numbers else 0
     every = _every(numbers)
     if every == 1:
-        return Logged(there)
+        return Logged(there, first=first)
     ((phase, _),) = Counter(number % every for number in numbers).most_common(1)
     due = range(phase, steps.last + 1, every)
     besides = {0, *([planned - 1] if planned else [])}  # some frameworks print the first and the last step as well

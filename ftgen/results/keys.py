@@ -47,7 +47,7 @@ WORK = (
         "Experiment",
     ),
     Field("model", "string?", "name of the model in the catalogue", "Model"),
-    Field("scheme", "string?", "sft or lora", "Scheme"),
+    Field("scheme", "string?", "sft, lora or pretrain", "Scheme"),
     Field("precision", "string?", "bf16, fp8 or fp32", "Precision"),
     Field("gpu", "string?", "name of the GPU in the catalogue", "GPU"),
     Field("gpus", "integer?", "number of GPUs", "GPUs"),
@@ -112,7 +112,12 @@ RUN = (
         lambda v: percent(v, 1),
     ),
     *FIGURES[1:],
-    Field("restarts", "integer", "earlier attempts of the run, which the figures leave out", "Restarts"),
+    Field("tflops_per_gpu", "number?", "TFLOP/s of one GPU, from the step time", "TFLOPS", lambda v: number(v, 1)),
+    Field(
+        "logged_tflops_per_gpu", "number?", "TFLOP/s of one GPU, as the log reports them", "Logged", lambda v: number(v, 1)
+    ),
+    Field("assumed", "strings", "keys that the experiment's name suggests and the log does not say", "Assumed"),
+    Field("restarts", "integer", "earlier attempts of the run", "Restarts"),
     Field("started", "string?", "when the run started, in the cluster's time, ISO 8601", "Started"),
     Field("ended", "string?", "when the run ended, in the cluster's time, ISO 8601", "Ended"),
     *AGAINST,

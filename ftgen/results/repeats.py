@@ -46,7 +46,9 @@ def size(run: Summary | Group) -> tuple[int | str, ...]:
 
 def way(run: Summary | Group) -> tuple[object, ...]:
     """Runs of one kind, size and options are repeats of each other."""
-    return (kind(run), size(run), run.options)
+    known = (run.model, run.scheme, run.precision, run.gpus, run.global_batch_size, run.seq_length, run.gpu)
+    alone = getattr(run, "log", "") if None in known else ""  # unknown is never equal to unknown
+    return (kind(run), size(run), run.options, alone)
 
 
 def order(run: Summary) -> tuple[object, ...]:

@@ -18,7 +18,7 @@ from ftgen.logs.read import read_log
 from ftgen.results.interval import Logged, logged
 from ftgen.results.options import options
 from ftgen.results.verdict import planned_steps, verdict_of
-from ftgen.results.warnings import warnings
+from ftgen.results.warnings import logged_tflops, warnings
 from ftgen.results.window import RECIPE_WINDOW, Window, checked, count, timed
 
 LORA_WORK = 2 / 3  # of SFT's FLOPs: the frozen weights need no gradients
@@ -60,6 +60,9 @@ class Summary(NamedTuple):
     started: datetime | None = None  # by the log, in the cluster's time
     ended: datetime | None = None
     options: tuple[str, ...] = ()  # how the plan differs from the recipe
+    tflops_per_gpu: float | None = None  # TFLOP/s, from the step time and the model's FLOPs
+    logged_tflops_per_gpu: float | None = None  # TFLOP/s, as the framework logs them: the mean of the window
+    assumed: tuple[str, ...] = ()  # keys that the experiment's name suggests and the log does not say
 
     @property
     def published_step_time_s(self) -> float | None:
@@ -97,7 +100,7 @@ def judge(run: Run, log: Log, *, window: Window | None = None) -> Summary:
     tokens = tokens_per_s(what, time_s)
     utilization = model_flops_utilization(what, time_s)
     tflops = utilization * what.peak_flops / TERA if utilization and what.peak_flops else None
-    peaks = [step.peak_memory for step in part.steps.values() if step.peak_memory]
+    peaks = [step.peak_memory for step in part.steps.values() if step.peak_memory] or list(filter(None, [log.peak_memory]))
     return Summary(
         experiment=what.experiment,
         run_id=run.run_id,
@@ -114,21 +117,24 @@ def judge(run: Run, log: Log, *, window: Window | None = None) -> Summary:
         window=window if isinstance(window, int) else len(window),
         step_time_s=time_s,
         tokens_per_s=tokens,
-        mfu=utilization,
+        mfu=utilization if utilization is None or utilization <= 1 else None,
         days_per_1t_tokens=TRILLION / tokens / SECONDS_PER_DAY if tokens else None,
         peak_memory_gib=max(peaks) / 2**30 if peaks else None,
+        tflops_per_gpu=tflops,
+        logged_tflops_per_gpu=logged_tflops(log, part),
         published=_published(what),
         log=run.log,
-        warnings=tuple(warnings(what, log, part, tflops)),
+        warnings=(*_impossible(what, utilization), *warnings(what, log, part, tflops)),
         notes=tuple(_notes(run, log, lines)),
         planned_steps=planned,
         window_first=part.first,
         window_last=part.last,
         spread=part.spread if time_s else None,
-        restarts=run.earlier + log.attempts - 1,
+        restarts=log.earlier_logs + log.attempts - 1,
         started=log.started,
         ended=log.ended,
         options=options(log.plan),
+        assumed=what.assumed,
     )
 
 
@@ -147,13 +153,31 @@ def model_flops_utilization(what: Identity, time_s: float | None) -> float | Non
     return what.global_batch_size * what.flops_per_sample * work / time_s / what.gpus / what.peak_flops
 
 
+def _impossible(what: Identity, utilization: float | None) -> list[str]:
+    """An MFU above 100%: the GPU, the sequence length or the batch is not what it is taken for."""
+    if utilization is None or utilization <= 1:
+        return []
+    rest = "the GPU, the sequence length or the batch is not what it is taken for"
+    return [f"the MFU would be {utilization:.0%} of the {(what.gpu or '').upper()}'s peak: {rest}"]
+
+
 def _notes(run: Run, log: Log, lines: Logged) -> list[str]:
     """Facts that explain the figures but are no reason to distrust them."""
     notes = [f"the log has a step line every {lines.every} steps"] if lines.every > 1 else []
-    if run.earlier:
-        notes.append(f"this is restart {run.restart}; the figures leave out {count(run.earlier, 'earlier log')}")
-    if log.attempts > 1:
+    if log.earlier_logs:
+        notes.append(f"this is restart {run.restart}; the figures leave out {count(log.earlier_logs, 'earlier log')}")
+    if log.resumes:
+        notes.append(f"the run was resumed {count(log.resumes, 'time')}; the steps of its attempts count together")
+    if log.attempts - log.resumes > 1:
         notes.append(f"the log has {log.attempts} attempts; only the steps of the last one count")
+    if lines.first:
+        notes.append(f"the log begins with step {lines.first}: the run was resumed, or the beginning of its log is missing")
+    if log.survived:
+        first = min(log.survived.values(), key=lambda told: told.row or 0)
+        notes.append(f"the run went on after: {first.note}" + (f" (line {first.row})" if first.row else ""))
+    if log.identity.assumed:
+        assumed = (f"{key} {getattr(log.identity, key)}" for key in log.identity.assumed)
+        notes.append(f"assumed, because the log does not say it: {', '.join(assumed)}")
     return notes
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from ftgen.logs.failures import Told
 from ftgen.logs.find import Run
 from ftgen.logs.log import Log
-from ftgen.logs.read import read_batch_log
+from ftgen.logs.read import read_beside
 from ftgen.results.interval import Logged
 from ftgen.results.window import count
 
@@ -20,6 +20,7 @@ FAILURES = {
     "exception": "",
     "traceback": "an exception: ",
     "killed": "",
+    "task killed": "",
     "task exit": "",
 }
 AFTER_TRAINING = frozenset(FAILURES) - {"exception", "traceback"}  # these count even if the run made all its steps
@@ -36,8 +37,10 @@ class Verdict(NamedTuple):
 def verdict_of(run: Run, log: Log, planned: int | None, lines: Logged) -> Verdict:
     """Invalid comes before all others. Complete needs every planned step and no failure."""
     not_finite = log.survived.get("not finite") or log.at_end.get("not finite")
-    if log.invalid or not_finite:
-        return Verdict("invalid", log.invalid or (_told(not_finite) if not_finite else None))
+    left_out = log.without_loss if log.with_loss is not None else None
+    if log.invalid or left_out is not None or not_finite:
+        lost = f"the loss is left out at step {left_out}, as Megatron does with NaN" if left_out is not None else None
+        return Verdict("invalid", log.invalid or lost or (_told(not_finite) if not_finite else None))
     if log.unread and not log.steps:
         return Verdict("incomplete", log.unread)
     there = lines.made
@@ -54,7 +57,9 @@ def verdict_of(run: Run, log: Log, planned: int | None, lines: Logged) -> Verdic
         progress += f"; step {log.steps.last} is beyond the last planned step"
     if lines.wrong is not None:
         progress += f"; step {lines.wrong} is missing or out of order"
-    failure = failure or _failure(read_batch_log(run), None)
+    failure = failure or _failure(read_beside(run), None)
+    if not failure and "exited" in log.at_end:
+        progress += f"; {_told(log.at_end['exited'])}"
     status = "failed" if failure else "incomplete"
     return Verdict(status, "; ".join(filter(None, (failure, log.unread, progress))))
 
@@ -65,11 +70,13 @@ def _all_there(log: Log, lines: Logged, planned: int) -> bool:
         return False
     after = planned - 1 - log.steps.last
     said = log.stopped_at == planned or "done" in log.at_end
-    return lines.made == log.steps.last + 1 and (after == 0 or (after < lines.every and said))
+    return lines.made == log.steps.last + 1 - lines.first and (after == 0 or (after < lines.every and said))
 
 
 def planned_steps(log: Log) -> int | None:
     """Planned steps: from the plan, else from the line with which training stops, else from the last step line."""
+    if "stopped" in log.at_end and log.stopped_at is None and not log.identity.max_steps:
+        return log.steps.last + 1 or None  # training stopped after its number of epochs
     return log.identity.max_steps or log.stopped_at or log.steps.planned
 
 

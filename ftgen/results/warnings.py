@@ -19,6 +19,8 @@ TREND = 0.02  # distance of the median of the window's second half from that of 
 RANKS = 0.05  # distance of the slowest rank's time of a step from the fastest rank's
 TFLOPS = 0.05  # distance of logged from recomputed TFLOPS: frameworks count different operations
 FEW = 4  # times that a window must have at least, if the run does not log every step
+SFT_WORK = 1.5  # of LoRA's
+SHORTEST_WRAP, WRAPPED = 40, 0.5  # characters of a wrapped line; share of unread lines that come after one as long
 MISFIT = 0.005  # distance of a step's time x TFLOPS from the window's median: each number has four digits
 MEMORY = 0.01  # distance of a peak memory that only one step reports from the next lower peak
 SECOND_DIGIT_S = 0.0051  # Megatron-Bridge's second line has two decimals
@@ -28,7 +30,12 @@ def warnings(what: Identity, log: Log, window: Timed, tflops_per_gpu: float | No
     """Every warning; `tflops_per_gpu` is recomputed from the window's mean, in TFLOP/s."""
     yield from log.problems
     if log.damaged:
-        yield f"ftgen could not read {count(log.damaged, 'damaged step line')}"
+        yield _unread(log)
+    if log.accumulated:
+        bars = 1 + round(log.accumulated / max(len(log.steps), 1))
+        yield f"about {bars} bars tell of each global_step (gradient accumulation): none has the time of a whole step"
+    if log.skipped and not set(log.skipped).isdisjoint(window.steps):
+        yield f"fp16 skipped step {next(number for number in log.skipped if number in window.steps)}, which is in the window"
     steps = window.steps
     yield from _other_plan(what, log, steps)
     yield from _samples(what, steps)
@@ -44,7 +51,17 @@ def warnings(what: Identity, log: Log, window: Timed, tflops_per_gpu: float | No
     if any(_values(steps, "fastest_s")):
         yield from _ranks(steps)
     if log.step_times or any(_values(steps, "tflops_per_gpu")):
-        yield from _tflops(log, window, tflops_per_gpu)
+        yield from _tflops(what, log, window, tflops_per_gpu)
+
+
+def _unread(log: Log) -> str:
+    """Step lines that could not be read, and why that may be."""
+    ((width, times),) = log.widths.most_common(1)
+    if width > SHORTEST_WRAP and times > 2 and times > log.damaged * WRAPPED:
+        return f"{count(log.damaged, 'step line')} cannot be read: lines are wrapped after {width - 1} characters"
+    if not log.steps:
+        return f"{count(log.damaged, 'step line')} of a form that ftgen does not know"
+    return f"ftgen could not read {count(log.damaged, 'damaged step line')}"
 
 
 def _other_plan(what: Identity, log: Log, steps: Mapping[int, Step]) -> Iterator[str]:
@@ -55,7 +72,7 @@ def _other_plan(what: Identity, log: Log, steps: Mapping[int, Step]) -> Iterator
         yield f"the log has steps with global_batch_size {min(filter(None, others))}, but the figures are for {batch}"
     planned = what.max_steps or log.steps.planned
     counted = _values(steps, "planned") - {planned, None}
-    if counted:
+    if counted and planned:
         yield f"step lines count to {count(min(filter(None, counted)), 'step')}, but the run was planned with {planned}"
 
 
@@ -126,16 +143,14 @@ def _ranks(steps: Mapping[int, Step]) -> Iterator[str]:
             return
 
 
-def _tflops(log: Log, window: Timed, recomputed: float | None) -> Iterator[str]:
+def _tflops(what: Identity, log: Log, window: Timed, recomputed: float | None) -> Iterator[str]:
     """Logged TFLOPS that contradict the step's own time or the recipe's formula."""
-    others = log.other_lines(window.steps)
-    for number, other in others.items():
+    for number, other in log.other_lines(window.steps).items():
         time_s = window.steps[number].time_s or 0.0
         if abs(other.time_s - time_s) > SECOND_DIGIT_S + MISFIT * time_s:
             yield f"one line gives step {number} {time_s:.4g} s, and the other line {other.time_s:.4g} s"
             break
-    logged = {number: step.tflops_per_gpu for number, step in window.steps.items() if step.tflops_per_gpu}
-    logged = {number: other.tflops_per_gpu for number, other in others.items()} | logged
+    logged = _logged(log, window)
     if not logged:
         return
     work = {number: tflops * (window.steps[number].time_s or 0.0) for number, tflops in logged.items()}
@@ -145,4 +160,22 @@ def _tflops(log: Log, window: Timed, recomputed: float | None) -> Iterator[str]:
         yield f"the time and the TFLOPS of step {misfit[0]} contradict each other"
     mean = sum(logged.values()) / len(logged)
     if recomputed and abs(mean / recomputed - 1) > TFLOPS:
-        yield f"the log reports {mean:.4g} TFLOPS per GPU, but the step time gives {recomputed:.4g}"
+        yield f"the log reports {mean:.4g} TFLOPS per GPU, but the step time gives {recomputed:.4g}{_why(what, mean, recomputed)}"
+
+
+def _why(what: Identity, logged: float, recomputed: float) -> str:
+    """Why a framework counts other FLOPs, where that is known."""
+    if what.scheme == "lora" and abs(logged / recomputed / SFT_WORK - 1) < SFT_WORK - 1:
+        return ": the framework counts the work of a full fine-tune, LoRA does two thirds of it"
+    return ""
+
+
+def logged_tflops(log: Log, window: Timed) -> float | None:
+    """TFLOP/s of one GPU as the framework logs them, the mean of the window."""
+    logged = _logged(log, window)
+    return sum(logged.values()) / len(logged) if logged else None
+
+
+def _logged(log: Log, window: Timed) -> dict[int, float]:
+    logged = {number: step.tflops_per_gpu for number, step in window.steps.items() if step.tflops_per_gpu}
+    return {number: other.tflops_per_gpu for number, other in log.other_lines(window.steps).items()} | logged

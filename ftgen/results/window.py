@@ -58,6 +58,7 @@ def timed(steps: Steps, window: Window, lines: Logged) -> Timed:
         there = lines.made
         if there < window:
             what = f"the window needs {window} steps, but the log has {there}: no step time is reported"
+            what += f" (try --window {max(1, there // 2)})" if there > 1 else ""
             return Timed(None, None, steps.between(0, steps.last + 1), (), what)
         window = range(steps.last - window + 1, steps.last + 1)
     first, last = window[0], window[-1]

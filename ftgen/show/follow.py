@@ -4,7 +4,7 @@ A look reads only what was added to a log since the last look. The figures are t
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +15,7 @@ from ftgen.errors import LogError
 from ftgen.logs.find import Run, find_runs
 from ftgen.logs.growing import Growing
 from ftgen.logs.log import Log
+from ftgen.logs.read import logs_of
 from ftgen.results.summary import Summary, judge
 
 LAST_STEPS = 10  # their median is the step time that gives the time left
@@ -52,7 +53,7 @@ class Look:
 
     reader: Growing
     stamp: tuple[int, ...] | None = None  # modification time, size, inode, device
-    found: tuple[Summary, Log] | None = None
+    found: tuple[tuple[Summary, Log], ...] = ()  # of each run in it, in order
 
 
 class Follower:
@@ -76,7 +77,7 @@ class Follower:
             self.jobs, self.asked = self.queue(), self.clock()
         runs = self._runs()
         self.read = {run.log: self.read.get(run.log) or Look(Growing()) for run in runs}
-        return [self._progress(run, self.read[run.log]) for run in runs]
+        return [progress for run in runs for progress in self._progress(run, self.read[run.log])]
 
     def _runs(self) -> list[Run]:
         try:
@@ -86,21 +87,23 @@ class Follower:
                 raise
             return []  # no job has started yet
 
-    def _progress(self, run: Run, look: "Look") -> Progress:
+    def _progress(self, run: Run, look: "Look") -> Iterator[Progress]:
+        """The progress of each run in a log: all but the last one are over."""
         try:
             status = Path(run.log).stat()
         except OSError:  # removed since it was found
             status = None
         stamp = (status.st_mtime_ns, status.st_size, status.st_ino, status.st_dev) if status else None
-        if look.found is None or look.stamp != stamp:
-            log = look.reader.read(run)
-            look.stamp, look.found = stamp, (judge(run, log), log)
+        if not look.found or look.stamp != stamp:
+            each = logs_of(run, look.reader.read(run))
+            look.stamp, look.found = stamp, tuple((judge(one, log), log) for one, log in each)
         written_s = status.st_mtime if status else 0.0
         silent_s = self.clock() - written_s
         queued = (self.jobs or {}).get(run.run_id)
         gone = self.jobs is not None and queued is None and silent_s > GONE_S
         quiet = f"silent since {datetime.fromtimestamp(written_s).astimezone():%H:%M}" if silent_s > SILENT_S else None
-        return progress(*look.found, queued or quiet, queued=queued is not None, gone=gone)
+        yield from (progress(*found, None, queued=False, gone=True) for found in look.found[:-1])
+        yield progress(*look.found[-1], queued or quiet, queued=queued is not None, gone=gone)
 
 
 def progress(run: Summary, log: Log, state: str | None, *, queued: bool, gone: bool) -> Progress:
@@ -110,7 +113,7 @@ def progress(run: Summary, log: Log, state: str | None, *, queued: bool, gone: b
     step_time_s = median(times) if times else None
     ended = log.exit_status is not None or bool({"stopped", "done"} & log.at_end.keys())
     over = not queued and (gone or ended or run.status in BAD or run.status == "complete")
-    left = max(0, run.planned_steps - run.steps) if run.planned_steps else None
+    left = max(0, run.planned_steps - 1 - log.steps.last) if run.planned_steps else None
     return Progress(
         run=run,
         state=run.status if over or run.status in BAD else state or "running",

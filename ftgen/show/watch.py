@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 BAR = 20  # columns
+WAITING = "no run yet: waiting for a file with step lines, or with the name log-<account>.<experiment>_<id>_<restart>.out"
 
 
 def watch(follower: Follower, every_s: float, console: "Console", write: Callable[[str], object]) -> None:
@@ -36,12 +37,17 @@ def _live(follower: Follower, every_s: float, console: "Console") -> None:
 
 
 def _lines(follower: Follower, every_s: float, write: Callable[[str], object]) -> None:
-    told: dict[str, tuple[object, ...]] = {}
+    told: dict[tuple[str, str], tuple[object, ...]] = {}
+    waiting = False
     while True:
         runs, took_s = _timed(follower)
+        if not runs and not waiting:
+            write(WAITING)
+            waiting = True
         for run in runs:
-            if told.get(run.run.log) != run.sample:
-                told[run.run.log] = run.sample
+            key = run.run.log, run.run.run_id
+            if told.get(key) != run.sample:
+                told[key] = run.sample
                 write(f"{datetime.now().astimezone():%H:%M:%S} {line(run)}")
         if _over(runs):
             return
@@ -85,7 +91,7 @@ def table(runs: Sequence[Progress]) -> "RenderableType":
     from rich.text import Text
 
     if not runs:
-        return Text("no run yet")
+        return Text(WAITING)
     grid = Table(box=box.SIMPLE_HEAD)
     for title in ("Run", "State", "", "Step", "Step time", "Loss", "Left"):
         grid.add_column(title, justify="right" if title in {"Step", "Step time", "Loss", "Left"} else "left")

@@ -57,8 +57,10 @@ def test_a_run_is_known_by_its_place(tmp_path, place, experiment, run_id):
 
 
 def test_other_files_are_no_logs(tmp_path):
-    put(tmp_path, "sbatch_x_1.out", "log-x.out", "log-a.x_1_0.err", "log-a.x_1_0.out.old", "alog-a.x_1_0.out", "plan.json")
-    with pytest.raises(LogError, match=r"no run found below .*log-<account>"):
+    put(tmp_path, "log-a.x_1_0.err", "plan.json", "report.html", "results.csv", ".hidden", "train.py")
+    (tmp_path / "log-x.out").write_text("words\n" * 99)
+    (tmp_path / "weights").write_bytes(b"\0" * 99 + LINE)
+    with pytest.raises(LogError, match=r"no run found below .*log-<account>.* \(1 other file without step lines\)"):
         find_runs([tmp_path])
 
 
@@ -92,7 +94,7 @@ def test_pipes_and_dead_links_are_passed_over(tmp_path):
 def test_the_highest_restart_counts_as_a_number(tmp_path):
     put(tmp_path, "log-a.x_1_9.out", "log-a.x_1_10.out", "log-a.x_1_0.out")
     (run,) = find_runs([tmp_path])
-    assert (Path(run.log).name, run.restart, run.earlier) == ("log-a.x_1_10.out", 10, 2)
+    assert (Path(run.log).name, run.restart, len(run.earlier)) == ("log-a.x_1_10.out", 10, 2)
 
 
 def test_a_plan_beside_logs_of_several_runs_is_none_of_theirs(tmp_path):

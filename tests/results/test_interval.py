@@ -17,7 +17,7 @@ def steps_of(numbers):
     [
         ([], Logged(0)),
         (range(100), Logged(100)),
-        ([99], Logged(1)),  # the last of a hundred, or one of which 99 are lost
+        ([99], Logged(1, first=99)),  # the last of a hundred, or one of which 99 are lost
         ([*range(12), *range(13, 20)], Logged(19)),
         ([0, 2, 3], Logged(3)),
         (range(9, 100, 10), Logged(100, 10)),  # Megatron's
@@ -26,7 +26,7 @@ def steps_of(numbers):
         ([*range(9, 90, 10), 94], Logged(95, 10)),  # with the last one of 95
         ([49, 99], Logged(100, 50)),
         ([0, 49, 99], Logged(100, 50)),
-        ([50, 99], Logged(2)),
+        ([50, 99], Logged(2, first=50)),
         ([9, 19, 39, 49], Logged(40, 10, 29)),
         ([9, 19, 29, 37, 49, 59], Logged(50, 10, 37)),
         (range(59, 100, 10), Logged(50, 10, 9)),  # from a checkpoint

@@ -3,35 +3,43 @@
 In: one line of bytes. Out: a `StepLine`, or None for a damaged line.
 """
 
+import re
+
 from ftgen.logs.formats.nemo import fields_of
 from ftgen.logs.step import Keys, StepLine, can_be_time, not_finite, number, step_from
 
 WORD = b"elapsed time per iteration (ms)"
 KEYS: Keys = {
     "time_s": (WORD,),
-    "loss": (b"lm loss",),
+    "loss": (b"lm loss", b"lm loss value", b"loss", b"total loss"),
     "grad_norm": (b"grad norm",),
     "tflops_per_gpu": (b"throughput per GPU (TFLOP/s/GPU)",),
     "global_batch_size": (b"global batch size",),
     "consumed_samples": (b"consumed samples",),
 }
-SPOILED = (b"number of skipped iterations", b"number of nan iterations")  # counts of what must not happen
+SKIPPED, NAN = b"number of skipped iterations", b"number of nan iterations"
+WITHOUT_COLON = re.compile(rb"(.*\D) +([-+\d.eE]+)")  # `lm loss 7.399415E+00`, in old versions
 
 
 def parse(line: bytes) -> StepLine | None:
-    """What a step line says; None if it is not as Megatron wrote it. Megatron counts iterations from 1."""
+    """What a step line says; None if it is not as Megatron wrote it. Megatron counts iterations from 1.
+
+    Megatron leaves out a loss that is NaN, and the loss of steps that fp16 skipped: the log as a whole tells which.
+    """
     fields = fields_of(line)
-    if not can_be_time(fields.get(WORD, b"none")):
+    for key in [key for key, value in fields.items() if not value]:
+        if match := WITHOUT_COLON.fullmatch(key):
+            fields[match[1].strip()] = match[2]
+    if not can_be_time(fields.get(WORD, b"none").partition(b"/")[0]):
         return None
     last, iteration = fields.get(b"last iteration"), fields.get(b"iteration")
     step = step_from(fields, KEYS, second=1000.0, planned=int(last) if last else None)
-    return StepLine(max(int(iteration) - 1, 0) if iteration else None, step, _invalid(fields))
-
-
-def _invalid(fields: dict[bytes, bytes]) -> str | None:
-    if found := not_finite(fields, (*KEYS["loss"], *KEYS["grad_norm"])):
-        return found
-    for key in SPOILED:
-        if number(fields.get(key)):
-            return f"{key.decode()} is {fields[key].strip().decode()}"
-    return None if b"lm loss" in fields else "lm loss is left out, as Megatron does with NaN,"
+    invalid = not_finite(fields, (*KEYS["loss"], *KEYS["grad_norm"]))
+    skipped = bool(number(fields.get(SKIPPED)))
+    scales = number(fields.get(b"loss scale")) not in {None, 1.0}  # fp16's loss scale, which settles in the first steps
+    for key in (NAN,) if scales else (SKIPPED, NAN):
+        if not invalid and number(fields.get(key)):
+            invalid = f"{key.decode()} is {fields[key].strip().decode()}"
+    number_ = max(int(iteration) - 1, 0) if iteration else None
+    left_out = step.loss is None and not skipped
+    return StepLine(number_, step, invalid, skipped=skipped and scales, left_out=left_out)

@@ -41,10 +41,17 @@ def parse(line: bytes) -> StepLine | None:
     fields = fields_of(line)
     if not can_be_time(fields.get(WORD, b"none")):
         return None
-    last = fields.get(b"last iteration")
-    step = step_from(fields, KEYS, planned=int(last) + 1 if last else None)
-    invalid = not_finite(fields, (*KEYS["loss"], *KEYS["grad_norm"]))
-    return StepLine(_step_number(fields), step, invalid)
+    return step_line(fields)
+
+
+def step_line(fields: dict[bytes, bytes]) -> StepLine:
+    """The step that the fields of a line tell of."""
+    number_ = _step_number(fields)
+    planned = int(fields[b"last iteration"]) + 1 if b"last iteration" in fields else 0
+    step = step_from(
+        fields, KEYS, planned=planned if planned > (number_ or 0) else None
+    )  # an epoch's steps, after the first
+    return StepLine(number_, step, not_finite(fields, (*KEYS["loss"], *KEYS["grad_norm"])))
 
 
 def scan(lines: bytes, count: int) -> Scanned | None:
@@ -64,16 +71,21 @@ def scan(lines: bytes, count: int) -> Scanned | None:
 
 
 def fields_of(line: bytes) -> dict[bytes, bytes]:
-    """`key: value | key: value` as a dictionary; empty where two lines have run into each other."""
+    """`key: value | key: value` as a dictionary; empty where two lines have run into each other.
+
+    What stands before the first | is a label and the iteration; a label may have a | of its own.
+    """
     parts = line.split(b"|")
     if not line.endswith(b"\n"):
         parts.pop()  # cut off: 2.6 may have been 2.693
+    if parts and not parts[-1].strip():
+        parts.pop()  # Megatron ends its lines with a |
+    while len(parts) > 1 and b":" not in parts[0] and not ITERATION.search(parts[0].rstrip()):
+        parts.pop(0)  # `trainer-1  | `
     if not parts:
         return {}
-    if not parts[-1].strip():
-        parts.pop()  # Megatron ends its lines with a |
     fields = dict(part.strip().partition(b":")[::2] for part in parts[1:])
-    first = parts[0].rstrip() if parts else b""  # with whatever stands before it
+    first = parts[0].rstrip()  # with whatever stands before it
     iteration = ITERATION.search(first)
     if iteration:
         fields[b"iteration"], fields[b"last iteration"] = iteration.group(1, 2)

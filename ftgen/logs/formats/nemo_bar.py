@@ -10,6 +10,8 @@ from ftgen.logs.step import StepLine, can_be_time, not_finite, number, step_from
 
 WORD = nemo.WORD + b"="
 BAR = re.compile(rb"(?:\| *(\d{1,9})/(\d{1,9}) )?\[[^\[\]\n]*?, ([^\[\]\n]*)\]")
+EPOCH = re.compile(rb"Epoch (\d{1,6})")
+ROUNDED = 0.01  # the bar rounds a number to three or four digits
 
 
 def parse(line: bytes) -> StepLine | None:
@@ -17,17 +19,31 @@ def parse(line: bytes) -> StepLine | None:
     match = BAR.search(line)
     if not match or line.count(nemo.WORD) != 1:
         return None
-    fields = dict(part.partition(b"=")[::2] for part in match[3].split(b", "))
+    fields = dict(part.strip().partition(b"=")[::2] for part in match[3].split(b", "))
     if not can_be_time(fields.get(nemo.WORD, b"none")):
         return None
-    step = step_from(fields, nemo.KEYS, planned=int(match[2]) if match[2] else None)
+    if b"e+" in fields.get(b"consumed_samples", b""):
+        del fields[b"consumed_samples"]  # rounded: 7.4e+4
+    epoch = EPOCH.search(line)
+    counter = int(match[1]) if match[1] else None
+    before = int(epoch[1]) * int(match[2]) if epoch and match[2] else 0
+    number_, accumulates = _step_number(fields, None if counter is None else before + counter - 1)
+    planned = int(match[2]) if match[2] and not accumulates and not before else None
+    step = step_from(fields, nemo.KEYS, planned=planned)
     invalid = not_finite(fields, (*nemo.KEYS["loss"], *nemo.KEYS["grad_norm"]))
-    return StepLine(_step_number(fields, match[1]), step, invalid, bar=True)
+    return StepLine(number_, step, invalid, bar=True, counter=counter if accumulates else None)
 
 
-def _step_number(fields: dict[bytes, bytes], count: bytes | None) -> int | None:
-    """The step as printed; else what the bar counts, less one."""
+def _step_number(fields: dict[bytes, bytes], counted: int | None) -> tuple[int | None, bool]:
+    """The step's number, and whether several bars tell of one step: gradient accumulation.
+
+    The bar's counter is exact. The printed number is rounded from 1000 on, and one too high after a validation.
+    """
     printed = number(fields.get(nemo.NUMBER))
-    if printed is not None and 0 <= printed < 1e9 and printed.is_integer():
-        return int(printed)
-    return max(int(count) - 1, 0) if count else None
+    if printed is None or not (0 <= printed < 1e9 and printed.is_integer()):
+        return counted, False
+    if counted is None:
+        return int(printed), False
+    if printed == counted + 1 or (printed >= 1000 and abs(printed - counted) <= ROUNDED * printed):
+        return counted, False
+    return int(printed), printed < counted
