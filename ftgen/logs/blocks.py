@@ -9,6 +9,8 @@ import stat
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -25,11 +27,17 @@ class LogFileError(Exception):
     """Why a log cannot be read to its end. What comes before has been read."""
 
 
-class Block(NamedTuple):
+@dataclass
+class Block:
     """Some lines of a log."""
 
     offset: int
     raw: bytes
+
+    @cached_property
+    def rows(self) -> int:
+        """How many lines end in the block."""
+        return self.raw.count(b"\n")
 
     @property
     def text(self) -> bytes:

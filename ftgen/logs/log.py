@@ -124,7 +124,7 @@ class Log:
             self.first_bytes = (self.first_bytes + block.raw)[:EDGE]
         self.last_bytes = (self.last_bytes + block.raw)[-EDGE:] if len(block.raw) < EDGE else block.raw[-EDGE:]
         self._feed(block.text, block)
-        self.rows += block.raw.count(b"\n")
+        self.rows += block.rows
 
     def _feed(self, text: bytes, block: Block) -> None:
         """Text before the first step line, step lines with other text between them, text behind the last few of them."""
@@ -161,17 +161,16 @@ class Log:
         count = text.count(nemo.WORD)
         if count <= NEAR or self._traceback or not text.endswith(b"\n"):
             return False
-        only_steps = text.count(b"\n") == count
-        lines, last = (text, len(text)) if only_steps else _step_lines(text, count)
-        scanned = nemo.scan(lines, count) if lines else None
-        if not scanned or (not only_steps and any(failures.find(text[:last], anywhere=True))):
+        scanned = nemo.scan(text, count)
+        last = _last_step_lines(text, NEAR)
+        if not scanned or (count < block.rows and any(failures.find(text[:last], anywhere=True))):
             return False
-        if not self._goes_on(scanned.numbers[0]) or not self.steps.add_scanned(lines, scanned):
+        if not self._goes_on(scanned.numbers[0]) or not self.steps.add_scanned(text, scanned):
             return False
-        label = LABEL.match(lines)
+        label = LABEL.match(text)
         self._last_of[label.group() if label else b""], self._timed = scanned.numbers[-1], True
         self.with_loss = scanned.numbers[0] if self.with_loss is None else self.with_loss
-        self._step_lines += count if only_steps else count - NEAR
+        self._step_lines += count - NEAR
         for line in text[last:].splitlines(keepends=True):
             if nemo.WORD in line:
                 self._step_lines += 1
@@ -314,19 +313,12 @@ def _line_after(text: bytes, at: int) -> int:
     return text.find(b"\n", at) + 1 or len(text)
 
 
-def _step_lines(text: bytes, count: int) -> tuple[bytes, int]:
-    """NeMo's `count` step lines, and where the last NEAR of them begin; nothing where two are in one line."""
-    lines, position, last = [], 0, 0
-    for left in range(count, 0, -1):
-        at = text.find(nemo.WORD, position)
-        if at < 0:
-            return b"", 0
-        start = text.rfind(b"\n", position, at) + 1 or position
-        position = text.find(b"\n", at) + 1
-        lines.append(text[start:position])
-        if left == NEAR:
-            last = start
-    return b"".join(lines), last
+def _last_step_lines(text: bytes, count: int) -> int:
+    """Where the last `count` of NeMo's step lines begin."""
+    at = len(text)
+    for _ in range(count):
+        at = text.rfind(b"\n", 0, text.rfind(nemo.WORD, 0, at)) + 1
+    return at
 
 
 def _json(text: bytes) -> dict[str, Any] | None:

@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-NUMBER = re.compile(rb"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|(?i:nan|inf(?:inity)?))")  # Megatron writes INF
 DIGITS = re.compile(rb"[-+.eE\d ]*")
 LONGEST_STEP_S, SHORTEST_STEP_S = 1e6, 1e-6  # no step is longer or shorter
 LARGEST = 1e30  # no measurement is larger
@@ -52,10 +51,12 @@ Keys = Mapping[str, tuple[bytes, ...]]  # a format's keys for the fields of `Ste
 
 def number(text: bytes | None) -> float | None:
     """The number that the text is; of `now/average` the first; None for any other text."""
-    text = text.strip() if text else b""
-    if b"/" in text:
-        text = text.partition(b"/")[0]
-    return float(text) if NUMBER.fullmatch(text) else None
+    if not text or b"_" in text:  # Python reads 1_0 as 10
+        return None
+    try:
+        return float(text.partition(b"/")[0])
+    except ValueError:
+        return None
 
 
 def can_be_time(text: bytes) -> bool:

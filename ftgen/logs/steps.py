@@ -13,7 +13,7 @@ from copy import copy
 from ftgen.logs.formats import nemo
 from ftgen.logs.step import Step, StepLine
 
-KEPT = 4 << 20  # bytes of step lines, the last ones: the window is there
+KEPT = 16 << 20  # bytes of text, the last ones: the window is there
 
 
 class Steps(Mapping[int, Step]):
@@ -26,6 +26,7 @@ class Steps(Mapping[int, Step]):
         self._numbers, self._losses, self._times = array("q"), array("d"), array("d")  # scanned, ascending
         self._texts: deque[tuple[int, bytes]] = deque()  # lines, behind the place of the first of them in the arrays
         self._text_bytes = 0
+        self._known: dict[int, Step] = {}  # scanned steps that have been parsed, by their place
         self.last = max(self._single, default=-1)  # the highest number; -1 where there is no step
 
     def __repr__(self) -> str:
@@ -74,16 +75,16 @@ class Steps(Mapping[int, Step]):
         other = copy(self)
         other._single, other._of_bars, other._counters = dict(self._single), set(self._of_bars), dict(self._counters)
         other._numbers, other._losses, other._times = self._numbers[:], self._losses[:], self._times[:]
-        other._texts = deque(self._texts)
+        other._texts, other._known = deque(self._texts), dict(self._known)
         return other
 
-    def add_scanned(self, lines: bytes, scanned: nemo.Scanned) -> bool:
-        """Take many lines at once; False, and nothing is taken, unless each step follows the one before it."""
+    def add_scanned(self, text: bytes, scanned: nemo.Scanned) -> bool:
+        """Take many steps at once; False, and nothing is taken, unless each step follows the one before it."""
         first, count = scanned.numbers[0], len(scanned.numbers)
         if first <= self.last or scanned.numbers != list(range(first, first + count)):
             return False
-        self._texts.append((len(self._numbers), lines))
-        self._text_bytes += len(lines)
+        self._texts.append((len(self._numbers), text))
+        self._text_bytes += len(text)
         while self._text_bytes > KEPT and len(self._texts) > 1:
             self._text_bytes -= len(self._texts.popleft()[1])
         self._numbers.extend(scanned.numbers)
@@ -116,11 +117,12 @@ class Steps(Mapping[int, Step]):
         """Forget the steps from this one on: a resumed run makes them again."""
         place = bisect_left(self._numbers, number)
         del self._numbers[place:], self._losses[place:], self._times[place:]
+        self._known = {}
         while self._texts and self._texts[-1][0] >= place:
             self._text_bytes -= len(self._texts.pop()[1])
         if self._texts:
             start, text = self._texts.pop()
-            kept = b"".join(text.splitlines(keepends=True)[: place - start])
+            kept = b"".join(_lines(text)[: place - start])
             self._text_bytes -= len(text) - len(kept)
             self._texts.append((start, kept))
         self._single = {each: step for each, step in self._single.items() if each < number}
@@ -133,15 +135,19 @@ class Steps(Mapping[int, Step]):
 
     def _parsed(self, first: int, last: int) -> Iterator[Step]:
         """The scanned steps from one place to before another; only number, time and loss of those whose lines are gone."""
-        gone = self._texts[0][0] if self._texts else last
-        for place in range(first, min(gone, last)):
-            yield Step(self._times[place], self._losses[place])
-        for start, text in self._texts:
-            if start < last and first < start + text.count(b"\n"):
-                lines = text.splitlines(keepends=True)[max(first - start, 0) : last - start]
-                for place, line in enumerate(lines, max(first, start)):
-                    read = nemo.parse(line)
-                    yield read.step if read else Step(self._times[place], self._losses[place])
+        if not all(place in self._known for place in range(first, last)):
+            ends = [start for start, _ in self._texts][1:] + [len(self._numbers)]
+            for (start, text), end in zip(self._texts, ends, strict=True):
+                if start < last and first < end:
+                    lines = _lines(text)[max(first - start, 0) : last - start]
+                    parsed = map(nemo.parse, lines)
+                    self._known |= {place: read.step for place, read in enumerate(parsed, max(first, start)) if read}
+        for place in range(first, last):
+            yield self._known.get(place) or Step(self._times[place], self._losses[place])
+
+
+def _lines(text: bytes) -> list[bytes]:
+    return [line for line in text.splitlines(keepends=True) if nemo.WORD in line]
 
 
 def _slower(one: Step, other: Step) -> Step:
