@@ -84,7 +84,7 @@ def _problem(table: type[BaseModel], document: Document, detail: Any) -> Problem
         case kind if kind in _WANTED:
             what = _FOUND.get(type(found), f"a {type(found).__name__}")
             return Problem(path, f"must be {_WANTED[kind]}, found {what}: {show(found)}", _description(table, path))
-    message = detail["msg"].replace("Input should", "must").replace("must be", "must be", 1)
+    message = detail["msg"].replace("Input should", "must")
     return Problem(path, f"{message}, found {show(get(document, path))}", _description(table, path))
 
 

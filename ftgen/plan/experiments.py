@@ -21,7 +21,7 @@ from ftgen.spec.read import find_specs, read_source
 from ftgen.spec.site import Site
 from ftgen.spec.source import Source
 from ftgen.spec.spec import Spec
-from ftgen.spec.user_catalogue import user_catalogue
+from ftgen.spec.user_catalogue import read_user_catalogue
 from ftgen.validation import validate_partly
 
 # These stand in for keys that are missing or wrong, so that the rules on the other keys can still be checked.
@@ -109,7 +109,7 @@ def _plan(point: Point, site_source: Source) -> tuple[Plan | None, list[Problem]
             spec_text=source.text,
             point=source.point,
             overrides={dotted(path): value for path, value in source.overrides.items()},
-            user_catalogue=user_catalogue(site_source, source),
+            user_catalogue=read_user_catalogue(site_source, source),
         )
     except SpecError as error:
         wrong = [problem.where for problem in problems]

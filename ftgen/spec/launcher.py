@@ -29,7 +29,7 @@ def spec(environment: Mapping[str, str]) -> str:
     if not said.get("gpus", "8").isdecimal():
         problems.append(Problem((), f"must be a number, found {said['gpus']!r}", file="JOB_TOTAL_GPUS"))
     if size not in SIZES:
-        problems.append(Problem((), f"must be one of {', '.join(SIZES)}, found {size!r}", closest(size, SIZES), file="MODEL_SIZE"))
+        problems.append(Problem((), f"must be 8b or 70b, found {size!r}", closest(size, SIZES), file="MODEL_SIZE"))
     if problems:
         raise SpecError(*problems)
     title = catalogue.models()[SIZES[size]].title

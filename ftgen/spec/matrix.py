@@ -100,7 +100,7 @@ def _named(
             problems.append(Problem(("matrix", "name"), f"must use keys that the spec sets: it does not set {unknown}"))
         elif name in found:
             where: KeyPath = ("matrix", "name") if template else ("matrix",)
-            problems.append(Problem(where, f"two points have the same name: {name}", "use every key that varies in matrix.name"))
+            problems.append(Problem(where, f"two points have the same name: {name}", "use all varying keys in matrix.name"))
         found[name] = Cell(name, sets, below)
     return list(found.values()), list(dict.fromkeys(problems))
 

@@ -51,7 +51,7 @@ def _specs_in(folder: Path) -> list[Path]:
     bases = {layer.path.resolve() for source in sources.values() for layer in source.layers[:-1]}
     specs = [path for path, source in sources.items() if _is_complete(source) or path.resolve() not in bases]
     if not specs:
-        raise SpecError(Problem((), "has no specs: it has no file *.toml", "name a spec or a folder of specs", file=str(folder)))
+        raise SpecError(Problem((), "must have a file *.toml", "name a spec or a folder of specs", file=str(folder)))
     return specs
 
 

@@ -26,14 +26,14 @@ class Python(Table):
     )
     image: OneLine | None = Field(
         None,
-        description="Image: for pyxis, a .sqsh file (a path with a slash) or registry#image:tag; for apptainer, a .sif file. "
+        description="Image. pyxis: a .sqsh file (a path with a slash) or registry#image:tag. apptainer: a .sif file. "
         "$STAGE_PATH is expanded.",
     )
-    mounts: list[OneLine] = Field([], description="Folders to mount into the image, as SRC:DST. STAGE_PATH and shared_paths are always mounted.")
+    mounts: list[OneLine] = Field([], description="More folders to mount into the image, as SRC:DST.")
     image_from: OneLine | None = Field(
         None, description="Image that `ftgen setup` imports into the image file, such as docker://nvcr.io#nvidia/nemo:24.12."
     )
-    writable: bool = Field(False, description="Let the job write into the file system of the image. What it writes is lost when the job ends.")
+    writable: bool = Field(False, description="Let the job write into the image. The changes are lost at its end.")
     mount_home: bool = Field(False, description="Mount the home directory into the image.")
 
 
@@ -50,8 +50,8 @@ class Site(Table):
         "none", description="sbatch option that requests GPUs: none (whole nodes), --gres=gpu:N, or --gpus-per-node=N."
     )
     gpu_type: Word | None = Field(None, description="GPU type in that option, as in --gres=gpu:TYPE:N.")
-    max_nodes: Positive | None = Field(None, description="Node limit of the partition for one job.")
-    max_walltime: Walltime | None = Field(None, description="Time limit of the partition for one job, as [days-]hours:minutes:seconds.")
+    max_nodes: Positive | None = Field(None, description="Node limit of the partition.")
+    max_walltime: Walltime | None = Field(None, description="Time limit of the partition, as [days-]hours:minutes:seconds.")
     mpi: Word = Field("pmix", description="Value of srun's option --mpi.")
     exclusive: bool = Field(True, description="Request whole nodes.")
     mem: Word | None = Field("0", description="Memory per node. 0 requests all memory of the node.")
@@ -59,7 +59,7 @@ class Site(Table):
         None, description="Run a job again after a node failure or a pre-emption. Default: Slurm's configuration."
     )
     end_before_limit_s: Positive = Field(
-        120, description="A job ends itself this many seconds before its time limit, or at three quarters of it if that is later."
+        120, description="A job ends itself this many seconds before its time limit, or at 3/4 of it if that is later."
     )
     convert: Literal["job", "task"] = Field(
         "job",
@@ -81,5 +81,5 @@ class Site(Table):
     python: Python = Field(default_factory=Python, description="Where the Python of the job comes from.")
     environment: Environment = Field({}, description="Environment variables of all jobs at this site.")
     catalogue: OneLine | None = Field(
-        None, min_length=1, description="Path of a user catalogue, relative to this file. It has tables [models.NAME] and [gpus.NAME]."
+        None, min_length=1, description="Path of a user catalogue, relative to this file: [models.NAME], [gpus.NAME]."
     )

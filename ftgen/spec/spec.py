@@ -42,7 +42,7 @@ def _environment(variables: dict[str, str]) -> dict[str, str]:
     for name in variables:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             rule = "must be a name that a shell can export"
-            raise PydanticCustomError("at_key", rule, {"key": name, "hint": "use letters, digits and _; begin with a letter"})
+            raise PydanticCustomError("at_key", rule, {"key": name, "hint": "use A-Z, a-z, 0-9 and _; begin with a letter"})
         if SECRET.search(name) and name not in NOT_SECRET:
             rule = "must not be in a file: its name looks like a secret"
             raise PydanticCustomError("at_key", rule, {"key": name, "hint": "export it in the shell that submits the job"})
@@ -74,9 +74,11 @@ class Lora(Table):
 class Parallelism(Table):
     """How the model is split over GPUs. The other GPUs are data-parallel replicas."""
 
-    tensor_model_parallel_size: Positive = Field(1, description="Number of GPUs that share each layer (TP).")
+    tensor_model_parallel_size: Positive = Field(1, description="GPUs that share each layer (TP).")
     pipeline_model_parallel_size: Positive = Field(1, description="Number of pipeline stages (PP).")
-    context_parallel_size: Positive = Field(1, description="Number of GPUs that share each sequence (CP). More than 1 needs data.packed = false.")
+    context_parallel_size: Positive = Field(
+        1, description="GPUs that share each sequence (CP). CP > 1 needs data.packed = false."
+    )
     virtual_pipeline_model_parallel_size: Positive | None = Field(
         None, description="Number of virtual stages in each pipeline stage (VP). Needs PP > 1."
     )
@@ -118,7 +120,9 @@ class Source(Table):
     """A Git repository at one commit."""
 
     url: OneLine = Field(description="URL of the repository.")
-    commit: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")] = Field(description="Commit hash, all 40 hexadecimal digits.")
+    commit: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")] = Field(
+        description="Commit hash: 40 hexadecimal digits."
+    )
 
 
 class Sources(Table):
@@ -164,7 +168,7 @@ class Profile(Table):
     """A profiler that records some steps of some ranks. It slows these steps down, so they must not be timed steps."""
 
     tool: Literal["nsys", "pytorch"] = Field(
-        "nsys", description='"nsys": Nsight Systems, which the node must have. "pytorch": torch.profiler, which writes a Chrome trace.'
+        "nsys", description='"nsys": Nsight Systems, installed on the node. "pytorch": torch.profiler, for a Chrome trace.'
     )
     first_step: int = Field(10, ge=0, description="First step to record. Steps are counted from 0.")
     last_step: int = Field(12, ge=0, description="Last step to record.")
@@ -180,10 +184,10 @@ class Window(Table):
 class Matrix(Table):
     """Many experiments from one spec. Each point of the matrix is an experiment and has a name."""
 
-    product: dict[str, Any] = Field({}, description="Keys with lists of values, in tables as in the spec. Every combination of the values is a point.")
-    zip: dict[str, Any] = Field({}, description="Keys with lists of the same length. The first values of all lists are a point, and so on.")
-    exclude: list[dict[str, Any]] = Field([], description="Points to leave out. Each table has some of the values of the points.")
-    include: list[dict[str, Any]] = Field([], description="Points to add. Each is a table of the keys that it sets.")
+    product: dict[str, Any] = Field({}, description="Keys with lists of values. Every combination of values is a point.")
+    zip: dict[str, Any] = Field({}, description="Keys with lists of one length. The values at each position are a point.")
+    exclude: list[dict[str, Any]] = Field([], description="Points to leave out, by some of their values.")
+    include: list[dict[str, Any]] = Field([], description="Points to add, with the keys that they set.")
     name: OneLine | None = Field(
         None,
         min_length=1,
@@ -202,12 +206,12 @@ class Spec(Table):
     gpus: Positive = Field(description="Total number of GPUs: whole nodes, or a part of one node.")
     model: Name = Field("llama3_8b", description="Name of the model in the catalogue.")
     gpu: Name = Field("h100", description='Name of the GPU in the catalogue. "cpu" trains without a GPU.')
-    gpus_per_node: Positive | None = Field(None, description="GPUs of each node. Default: gpus_per_node of the site profile, which is 8 by default.")
+    gpus_per_node: Positive | None = Field(None, description="GPUs of each node. Default: that of the site profile.")
     max_steps: Positive = Field(100, description="Number of training steps.")
     global_batch_size: Positive | None = Field(None, description="Sequences per step. Default: 4 x gpus.")
     micro_batch_size: Positive = Field(1, description="Sequences that a GPU processes at a time.")
     seq_length: Positive = Field(4096, description="Tokens per sequence.")
-    seed: int = Field(1234, ge=1, lt=2**31, description="Seed for the initialization of weights and for the order of the data.")
+    seed: int = Field(1234, ge=1, lt=2**31, description="Seed for initial weights and for the order of the data.")
     walltime: Walltime = Field("00:30:00", description="Time limit of the job, as [days-]hours:minutes:seconds.")
     convert_walltime: Walltime = Field(
         "02:00:00", description="Time limit of the checkpoint conversion with its download, as [days-]hours:minutes:seconds."
@@ -216,7 +220,7 @@ class Spec(Table):
     parallelism: Parallelism = Field(default_factory=Parallelism, description="How the model is split over GPUs.")
     data: Data = Field(default_factory=Data, description="The training data.")
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="Where the weights come from.")
-    sources: Sources = Field(default_factory=Sources, description="Source trees of the framework that replace the installed packages.")
+    sources: Sources = Field(default_factory=Sources, description="Source trees that replace installed packages.")
     optimizer: Optimizer = Field(default_factory=Optimizer, description="Settings of Adam.")
     optimizations: Optimizations = Field(
         default_factory=Optimizations, description="Changes to the stock recipe that make a step faster."
@@ -232,7 +236,7 @@ class Spec(Table):
         description="Path of a base spec, relative to this file. This spec inherits its keys and can override them.",
     )
     catalogue: OneLine | None = Field(
-        None, min_length=1, description="Path of a user catalogue, relative to this file. It has tables [models.NAME] and [gpus.NAME]."
+        None, min_length=1, description="Path of a user catalogue, relative to this file: [models.NAME], [gpus.NAME]."
     )
     matrix: Matrix | None = Field(None, description="Many experiments from this spec.")
 

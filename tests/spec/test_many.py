@@ -130,7 +130,7 @@ def test_list_shows_what_there_is_and_what_is_stale(ftgen, specs):
     found = states()
     assert found["sweep_bf16_8"].startswith("stale: compiled with --set")
     assert found["sweep_bf16_16"] == "stale"
-    assert found["bad"].startswith("refused: specs/bad.toml: gpus: is needed")
+    assert found["bad"].startswith("refused: specs/bad.toml: gpus: is required")
     (specs / "sweep.toml").write_text(SWEEP.replace("[8, 16]", "[8]"))
     assert states()["sweep_fp8_16"] == "no spec here compiles to it"
 
