@@ -112,7 +112,7 @@ def test_two_specs_cannot_write_the_same_script(ftgen, specs, tmp_path):
     (tmp_path / "other/sweep_bf16_8.toml").write_text('scheme = "sft"\nprecision = "bf16"\ngpus = 8\n')
     done = ftgen("compile", specs, tmp_path / "other", "--out", tmp_path / "out")
     assert done.returncode == 1
-    assert "sweep_bf16_8 is the name of an experiment in" in done.stderr
+    assert "the name of an experiment must be unique" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
