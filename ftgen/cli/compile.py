@@ -1,4 +1,4 @@
-"""`ftgen compile`: specs to job scripts."""
+"""`ftgen compile`: compiles specs to job scripts."""
 
 import sys
 from pathlib import Path

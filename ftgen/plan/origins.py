@@ -1,7 +1,4 @@
-"""Tells where each number of a plan comes from, for `ftgen plan --all`.
-
-In: an `Experiment`. Out: rows of key, value and origin, `list[tuple[str, str, str]]`.
-"""
+"""Tells where each number of a plan comes from. In: an `Experiment`. Out: `tuple[str, str, str]`s of key, value, origin."""
 
 from dataclasses import asdict
 from typing import Any

@@ -61,7 +61,7 @@ class Table(BaseModel):
 
 
 class Lora(Table):
-    """Low-rank adaptation. ftgen reads this table only for scheme = "lora"."""
+    """Low-rank adaptation. The table requires scheme = "lora"."""
 
     rank: Positive = Field(8, description="Rank of the adapters.")
     alpha: Positive = Field(16, description="Scale of the adapters. Their output is multiplied by alpha / rank.")

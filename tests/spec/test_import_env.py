@@ -35,7 +35,7 @@ def test_stdout_is_a_spec_that_compiles(ftgen, tmp_path):
         command = [sys.executable, "-m", "ftgen", "import-env"]
         done = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, env=CLEAN | LAUNCHER, check=True)
     assert all(line.startswith("# ") for line in done.stderr.splitlines())
-    assert "Keep it with --site FILE" in done.stderr
+    assert "Save it with --site FILE" in done.stderr
     compiled = ftgen("compile", "s.toml", cwd=tmp_path)
     assert (compiled.returncode, compiled.stdout, compiled.stderr) == (0, "generated/s.sh\n", "")
 

@@ -132,7 +132,7 @@ def test_list_shows_what_there_is_and_what_is_stale(ftgen, specs):
     assert found["sweep_bf16_16"] == "stale"
     assert found["bad"].startswith("refused: specs/bad.toml: gpus: is required")
     (specs / "sweep.toml").write_text(SWEEP.replace("[8, 16]", "[8]"))
-    assert states()["sweep_fp8_16"] == "no spec here compiles to it"
+    assert states()["sweep_fp8_16"] == "no spec compiles to this script"
 
 
 def test_a_spec_with_many_points_must_be_told_which_one_is_meant(ftgen, specs):
