@@ -1,4 +1,4 @@
-"""Defines errors as data: what is wrong, where it is, and a hint what to do.
+"""Defines errors as data: what is wrong, where it is, and a hint.
 
 In: problems found anywhere in ftgen. Out: one exception with all of them. Only `cli` prints it.
 """

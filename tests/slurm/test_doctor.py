@@ -58,7 +58,7 @@ def test_a_healthy_site_passes(desk, hub):
 @pytest.mark.parametrize(
     ("profile", "refusal", "hint"),
     [
-        ('partition = "nowhere"\n', "invalid partition specified: nowhere", "sinfo -s shows them"),
+        ('partition = "nowhere"\n', "invalid partition specified: nowhere", "sinfo -s shows the partitions"),
         ('gpu_request = "gres"\ngpu_type = "a100"\n', "Requested node configuration is not available", "sinfo -o"),
         ("gpus_per_node = 2\n", "", "gpus in the spec"),
         ('reservation = "none"\n', "Requested reservation is invalid", "scontrol show reservation"),
