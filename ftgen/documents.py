@@ -1,6 +1,6 @@
 """Looks up, sets, merges and removes values of nested tables by key path.
 
-In: plain dicts. Out: values, or new dicts.
+In: documents (`dict[str, Any]`) and key paths (`KeyPath`). Out: values, or new documents. No function changes its input.
 """
 
 from typing import Any

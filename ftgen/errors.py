@@ -1,6 +1,6 @@
-"""Errors as data: what is wrong, where, and what would mend it.
+"""Defines errors as data: what is wrong, where it is, and a hint.
 
-In: problems found anywhere in ftgen. Out: one exception that carries them all; `cli` alone prints it.
+In: problems found anywhere in ftgen. Out: one exception with all of them. Only `cli` prints it.
 """
 
 import difflib
@@ -13,14 +13,14 @@ KeyPath = tuple[str | int, ...]  # ("parallelism", "tensor_model_parallel_size")
 
 
 class Problem(NamedTuple):
-    """One thing the user must change."""
+    """One thing that the user must change."""
 
     where: KeyPath  # the key to change
     what: str  # the rule, then the values found
     hint: str = ""
-    also: tuple[KeyPath, ...] = ()  # further keys that the rule reads
-    file: str = ""  # set where the key is located
-    line: int = 0  # 1-based; 0 is not known
+    also: tuple[KeyPath, ...] = ()  # other keys that the rule reads
+    file: str = ""  # set when the key is located
+    line: int = 0  # 1-based; 0: not known
 
     def __str__(self) -> str:
         file = self.file if self.file.isprintable() else quoted(self.file)
@@ -30,25 +30,25 @@ class Problem(NamedTuple):
 
 
 def dotted(path: KeyPath) -> str:
-    """The key path as it is written in TOML and after --set."""
+    """The key path in the syntax of TOML and of --set."""
     return ".".join(key if re.fullmatch("[A-Za-z0-9_-]+", key) else quoted(key) for key in map(str, path))
 
 
 def quoted(text: str) -> str:
-    """A basic string of TOML: what cannot be printed is escaped."""
+    """The text as a basic string of TOML, with non-printing characters escaped."""
     shown = json.dumps(text, ensure_ascii=False)
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" if ord(c) < 0x10000 else f"\\U{ord(c):08x}" for c in shown)
 
 
 def closest(word: str, known: Iterable[str]) -> str:
-    """A hint that names the nearest known word, or all of them where none is near."""
+    """A hint with the most similar known word, or with all known words if none is similar."""
     words = sorted(known)
     near = difflib.get_close_matches(word, words, n=1)
-    return f"did you mean {near[0]}?" if near else "one of " + ", ".join(words)
+    return f"did you mean {near[0]}?" if near else f"use one of {', '.join(words)}"
 
 
 class UserError(Exception):
-    """Something the user must change: every problem found, not just the first."""
+    """Things that the user must change: all problems, not only the first."""
 
     def __init__(self, *problems: Problem) -> None:
         super().__init__(*problems)
@@ -59,8 +59,8 @@ class UserError(Exception):
 
 
 class SpecError(UserError):
-    """Things to change in a spec, a site profile or a catalogue."""
+    """Problems in a spec, a site profile or a user catalogue."""
 
 
 class LogError(UserError):
-    """Logs that cannot be found or read."""
+    """Problems with logs, or with the options that read them."""

@@ -1,4 +1,7 @@
-"""Files of ftgen and files it writes: written atomically, or compared. In: {file name: text}. Out: paths, or differences."""
+"""Writes files atomically, compares them, and finds the files of ftgen.
+
+In: texts by file name (`Mapping[str, str]`), or a name. Out: `Path`s, a diff (`str`), or a text (`str`).
+"""
 
 import difflib
 import os
@@ -10,7 +13,7 @@ HERE = Path(__file__).parent
 
 
 def write(folder: Path, texts: Mapping[str, str | Iterable[str]]) -> list[Path]:
-    """Write each file, a text or its pieces, as a whole or not at all; scripts are executable. Gives their paths."""
+    """Write each file completely or not at all, from a text or its pieces. Scripts are executable. Returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     return [_write(folder / name, text) for name, text in texts.items()]
 
@@ -30,7 +33,7 @@ def _write(path: Path, text: str | Iterable[str]) -> Path:
 
 
 def differences(folder: Path, texts: Mapping[str, str]) -> str:
-    """A unified diff from what is there to what would be written; empty if that is the same."""
+    """A unified diff from the existing files to the texts; empty if they are equal."""
     return "".join(_difference(folder / name, text) for name, text in texts.items())
 
 
@@ -43,7 +46,7 @@ def _difference(path: Path, text: str) -> str:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is such a folder; False for a path that cannot be looked at, such as one that is too long."""
+    """Whether the path is a folder. False if the path is not possible, for example too long."""
     try:
         return path.is_dir()
     except (OSError, ValueError):
@@ -51,7 +54,7 @@ def is_folder(path: Path) -> bool:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a file or folder; False for a path that cannot be looked at, such as one that is too long."""
+    """Whether the path is a file or folder. False if the path is not possible, for example too long."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -59,12 +62,12 @@ def exists(path: Path) -> bool:
 
 
 def source_folder(name: str) -> Path:
-    """`templates` or `runtime`: inside the installed package, or beside it in a checkout."""
+    """The folder `templates` or `runtime`: in the installed package, or beside it in a checkout."""
     installed = HERE / f"_{name}"
     return installed if installed.is_dir() else HERE.parent / name
 
 
 def source_file(name: str) -> str:
-    """The text of a file such as `constraints.txt`, which an installed package has as `_constraints.txt`."""
+    """The text of a file such as `constraints.txt`, which the installed package has as `_constraints.txt`."""
     installed = HERE / f"_{name}"
     return (installed if installed.is_file() else HERE.parent / name).read_text(encoding="utf-8")

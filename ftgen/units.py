@@ -1,4 +1,4 @@
-"""Quantities as people write them: walltimes, bytes, FLOP/s. In: text or numbers. Out: numbers or text."""
+"""Parses and formats quantities: walltimes, bytes, FLOP/s. In: texts or numbers. Out: numbers or texts."""
 
 import math
 import re
@@ -16,7 +16,7 @@ def parse_walltime(text: str) -> int:
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
     if not total:
-        raise ValueError("must be longer than no time at all")
+        raise ValueError("must be longer than 0 seconds")
     return total
 
 
@@ -30,7 +30,7 @@ def format_walltime(seconds: int) -> str:
 
 
 def format_flops(flops: float | None) -> str:
-    """FLOP/s in TFLOP/s."""
+    """FLOP/s, in TFLOP/s."""
     return UNKNOWN if flops is None else f"{flops / 1e12:g} TFLOP/s"
 
 

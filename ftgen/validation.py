@@ -1,6 +1,6 @@
-"""Validates a document against a table of keys.
+"""Validates a document against a table of keys, which is a pydantic model.
 
-In: a pydantic model and plain dicts. Out: the frozen table, or every wrong key as a `Problem` with a hint.
+In: a pydantic model and a document (`dict[str, Any]`). Out: the frozen model, or a `list[Problem]` with every wrong key.
 """
 
 from typing import Any, TypeVar, get_args, get_origin
@@ -33,7 +33,7 @@ _WANTED = {
 
 
 def validate(table: type[T], document: Document) -> tuple[T | None, list[Problem]]:
-    """The document as a table, or None and what is wrong with it."""
+    """The document as a frozen table and no problems; or None and every problem of the document."""
     try:
         return table.model_validate(document), []
     except ValidationError as error:
@@ -42,7 +42,7 @@ def validate(table: type[T], document: Document) -> tuple[T | None, list[Problem
 
 
 def validate_partly(table: type[T], document: Document, placeholders: Document) -> tuple[T, list[Problem]]:
-    """A table without the keys that have problems, for checking the other keys together; and all those problems.
+    """A table without the keys that have problems, and all those problems. Rules can then check the other keys.
 
     `placeholders` stand in for missing keys that have no default.
     """
@@ -70,7 +70,7 @@ def _problem(table: type[BaseModel], document: Document, detail: Any) -> Problem
     found, context = detail["input"], detail.get("ctx", {})
     match detail["type"]:
         case "missing":
-            return Problem(path, "is needed and has no default", _description(table, path))
+            return Problem(path, "is required and has no default", _description(table, path))
         case "extra_forbidden":
             return Problem(path, "unknown key", closest(str(path[-1]), _keys(table, path[:-1])))
         case "literal_error":
@@ -80,22 +80,22 @@ def _problem(table: type[BaseModel], document: Document, detail: Any) -> Problem
         case "string_pattern_mismatch":
             return Problem(path, f"must match {context['pattern']}, found {show(found)}", _description(table, path))
         case "at_key":
-            return Problem((*path, context["key"]), detail["msg"], "export it in the shell that submits the job")
+            return Problem((*path, context["key"]), detail["msg"], context["hint"])
         case kind if kind in _WANTED:
             what = _FOUND.get(type(found), f"a {type(found).__name__}")
             return Problem(path, f"must be {_WANTED[kind]}, found {what}: {show(found)}", _description(table, path))
-    message = detail["msg"].replace("Input should", "must").replace("must be", "must be", 1)
+    message = detail["msg"].replace("Input should", "must")
     return Problem(path, f"{message}, found {show(get(document, path))}", _description(table, path))
 
 
 def show(value: Any) -> str:
-    """A value as TOML writes it, on one line, cut where it is long."""
+    """The value as TOML writes it, on one line of at most 60 characters."""
     text = quoted(value) if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _table_at(table: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
-    """The table that stands at a key path, None where the path leaves the vocabulary."""
+    """The table at a key path; None if no table has this path."""
     current: type[BaseModel] = table
     keys = [str(key) for key in path if isinstance(key, str)]
     while keys:
@@ -105,12 +105,12 @@ def _table_at(table: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
             return None
         current = inner[0]
         if field and get_origin(field.annotation) is dict:
-            keys = keys[1:]  # a name of the user's
+            keys = keys[1:]  # the next key is a name that the user chose
     return current
 
 
 def _inside(annotation: Any) -> tuple[Any, ...]:
-    """The annotation and those that it is made of."""
+    """The annotation and the annotations inside it."""
     return (annotation, *(inner for each in get_args(annotation) for inner in (each, *get_args(each))))
 
 
@@ -124,7 +124,7 @@ def _keys(table: type[BaseModel], path: KeyPath) -> list[str]:
 
 
 def _description(table: type[BaseModel], path: KeyPath) -> str:
-    """What the key is for, from the vocabulary itself."""
+    """The description of the key, from its field; "" if there is none."""
     names = [str(key) for key in path if isinstance(key, str)]
     owner = _table_at(table, tuple(names[:-1])) if names else None
     field = owner.model_fields.get(names[-1]) if owner else None

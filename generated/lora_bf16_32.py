@@ -7,7 +7,7 @@ Written by ftgen 0.1.0 from lora_bf16_32.toml. The job's script runs it. To run 
 
     STAGE_PATH=/shared/folder python3 lora_bf16_32.py check|packages|converted|convert|verify|finetune
 
-    check      print everything that is missing
+    check      print an error for each thing that is missing
     packages   check only the packages of this Python
     converted  exit code 0 if the converted checkpoint exists, 1 if not
     convert    download the weights and convert them to NeMo's format, unless that is done
@@ -30,7 +30,7 @@ PLAN = json.loads(r"""
   "name": "lora_bf16_32",
   "experiment": "lora_nemo_llama3_8b_bf16_32",
   "spec_file": "lora_bf16_32.toml",
-  "spec_sha256": "fd5ca5b6e7f428e330bbce5aea9d3f1ae0364cd79e037d1e5e07786b0e92b07f",
+  "spec_sha256": "3f588d48a8fe9c52f85f07642e0d0f1a19b5183a336ff0ff5ee61e91d4867442",
   "point": {},
   "overrides": {},
   "scheme": "lora",
@@ -168,7 +168,7 @@ def find_runtime() -> None:
         if (folder / "runtime" / "check.py").is_file():
             sys.path.insert(0, str(folder))
             return
-    sys.exit(f"ftgen: error: there is no runtime/ beside {__file__}\n  hint: bash {PLAN['name']}.sh --unpack FOLDER writes both")
+    sys.exit(f"ftgen: error: there is no runtime/ beside {__file__}\n  hint: run bash {PLAN['name']}.sh --unpack FOLDER")
 
 
 def find_sources() -> None:

@@ -7,7 +7,7 @@ Written by ftgen 0.1.0 from lora_bf16_8.toml. The job's script runs it. To run i
 
     STAGE_PATH=/shared/folder python3 lora_bf16_8.py check|packages|converted|convert|verify|finetune
 
-    check      print everything that is missing
+    check      print an error for each thing that is missing
     packages   check only the packages of this Python
     converted  exit code 0 if the converted checkpoint exists, 1 if not
     convert    download the weights and convert them to NeMo's format, unless that is done
@@ -30,7 +30,7 @@ PLAN = json.loads(r"""
   "name": "lora_bf16_8",
   "experiment": "lora_nemo_llama3_8b_bf16_8",
   "spec_file": "lora_bf16_8.toml",
-  "spec_sha256": "bfc1bb69e68dfabfaf12a14eb27ac001503ccb027a0a3493557010de0219728e",
+  "spec_sha256": "c45bd8775430cf6ab45983796c30846cf2baa1ea51feaab63694e10a53f73476",
   "point": {},
   "overrides": {},
   "scheme": "lora",
@@ -168,7 +168,7 @@ def find_runtime() -> None:
         if (folder / "runtime" / "check.py").is_file():
             sys.path.insert(0, str(folder))
             return
-    sys.exit(f"ftgen: error: there is no runtime/ beside {__file__}\n  hint: bash {PLAN['name']}.sh --unpack FOLDER writes both")
+    sys.exit(f"ftgen: error: there is no runtime/ beside {__file__}\n  hint: run bash {PLAN['name']}.sh --unpack FOLDER")
 
 
 def find_sources() -> None:

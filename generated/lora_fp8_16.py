@@ -7,7 +7,7 @@ Written by ftgen 0.1.0 from lora_fp8_16.toml. The job's script runs it. To run i
 
     STAGE_PATH=/shared/folder python3 lora_fp8_16.py check|packages|converted|convert|verify|finetune
 
-    check      print everything that is missing
+    check      print an error for each thing that is missing
     packages   check only the packages of this Python
     converted  exit code 0 if the converted checkpoint exists, 1 if not
     convert    download the weights and convert them to NeMo's format, unless that is done
@@ -30,7 +30,7 @@ PLAN = json.loads(r"""
   "name": "lora_fp8_16",
   "experiment": "lora_nemo_llama3_8b_fp8_16",
   "spec_file": "lora_fp8_16.toml",
-  "spec_sha256": "2517e7446670c37f71f0bd3609e18594425f670f3edbc07ddb3807bc75442a85",
+  "spec_sha256": "7cb336e97cb70d2b2ab8f8420bf81050c141c945d0c16515d254eadc125e7db5",
   "point": {},
   "overrides": {},
   "scheme": "lora",
@@ -168,7 +168,7 @@ def find_runtime() -> None:
         if (folder / "runtime" / "check.py").is_file():
             sys.path.insert(0, str(folder))
             return
-    sys.exit(f"ftgen: error: there is no runtime/ beside {__file__}\n  hint: bash {PLAN['name']}.sh --unpack FOLDER writes both")
+    sys.exit(f"ftgen: error: there is no runtime/ beside {__file__}\n  hint: run bash {PLAN['name']}.sh --unpack FOLDER")
 
 
 def find_sources() -> None:

@@ -7,7 +7,7 @@ Written by ftgen 0.1.0 from lora_fp8_32.toml. The job's script runs it. To run i
 
     STAGE_PATH=/shared/folder python3 lora_fp8_32.py check|packages|converted|convert|verify|finetune
 
-    check      print everything that is missing
+    check      print an error for each thing that is missing
     packages   check only the packages of this Python
     converted  exit code 0 if the converted checkpoint exists, 1 if not
     convert    download the weights and convert them to NeMo's format, unless that is done
@@ -30,7 +30,7 @@ PLAN = json.loads(r"""
   "name": "lora_fp8_32",
   "experiment": "lora_nemo_llama3_8b_fp8_32",
   "spec_file": "lora_fp8_32.toml",
-  "spec_sha256": "5e3b3bb957a306127b3ec9cb65ae11d55edb86946f221a3f596c4eaaea8c26e0",
+  "spec_sha256": "ff8d8ffbaec6d4fcf042018e4fe9cfb9b78079ad5919d7189469541e1bbe1f3e",
   "point": {},
   "overrides": {},
   "scheme": "lora",
@@ -168,7 +168,7 @@ def find_runtime() -> None:
         if (folder / "runtime" / "check.py").is_file():
             sys.path.insert(0, str(folder))
             return
-    sys.exit(f"ftgen: error: there is no runtime/ beside {__file__}\n  hint: bash {PLAN['name']}.sh --unpack FOLDER writes both")
+    sys.exit(f"ftgen: error: there is no runtime/ beside {__file__}\n  hint: run bash {PLAN['name']}.sh --unpack FOLDER")
 
 
 def find_sources() -> None:

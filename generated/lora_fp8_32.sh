@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # lora_nemo_llama3_8b_fp8_32: LoRA FP8 fine-tuning of llama3_8b on 4 nodes of 8 h100
-# Written by ftgen 0.1.0 from lora_fp8_32.toml (sha256 5e3b3bb957a306127b3ec9cb65ae11d55edb86946f221a3f596c4eaaea8c26e0).
+# Written by ftgen 0.1.0 from lora_fp8_32.toml (sha256 ff8d8ffbaec6d4fcf042018e4fe9cfb9b78079ad5919d7189469541e1bbe1f3e).
 # Do not change this file: change the spec and compile it again.
 #
 #   sbatch lora_fp8_32.sh           on a Slurm cluster; if you name several scripts, they run one after the other
@@ -411,7 +411,7 @@ Written by ftgen 0.1.0 from lora_fp8_32.toml. The job's script runs it. To run i
 
     STAGE_PATH=/shared/folder python3 lora_fp8_32.py check|packages|converted|convert|verify|finetune
 
-    check      print everything that is missing
+    check      print an error for each thing that is missing
     packages   check only the packages of this Python
     converted  exit code 0 if the converted checkpoint exists, 1 if not
     convert    download the weights and convert them to NeMo's format, unless that is done
@@ -434,7 +434,7 @@ PLAN = json.loads(r"""
   "name": "lora_fp8_32",
   "experiment": "lora_nemo_llama3_8b_fp8_32",
   "spec_file": "lora_fp8_32.toml",
-  "spec_sha256": "5e3b3bb957a306127b3ec9cb65ae11d55edb86946f221a3f596c4eaaea8c26e0",
+  "spec_sha256": "ff8d8ffbaec6d4fcf042018e4fe9cfb9b78079ad5919d7189469541e1bbe1f3e",
   "point": {},
   "overrides": {},
   "scheme": "lora",
@@ -572,7 +572,7 @@ def find_runtime() -> None:
         if (folder / "runtime" / "check.py").is_file():
             sys.path.insert(0, str(folder))
             return
-    sys.exit(f"ftgen: error: there is no runtime/ beside {__file__}\n  hint: bash {PLAN['name']}.sh --unpack FOLDER writes both")
+    sys.exit(f"ftgen: error: there is no runtime/ beside {__file__}\n  hint: run bash {PLAN['name']}.sh --unpack FOLDER")
 
 
 def find_sources() -> None:
@@ -1563,9 +1563,8 @@ class OneDirectory:
     def save_hf_tokenizer_assets(self, tokenizer_name_or_path: str, save_path: str = "") -> str:
         """Save the tokenizer in our own folder. NeMo copies the folder, with its name, into the checkpoint."""
         target = save_path or str(self.tokenizer_directory)
-        AutoTokenizer.from_pretrained(tokenizer_name_or_path).save_pretrained(
-            target
-        )  # does not run code of the model's repository
+        # from_pretrained does not run code of the model's repository
+        AutoTokenizer.from_pretrained(tokenizer_name_or_path).save_pretrained(target)
         return target
 
     def nemo_setup(self, model: Any, trainer: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -2118,7 +2117,7 @@ def apply(recipe: Any, _plan: dict[str, Any]) -> None:
     recipe.model.config.use_transformer_engine_op_fuser = True
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/packs.py <<'END_OF_FTGEN_FILE'
-"""Shared by the optimizations of packed sequences: a data step that changes the batch, and the boundaries of sequences.
+"""Change batches in a data step, and find the boundaries of packed sequences, for several optimizations.
 
 In: NeMo's data step and its batches on the CPU. Out: a data step and batches that are changed.
 """
@@ -2419,9 +2418,8 @@ def _set_scheme(recipe: Any, plan: Plan) -> None:
 
 def _set_optimizer(recipe: Any, plan: Plan) -> None:
     recipe.optim.config.lr = plan["optimizer"]["learning_rate"]
-    warmup = min(
-        plan["optimizer"]["warmup_steps"], plan["max_steps"] - 1
-    )  # the scheduler requires fewer warmup steps than steps
+    # the scheduler requires fewer warmup steps than steps
+    warmup = min(plan["optimizer"]["warmup_steps"], plan["max_steps"] - 1)
     if warmup != plan["optimizer"]["warmup_steps"]:
         say(f"warmup is shortened to {warmup} steps, because max_steps = {plan['max_steps']}")
     recipe.optim.lr_scheduler.warmup_steps = warmup
@@ -2740,9 +2738,8 @@ class Watch:
             return False
         self._asked_slurm = time.monotonic()
         if job == here["slurm_job"]:
-            return bool(
-                owner.get("slurm_restart") != here["slurm_restart"]
-            )  # an earlier run of this job, before Slurm requeued it
+            # the owner may be an earlier run of this job, before Slurm requeued it
+            return bool(owner.get("slurm_restart") != here["slurm_restart"])
         return _slurm_state(job) in ENDED
 
 
@@ -2775,9 +2772,8 @@ def _process_is_gone(owner: dict[str, Any]) -> bool:
 
 def _process(pid: int) -> tuple[str, str]:
     """State and start time (clock ticks since boot) of a process; two empty strings if it does not exist."""
-    fields = (
-        _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    )  # the name of a process can contain any character, also ")"
+    # the name of a process can contain any character, also ")"
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return (fields[0], fields[19]) if len(fields) > 19 else ("", "")
 
 

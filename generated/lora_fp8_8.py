@@ -7,7 +7,7 @@ Written by ftgen 0.1.0 from lora_fp8_8.toml. The job's script runs it. To run it
 
     STAGE_PATH=/shared/folder python3 lora_fp8_8.py check|packages|converted|convert|verify|finetune
 
-    check      print everything that is missing
+    check      print an error for each thing that is missing
     packages   check only the packages of this Python
     converted  exit code 0 if the converted checkpoint exists, 1 if not
     convert    download the weights and convert them to NeMo's format, unless that is done
@@ -30,7 +30,7 @@ PLAN = json.loads(r"""
   "name": "lora_fp8_8",
   "experiment": "lora_nemo_llama3_8b_fp8_8",
   "spec_file": "lora_fp8_8.toml",
-  "spec_sha256": "6a2b328e066a51abc0ab2f84c18aa0aa11d01173da13fc6a6a8eaab8eeb2133f",
+  "spec_sha256": "ed5fe795052adf2ba5f85e0aebe747f2ed32695fef83684466b5b9d48a0394f3",
   "point": {},
   "overrides": {},
   "scheme": "lora",
@@ -168,7 +168,7 @@ def find_runtime() -> None:
         if (folder / "runtime" / "check.py").is_file():
             sys.path.insert(0, str(folder))
             return
-    sys.exit(f"ftgen: error: there is no runtime/ beside {__file__}\n  hint: bash {PLAN['name']}.sh --unpack FOLDER writes both")
+    sys.exit(f"ftgen: error: there is no runtime/ beside {__file__}\n  hint: run bash {PLAN['name']}.sh --unpack FOLDER")
 
 
 def find_sources() -> None:

@@ -7,7 +7,7 @@ Written by ftgen 0.1.0 from sft_bf16_16.toml. The job's script runs it. To run i
 
     STAGE_PATH=/shared/folder python3 sft_bf16_16.py check|packages|converted|convert|verify|finetune
 
-    check      print everything that is missing
+    check      print an error for each thing that is missing
     packages   check only the packages of this Python
     converted  exit code 0 if the converted checkpoint exists, 1 if not
     convert    download the weights and convert them to NeMo's format, unless that is done
@@ -30,7 +30,7 @@ PLAN = json.loads(r"""
   "name": "sft_bf16_16",
   "experiment": "sft_nemo_llama3_8b_bf16_16",
   "spec_file": "sft_bf16_16.toml",
-  "spec_sha256": "1efa139fc401abfd33fca31e6e07850cd4a3225dc4fbe0b34b5c9b6d74bdf75f",
+  "spec_sha256": "1f47c190f46d23839e3481051aab389c0307d7c3f9d6aa2ea7bb35519d6754fb",
   "point": {},
   "overrides": {},
   "scheme": "sft",
@@ -161,7 +161,7 @@ def find_runtime() -> None:
         if (folder / "runtime" / "check.py").is_file():
             sys.path.insert(0, str(folder))
             return
-    sys.exit(f"ftgen: error: there is no runtime/ beside {__file__}\n  hint: bash {PLAN['name']}.sh --unpack FOLDER writes both")
+    sys.exit(f"ftgen: error: there is no runtime/ beside {__file__}\n  hint: run bash {PLAN['name']}.sh --unpack FOLDER")
 
 
 def find_sources() -> None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # sft_nemo_llama3_8b_bf16_16: SFT BF16 fine-tuning of llama3_8b on 2 nodes of 8 h100
-# Written by ftgen 0.1.0 from sft_bf16_16.toml (sha256 1efa139fc401abfd33fca31e6e07850cd4a3225dc4fbe0b34b5c9b6d74bdf75f).
+# Written by ftgen 0.1.0 from sft_bf16_16.toml (sha256 1f47c190f46d23839e3481051aab389c0307d7c3f9d6aa2ea7bb35519d6754fb).
 # Do not change this file: change the spec and compile it again.
 #
 #   sbatch sft_bf16_16.sh           on a Slurm cluster; if you name several scripts, they run one after the other
@@ -1306,9 +1306,8 @@ class OneDirectory:
     def save_hf_tokenizer_assets(self, tokenizer_name_or_path: str, save_path: str = "") -> str:
         """Save the tokenizer in our own folder. NeMo copies the folder, with its name, into the checkpoint."""
         target = save_path or str(self.tokenizer_directory)
-        AutoTokenizer.from_pretrained(tokenizer_name_or_path).save_pretrained(
-            target
-        )  # does not run code of the model's repository
+        # from_pretrained does not run code of the model's repository
+        AutoTokenizer.from_pretrained(tokenizer_name_or_path).save_pretrained(target)
         return target
 
     def nemo_setup(self, model: Any, trainer: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -1861,7 +1860,7 @@ def apply(recipe: Any, _plan: dict[str, Any]) -> None:
     recipe.model.config.use_transformer_engine_op_fuser = True
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/packs.py <<'END_OF_FTGEN_FILE'
-"""Shared by the optimizations of packed sequences: a data step that changes the batch, and the boundaries of sequences.
+"""Change batches in a data step, and find the boundaries of packed sequences, for several optimizations.
 
 In: NeMo's data step and its batches on the CPU. Out: a data step and batches that are changed.
 """
@@ -2162,9 +2161,8 @@ def _set_scheme(recipe: Any, plan: Plan) -> None:
 
 def _set_optimizer(recipe: Any, plan: Plan) -> None:
     recipe.optim.config.lr = plan["optimizer"]["learning_rate"]
-    warmup = min(
-        plan["optimizer"]["warmup_steps"], plan["max_steps"] - 1
-    )  # the scheduler requires fewer warmup steps than steps
+    # the scheduler requires fewer warmup steps than steps
+    warmup = min(plan["optimizer"]["warmup_steps"], plan["max_steps"] - 1)
     if warmup != plan["optimizer"]["warmup_steps"]:
         say(f"warmup is shortened to {warmup} steps, because max_steps = {plan['max_steps']}")
     recipe.optim.lr_scheduler.warmup_steps = warmup
@@ -2483,9 +2481,8 @@ class Watch:
             return False
         self._asked_slurm = time.monotonic()
         if job == here["slurm_job"]:
-            return bool(
-                owner.get("slurm_restart") != here["slurm_restart"]
-            )  # an earlier run of this job, before Slurm requeued it
+            # the owner may be an earlier run of this job, before Slurm requeued it
+            return bool(owner.get("slurm_restart") != here["slurm_restart"])
         return _slurm_state(job) in ENDED
 
 
@@ -2518,9 +2515,8 @@ def _process_is_gone(owner: dict[str, Any]) -> bool:
 
 def _process(pid: int) -> tuple[str, str]:
     """State and start time (clock ticks since boot) of a process; two empty strings if it does not exist."""
-    fields = (
-        _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    )  # the name of a process can contain any character, also ")"
+    # the name of a process can contain any character, also ")"
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return (fields[0], fields[19]) if len(fields) > 19 else ("", "")
 
 
@@ -3420,7 +3416,7 @@ Written by ftgen 0.1.0 from sft_bf16_16.toml. The job's script runs it. To run i
 
     STAGE_PATH=/shared/folder python3 sft_bf16_16.py check|packages|converted|convert|verify|finetune
 
-    check      print everything that is missing
+    check      print an error for each thing that is missing
     packages   check only the packages of this Python
     converted  exit code 0 if the converted checkpoint exists, 1 if not
     convert    download the weights and convert them to NeMo's format, unless that is done
@@ -3443,7 +3439,7 @@ PLAN = json.loads(r"""
   "name": "sft_bf16_16",
   "experiment": "sft_nemo_llama3_8b_bf16_16",
   "spec_file": "sft_bf16_16.toml",
-  "spec_sha256": "1efa139fc401abfd33fca31e6e07850cd4a3225dc4fbe0b34b5c9b6d74bdf75f",
+  "spec_sha256": "1f47c190f46d23839e3481051aab389c0307d7c3f9d6aa2ea7bb35519d6754fb",
   "point": {},
   "overrides": {},
   "scheme": "sft",
@@ -3574,7 +3570,7 @@ def find_runtime() -> None:
         if (folder / "runtime" / "check.py").is_file():
             sys.path.insert(0, str(folder))
             return
-    sys.exit(f"ftgen: error: there is no runtime/ beside {__file__}\n  hint: bash {PLAN['name']}.sh --unpack FOLDER writes both")
+    sys.exit(f"ftgen: error: there is no runtime/ beside {__file__}\n  hint: run bash {PLAN['name']}.sh --unpack FOLDER")
 
 
 def find_sources() -> None:

@@ -7,7 +7,7 @@ Written by ftgen 0.1.0 from sft_bf16_8.toml. The job's script runs it. To run it
 
     STAGE_PATH=/shared/folder python3 sft_bf16_8.py check|packages|converted|convert|verify|finetune
 
-    check      print everything that is missing
+    check      print an error for each thing that is missing
     packages   check only the packages of this Python
     converted  exit code 0 if the converted checkpoint exists, 1 if not
     convert    download the weights and convert them to NeMo's format, unless that is done
@@ -30,7 +30,7 @@ PLAN = json.loads(r"""
   "name": "sft_bf16_8",
   "experiment": "sft_nemo_llama3_8b_bf16_8",
   "spec_file": "sft_bf16_8.toml",
-  "spec_sha256": "daa69698219ef486111beaaa64f02508cd4a3af3627e02957b4f634b6b14dc89",
+  "spec_sha256": "7b916a49fd4bef2ae32958ca957c76c5dba4cdaf801b5933a5397400676e9253",
   "point": {},
   "overrides": {},
   "scheme": "sft",
@@ -161,7 +161,7 @@ def find_runtime() -> None:
         if (folder / "runtime" / "check.py").is_file():
             sys.path.insert(0, str(folder))
             return
-    sys.exit(f"ftgen: error: there is no runtime/ beside {__file__}\n  hint: bash {PLAN['name']}.sh --unpack FOLDER writes both")
+    sys.exit(f"ftgen: error: there is no runtime/ beside {__file__}\n  hint: run bash {PLAN['name']}.sh --unpack FOLDER")
 
 
 def find_sources() -> None:

@@ -7,7 +7,7 @@ Written by ftgen 0.1.0 from sft_fp8_16.toml. The job's script runs it. To run it
 
     STAGE_PATH=/shared/folder python3 sft_fp8_16.py check|packages|converted|convert|verify|finetune
 
-    check      print everything that is missing
+    check      print an error for each thing that is missing
     packages   check only the packages of this Python
     converted  exit code 0 if the converted checkpoint exists, 1 if not
     convert    download the weights and convert them to NeMo's format, unless that is done
@@ -30,7 +30,7 @@ PLAN = json.loads(r"""
   "name": "sft_fp8_16",
   "experiment": "sft_nemo_llama3_8b_fp8_16",
   "spec_file": "sft_fp8_16.toml",
-  "spec_sha256": "4ccb93985e09066590ea3aa7f70b0241517dc73d14f237bf27d8951699daf238",
+  "spec_sha256": "63b33a2c4cf2c264d3e2427106793d238d5f6ca28c0c518a1a2cdf9d8f86c1c1",
   "point": {},
   "overrides": {},
   "scheme": "sft",
@@ -161,7 +161,7 @@ def find_runtime() -> None:
         if (folder / "runtime" / "check.py").is_file():
             sys.path.insert(0, str(folder))
             return
-    sys.exit(f"ftgen: error: there is no runtime/ beside {__file__}\n  hint: bash {PLAN['name']}.sh --unpack FOLDER writes both")
+    sys.exit(f"ftgen: error: there is no runtime/ beside {__file__}\n  hint: run bash {PLAN['name']}.sh --unpack FOLDER")
 
 
 def find_sources() -> None:

@@ -7,7 +7,7 @@ Written by ftgen 0.1.0 from sft_fp8_32.toml. The job's script runs it. To run it
 
     STAGE_PATH=/shared/folder python3 sft_fp8_32.py check|packages|converted|convert|verify|finetune
 
-    check      print everything that is missing
+    check      print an error for each thing that is missing
     packages   check only the packages of this Python
     converted  exit code 0 if the converted checkpoint exists, 1 if not
     convert    download the weights and convert them to NeMo's format, unless that is done
@@ -30,7 +30,7 @@ PLAN = json.loads(r"""
   "name": "sft_fp8_32",
   "experiment": "sft_nemo_llama3_8b_fp8_32",
   "spec_file": "sft_fp8_32.toml",
-  "spec_sha256": "badb887f31d3ec4d59bb28ad4e9f437362b572323942c33eab66c43072284860",
+  "spec_sha256": "0e0b0a4f2d8f854b68846a4e06429a65f000dd7ac9c072a9f2e857158081500d",
   "point": {},
   "overrides": {},
   "scheme": "sft",
@@ -161,7 +161,7 @@ def find_runtime() -> None:
         if (folder / "runtime" / "check.py").is_file():
             sys.path.insert(0, str(folder))
             return
-    sys.exit(f"ftgen: error: there is no runtime/ beside {__file__}\n  hint: bash {PLAN['name']}.sh --unpack FOLDER writes both")
+    sys.exit(f"ftgen: error: there is no runtime/ beside {__file__}\n  hint: run bash {PLAN['name']}.sh --unpack FOLDER")
 
 
 def find_sources() -> None:

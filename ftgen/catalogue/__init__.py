@@ -1,6 +1,6 @@
-"""Facts as data: models, GPUs, optimizations and published results, one TOML file each.
+"""Keeps facts as data: models, GPUs, optimizations and published results, one TOML file each.
 
-In: the TOML files beside this one. Out: frozen records by name. Start with `models.toml`, then `reader.py`.
+In: the TOML files of this folder. Out: frozen records by name. Start with `models.toml`, then `reader.py`.
 """
 
 from ftgen.catalogue.reader import (

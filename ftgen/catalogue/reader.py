@@ -1,4 +1,7 @@
-"""Models, GPUs and published results as data: the TOML tables beside this file, read into frozen records."""
+"""Reads the catalogue: models, GPUs, optimizations and published results.
+
+In: the TOML files of this folder, or a table (`Mapping[str, Any]`). Out: a `Model`, `Gpu`, `Optimization` or `Published`.
+"""
 
 from collections.abc import Mapping
 from functools import cache
@@ -11,10 +14,10 @@ HERE = Path(__file__).parent
 
 
 class Split(NamedTuple):
-    """How a model is split over GPUs where the spec does not say: the first row that fits the run."""
+    """How a model is split over GPUs if the spec does not set `parallelism`. The first row that fits the run is used."""
 
     scheme: str  # sft, lora
-    memory_gib: float  # of one GPU, at least
+    memory_gib: float  # minimum of one GPU
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     context_parallel_size: int = 1
@@ -23,13 +26,13 @@ class Split(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A model's architecture under Megatron's names, and where its weights come from."""
+    """The architecture of a model, by Megatron's names, and where its weights come from."""
 
     name: str
     title: str
     hf_id: str  # Hugging Face repository, org/name
-    checkpoint: str  # where weights come from unless the spec says otherwise: hub, random
-    gated: bool  # the hub asks for a token with access
+    checkpoint: str  # default of checkpoint.source: hub, random
+    gated: bool  # the hub requires a token with access
     nemo_recipe: str  # module in nemo.collections.llm.recipes
     num_layers: int
     hidden_size: int
@@ -40,12 +43,12 @@ class Model(NamedTuple):
     max_position_embeddings: int  # tokens
     rope_theta: float
     source: str
-    kv_channels: int | None = None  # width of an attention head; None is hidden_size / num_attention_heads
-    tied_embeddings: bool = False  # the LM head is the embedding
-    qkv_bias: bool = False  # queries, keys and values have one
-    rope_scaling_factor: float | None = None  # Llama 3.1's scaling of the rotary frequencies; None is without
-    parallelism: tuple[Split, ...] = ()  # in the order of preference; without a row that fits it is not split
-    flops_per_sample: float | None = None  # SFT, forward and backward, for flops_seq_length tokens
+    kv_channels: int | None = None  # width of an attention head; None: hidden_size / num_attention_heads
+    tied_embeddings: bool = False  # LM head and embedding have the same weights
+    qkv_bias: bool = False  # queries, keys and values have a bias
+    rope_scaling_factor: float | None = None  # of the rotary frequencies, as in Llama 3.1; None: no scaling
+    parallelism: tuple[Split, ...] = ()  # in the order of preference; without a row that fits, the model is not split
+    flops_per_sample: float | None = None  # of SFT, forward and backward, for flops_seq_length tokens
     flops_seq_length: int | None = None
 
     @property
@@ -55,63 +58,63 @@ class Model(NamedTuple):
 
     @property
     def matrix_weights(self) -> int:
-        """Weights that take part in matrix products: projections, MLPs and the LM head; not the embedding, not the norms."""
+        """Number of weights in matrix products: projections, MLPs and the LM head, but not the embedding and the norms."""
         attention = self.hidden_size * self.head_size * 2 * (self.num_attention_heads + self.num_query_groups)
         mlp = 3 * self.hidden_size * self.ffn_hidden_size
         return self.num_layers * (attention + mlp) + self.hidden_size * self.vocab_size
 
     @property
     def parameters(self) -> int:
-        """All weights: RMS norms without bias, an embedding of its own unless the LM head is it."""
+        """Number of all weights. RMS norms have no bias. Tied embeddings count once."""
         embedding = 0 if self.tied_embeddings else self.hidden_size * self.vocab_size
         bias = self.qkv_bias * self.head_size * (self.num_attention_heads + 2 * self.num_query_groups)
         return self.matrix_weights + embedding + self.hidden_size * (2 * self.num_layers + 1) + self.num_layers * bias
 
     def split(self, scheme: str, memory_gib: float) -> Split | None:
-        """How to split it over GPUs of this much memory; None where no row says."""
+        """The first row for the scheme and for GPUs with this memory; None if no row fits."""
         rows = (row for row in self.parallelism if row.scheme == scheme and memory_gib >= row.memory_gib)
         return next(rows, None)
 
     def flops(self, seq_length: int) -> float:
-        """FLOPs of one SFT sample of `seq_length` tokens, forward and backward, without attention scores."""
+        """FLOPs of SFT for one sample of `seq_length` tokens, forward and backward, without attention scores."""
         if self.flops_per_sample and self.flops_seq_length:
             return self.flops_per_sample * seq_length / self.flops_seq_length
         return 6.0 * self.matrix_weights * seq_length
 
 
 class Gpu(NamedTuple):
-    """An accelerator: memory and dense peaks, as its maker publishes them."""
+    """A GPU: its memory and its dense peaks, as the manufacturer publishes them."""
 
     name: str
     title: str
     memory_gib: float
     precisions: tuple[str, ...]
-    peak_tflops: Mapping[str, float]  # dense, by precision
+    peak_tflops: Mapping[str, float]  # dense peaks, by precision
     source: str
 
     def peak_flops(self, precision: str) -> float | None:
-        """Dense peak in FLOP/s, None where no peak is claimed."""
+        """Dense peak in FLOP/s; None if the catalogue has no peak for the precision."""
         tflops = self.peak_tflops.get(precision)
         return None if tflops is None else tflops * 1e12
 
 
 class Optimization(NamedTuple):
-    """A change to NeMo's stock recipe: what it does, and where measurements put it on."""
+    """A change to NeMo's stock recipe: what it does, and for which runs it is on by default."""
 
     name: str
     title: str
-    numerics: str  # "identical" to the stock recipe, "reordered" sums, or "rounded"
-    default: Mapping[str, list[str]]  # schemes, precisions, gpus: on where all three name the run
+    numerics: str  # compared with the stock recipe: "identical", "reordered", "rounded"
+    default: Mapping[str, list[str]]  # lists schemes, precisions, gpus: on if all three have the value of the run
     why: str
 
     def is_default(self, scheme: str, precision: str, gpu: str) -> bool:
-        """Whether it is on in this run unless the spec says otherwise."""
+        """Whether it is on by default in such a run."""
         named = (("schemes", scheme), ("precisions", precision), ("gpus", gpu))
         return all(value in self.default[key] for key, value in named)
 
 
 class Published(NamedTuple):
-    """One column of the recipe's result tables, as printed there."""
+    """One column of the result tables of the recipe, as published."""
 
     model: str
     gpu: str
@@ -127,7 +130,7 @@ class Published(NamedTuple):
 
 
 class UserCatalogue(NamedTuple):
-    """Models and GPUs of a catalogue file of the user's."""
+    """Models and GPUs that a user catalogue adds."""
 
     models: dict[str, Model]
     gpus: dict[str, Gpu]
@@ -139,13 +142,13 @@ def _read(name: str) -> dict[str, Any]:
 
 @cache
 def models() -> dict[str, Model]:
-    """Every known model by name."""
+    """Every model, by name."""
     return {name: model_from(name, table) for name, table in _read("models").items()}
 
 
 @cache
 def gpus() -> dict[str, Gpu]:
-    """Every known accelerator by name."""
+    """Every GPU, by name."""
     return {name: gpu_from(name, table) for name, table in _read("gpus").items()}
 
 
@@ -161,17 +164,17 @@ def gpu_from(name: str, table: Mapping[str, Any]) -> Gpu:
 
 @cache
 def optimizations() -> dict[str, Optimization]:
-    """Every known optimization by name."""
+    """Every optimization, by name."""
     return {name: Optimization(name=name, **table) for name, table in _read("optimizations").items()}
 
 
 @cache
 def published() -> tuple[Published, ...]:
-    """The recipe's published results, in the order of its tables."""
+    """The published results of the recipe, in the order of its tables."""
     return tuple(Published(**row) for row in _read("published")["result"])
 
 
 def published_for(model: str, scheme: str, precision: str, gpus: int) -> Published | None:
-    """The published result of this experiment, whatever it now runs on."""
+    """The published result of this experiment, for any GPU; None if there is none."""
     wanted = (model, scheme, precision, gpus)
     return next((row for row in published() if (row.model, row.scheme, row.precision, row.gpus) == wanted), None)

@@ -1,4 +1,4 @@
-"""`ftgen compile`: specs to job scripts."""
+"""`ftgen compile`: compiles specs to job scripts."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ from ftgen.cli.options import FOLDER, set_option, site_option, specs_argument
 @site_option
 @set_option
 @click.option("--out", type=FOLDER, default=Path("generated"), show_default=True, help="Folder for the scripts.")
-@click.option("--check", is_flag=True, help="Write nothing. Print a diff and exit 1 if a script is out of date.")
+@click.option("--check", is_flag=True, help="Write nothing. Print a diff and exit 1 if a script is stale.")
 def command(specs: tuple[Path, ...], site: Path | None, overrides: tuple[str, ...], out: Path, check: bool) -> None:
     """Compile specs, or folders of specs, to job scripts.
 
@@ -28,7 +28,7 @@ def command(specs: tuple[Path, ...], site: Path | None, overrides: tuple[str, ..
         differences = files.differences(out, texts)
         click.echo(differences, nl=False)
         if differences:
-            click.echo(f"{out} is out of date: compile the specs again", err=True)
+            click.echo(f"the scripts in {out} are stale: compile the specs again", err=True)
             sys.exit(1)
         return
     for path in files.write(out, texts):

@@ -1,10 +1,10 @@
-"""What a shell may complete after --set. In: what has been typed. Out: key paths of a spec, then the values of a key."""
+"""Completes the value of --set in a shell. In: the typed text (`str`). Out: key paths of a spec, or `key=value`s."""
 
 from ftgen.spec.spec import Spec
 
 
 def keys(typed: str) -> list[str]:
-    """Key paths that begin as typed, each with its =; behind an = the values that the key can have."""
+    """Key paths that begin with the typed text, with "=" at the end. After "=": also the possible values of the key."""
     schema = Spec.model_json_schema()
     values: dict[str, list[str]] = {}
     for name, key in schema["properties"].items():

@@ -1,4 +1,4 @@
-"""`ftgen doctor`: will the jobs run here?"""
+"""`ftgen doctor`: checks whether jobs will run on this cluster."""
 
 import sys
 from pathlib import Path

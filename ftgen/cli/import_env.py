@@ -1,4 +1,4 @@
-"""`ftgen import-env`: the variables of the recipe's launcher to a spec and a site profile."""
+"""`ftgen import-env`: translates the variables of the recipe's launcher to a spec and a site profile."""
 
 import os
 from pathlib import Path
@@ -9,8 +9,8 @@ from ftgen.cli.options import FILE
 
 
 @click.command("import-env")
-@click.option("--spec", type=FILE, help="Write the spec there instead of to stdout.")
-@click.option("--site", type=FILE, help="Write the site profile there instead of to stderr.")
+@click.option("--spec", type=FILE, help="Write the spec to this file instead of stdout.")
+@click.option("--site", type=FILE, help="Write the site profile to this file instead of stderr.")
 def command(spec: Path | None, site: Path | None) -> None:
     """Translate the recipe launcher's variables to TOML.
 
@@ -28,7 +28,7 @@ def command(spec: Path | None, site: Path | None) -> None:
         click.echo(spec_text, nl=False)
     if site:
         files.write(site.parent, {site.name: site_text})
-        click.echo(site, err=not spec)  # stdout is the spec, and nothing else
+        click.echo(site, err=not spec)  # stdout has only the spec
     else:
-        kept = "The site profile. Keep it with --site FILE, and give it to ftgen compile with --site FILE.\n"
+        kept = "The site profile. Save it with --site FILE, and use it with ftgen compile --site FILE.\n"
         click.echo("".join(f"# {line}\n" for line in (kept + site_text).splitlines()), nl=False, err=True)

@@ -1,4 +1,4 @@
-"""`ftgen list`: the experiments, and whether their scripts are up to date."""
+"""`ftgen list`: lists experiments, and whether their scripts are current."""
 
 from pathlib import Path
 

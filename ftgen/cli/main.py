@@ -1,7 +1,7 @@
-"""The command line's entry: it groups the commands, and turns errors into messages and exit codes.
+"""The entry point of the command line: groups the commands, and turns errors into messages and exit codes.
 
-In: the arguments of the process. Out: results on stdout, prose on stderr, an exit code: 0 fine, 1 something the user must
-change, 2 usage, 3 a bug of ftgen, 130 interrupted. A command imports what it needs when it runs: `ftgen --help` stays fast.
+In: the arguments of the process. Out: results on stdout, messages on stderr, an exit code: 0 success, 1 something that the
+user must change, 2 wrong usage, 3 a bug of ftgen, 130 interrupted. Commands import other modules late, so --help is fast.
 """
 
 import os
@@ -16,7 +16,7 @@ from ftgen.cli import doctor, import_env, plan, report, schema, setup, tabulate,
 from ftgen.cli import list as list_
 from ftgen.errors import UserError
 
-# without this, pydantic searches every installed package for plug-ins, and ftgen has none
+# otherwise pydantic searches every installed package for plug-ins; ftgen has none
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 SECTIONS = {
@@ -27,7 +27,7 @@ SECTIONS = {
 
 
 class Sections(click.Group):
-    """A group whose help lists the commands in sections, each with the whole first sentence of its help."""
+    """A group whose help lists the commands in sections, each with the first line of its help."""
 
     def format_commands(self, _context: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the sections."""

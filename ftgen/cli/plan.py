@@ -1,4 +1,4 @@
-"""`ftgen plan`: what a spec resolves to."""
+"""`ftgen plan`: shows the plan that a spec resolves to."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ from ftgen.cli.options import FILE, set_option, site_option
 @click.argument("spec", type=FILE)
 @site_option
 @set_option
-@click.option("--name", help="Which experiment, if SPEC has a matrix.")
+@click.option("--name", help="Name of the experiment, if SPEC has a matrix.")
 @click.option("--all", "every", is_flag=True, help="Show every number and where it comes from.")
-@click.option("--json", "as_json", is_flag=True, help="Print the plan as the job gets it.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON, as the job gets it.")
 def command(spec: Path, site: Path | None, overrides: tuple[str, ...], name: str | None, every: bool, as_json: bool) -> None:
     """Show the run that a spec resolves to.
 

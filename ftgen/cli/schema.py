@@ -1,4 +1,4 @@
-"""`ftgen schema`: JSON Schemas for editors and programs."""
+"""`ftgen schema`: prints JSON Schemas for editors and programs."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`ftgen setup`: a site profile to the job that sets the site up."""
+"""`ftgen setup`: compiles a site profile to the job that sets the site up."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ from ftgen.cli.options import FILE, FOLDER, optional_specs_argument
 
 
 @click.command("setup")
-@click.option("--site", type=FILE, required=True, help="The site profile, a TOML file that describes the cluster.")
+@click.option("--site", type=FILE, required=True, help="Site profile: a TOML file that describes the cluster.")
 @optional_specs_argument
-@click.option("--out", type=FOLDER, default=Path("generated"), show_default=True, help="OUT/setup/<site>.sh is written.")
+@click.option("--out", type=FOLDER, default=Path("generated"), show_default=True, help="Folder for setup/<site>.sh.")
 def command(site: Path, specs: tuple[Path, ...], out: Path) -> None:
     """Compile the job that prepares a cluster for ftgen.
 
-    The job makes the folders, the container image or the virtual environment, and the source trees that each SPEC asks for.
+    The job creates the folders, the image or the virtual environment, and the source trees of each SPEC.
     """
     from ftgen import files
     from ftgen.plan.experiments import load_all, load_site

@@ -1,4 +1,4 @@
-"""What asks a real cluster.
+"""Asks a real cluster about jobs.
 
-In: a site profile and plans. Out: findings of `ftgen doctor`, and the states of jobs. Start with `doctor.py`.
+In: a `Site` and `Plan`s. Out: the `Finding`s of `ftgen doctor`, and the states of jobs. Start with `doctor.py`.
 """

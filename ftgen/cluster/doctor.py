@@ -1,6 +1,7 @@
-"""A login node's look at what a job will meet, before anyone waits in a queue. In: a site and plans. Out: findings.
+"""Checks on a login node whether jobs will run, before they wait in the queue.
 
-Nothing is written but a temporary folder, nothing is queued, and the token is shown to the Hugging Face hub alone.
+In: a `Site` and `Plan`s. Out: `Finding`s. The checks write only a temporary folder, and submit no job. They send the token
+only to the Hugging Face hub.
 
 Environment: STAGE_PATH, FTGEN_PYTHON, HF_TOKEN, HF_TOKEN_PATH, HF_HOME, HF_ENDPOINT.
 """
@@ -23,23 +24,24 @@ from ftgen.spec.spec import Spec
 
 GIB = 1 << 30
 TIMEOUT_S = 30.0
-# File systems that other nodes do not see (of /proc/mounts).
+SETUP = "submit the script of `ftgen setup --site FILE SPEC`"
+# Types of file systems in /proc/mounts that other nodes do not see.
 LOCAL = {"btrfs", "ext2", "ext3", "ext4", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """The result of one check."""
 
-    verdict: str  # "ok", "warn" (it may be fine), "FAIL"
+    verdict: str  # "ok", "warn" (the job may run), "FAIL"
     what: str
-    mend: str = ""
+    hint: str = ""
 
     def __str__(self) -> str:
-        return f"{self.verdict:5}  {self.what}" + (f"\n       mend: {self.mend}" if self.mend else "")
+        return f"{self.verdict:5}  {self.what}" + (f"\n       hint: {self.hint}" if self.hint else "")
 
 
 def examine(site: Site, plans: list[Plan]) -> Iterator[Finding]:
-    """Every check in turn, of what the plans share and then of each; without plans, of one node with the recipe's LoRA."""
+    """Run every check. Without plans, the checks are for a LoRA of the recipe on one node."""
     if not plans:
         spec = Spec.model_validate({"scheme": "lora", "precision": "bf16", "gpus": site.gpus_per_node})
         plans = [resolve(spec, site, name="one_node", spec_file="one_node.toml")]
@@ -62,7 +64,7 @@ def examine(site: Site, plans: list[Plan]) -> Iterator[Finding]:
 
 
 def _run(*command: str | Path, **environment: str) -> tuple[int, str]:
-    """Exit status and what was said; 127 where there is no such program."""
+    """Exit code and output of a command. The exit code is 127 if there is no such program, and 124 after TIMEOUT_S."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=os.environ | environment
@@ -78,17 +80,17 @@ def _slurm() -> Finding:
     status, said = _run("scontrol", "ping")
     if status == 0 and "is UP" in said:
         return Finding("ok", f"Slurm answers: {_run('sinfo', '--version')[1]}")
-    mend = "run this on a login node of the cluster" if status == 127 else "ask the cluster's operators: scontrol ping"
-    return Finding("FAIL", f"Slurm does not answer: {_last_line(said)}", mend)
+    hint = "run this on a login node of the cluster" if status == 127 else "ask the operators of the cluster"
+    return Finding("FAIL", f"Slurm does not answer: {_last_line(said)}", hint)
 
 
 def _request(plan: Plan, script: Path) -> Finding:
-    """What Slurm would make of the job; nothing is submitted."""
+    """Whether Slurm would accept the job. Nothing is submitted."""
     what = f"{plan.name}: {plan.nodes} x {plan.gpus_per_node} GPUs"
     status, said = _run("sbatch", "--test-only", script)
     if status == 0:
-        return Finding("ok", f"{what}: Slurm takes the job ({_last_line(said).removeprefix('sbatch: ')})")
-    return Finding("FAIL", f"{what}: Slurm refuses the job: {_reason(said)}", _request_mend(said))
+        return Finding("ok", f"{what}: Slurm accepts the job ({_last_line(said).removeprefix('sbatch: ')})")
+    return Finding("FAIL", f"{what}: Slurm refuses the job: {_reason(said)}", _request_hint(said))
 
 
 def _reason(said: str) -> str:
@@ -96,42 +98,46 @@ def _reason(said: str) -> str:
     return "; ".join(dict.fromkeys(lines)) or _last_line(said)
 
 
-def _request_mend(said: str) -> str:
-    mends = {
-        "account": "account in the site profile, or export SBATCH_ACCOUNT: sacctmgr show associations user=$USER",
-        "partition": "partition in the site profile, or export SBATCH_PARTITION: sinfo -s shows them",
-        "qos": "qos in the site profile: sacctmgr show qos",
-        "reservation": "reservation in the site profile: scontrol show reservation",
-        "gres": 'gpu_request in the site profile: sinfo -o "%P %G" shows what nodes have',
-        "time limit": "walltime in the spec: sinfo -s shows each partition's limit",
-        "node": 'gpus in the spec, or gpu_request, gpus_per_node, partition in the site profile: sinfo -o "%P %D %G"',
+def _request_hint(said: str) -> str:
+    hints = {
+        "account": "set account in the site profile, or export SBATCH_ACCOUNT: see sacctmgr show associations user=$USER",
+        "partition": "set partition in the site profile, or export SBATCH_PARTITION: sinfo -s shows the partitions",
+        "qos": "set qos in the site profile: sacctmgr show qos shows them",
+        "reservation": "set reservation in the site profile: scontrol show reservation shows them",
+        "gres": 'set gpu_request in the site profile: sinfo -o "%P %G" shows the GPUs of each partition',
+        "time limit": "set walltime in the spec: sinfo -s shows the time limit of each partition",
+        "node": 'set gpus in the spec, or the GPUs and the partition in the site profile: see sinfo -o "%P %D %G"',
     }
-    found = [mend for word, mend in mends.items() if word in said.lower()]
-    return found[0] if found else "compare the #SBATCH lines of the compiled script with what the site's manual says"
+    found = [hint for word, hint in hints.items() if word in said.lower()]
+    return found[0] if found else "compare the #SBATCH lines of the compiled script with the manual of the cluster"
 
 
 def _stage_path(stage: Path, site: Site, plans: list[Plan]) -> Iterator[Finding]:
-    mend = "mkdir -p it, or export STAGE_PATH=<a folder that all nodes share>"
+    hint = "create it with mkdir -p, or export STAGE_PATH=<a folder that all nodes share>"
     if not os.environ.get("STAGE_PATH") and not site.stage_path:
-        yield Finding("warn", f"STAGE_PATH is not set: it will be {stage}, where you submit", "export STAGE_PATH=<a folder>")
+        yield Finding("warn", f"STAGE_PATH is not set: jobs will use {stage}", "export STAGE_PATH=<a folder>")
     if not stage.is_dir() or not os.access(stage, os.W_OK | os.X_OK):
-        yield Finding("FAIL", f"STAGE_PATH: {stage} is no folder that you can write to", mend)
+        yield Finding("FAIL", f"STAGE_PATH: {stage} is not a folder that you can write to", hint)
         return
     kind = _file_system(stage)
     if kind in LOCAL:
-        yield Finding("warn", f"STAGE_PATH: {stage} is on {kind}, which other nodes do not see as a rule", mend)
+        yield Finding("warn", f"STAGE_PATH: {stage} is on {kind}, which other nodes usually do not see", hint)
     else:
-        yield Finding("ok", f"STAGE_PATH: {stage} can be written to and is on {kind}")
+        yield Finding("ok", f"STAGE_PATH: you can write to {stage}, which is on {kind}")
     need, free = _need_bytes(stage, plans), shutil.disk_usage(stage).free
-    room = f"STAGE_PATH: {free / GIB:.0f} GiB are free, and {need / GIB:.0f} GiB are needed for checkpoints"
-    yield Finding("ok", room) if free >= need else Finding("FAIL", room, "make room, or export STAGE_PATH=<a larger one>")
+    room = f"STAGE_PATH: {free / GIB:.0f} GiB are free, checkpoints need {need / GIB:.0f} GiB"
+    yield (
+        Finding("ok", room)
+        if free >= need
+        else Finding("FAIL", room, "free some space, or export STAGE_PATH=<a larger one>")
+    )
     for path in site.shared_paths:
         if not Path(path).exists():
-            yield Finding("FAIL", f"shared_paths: there is no {path} here", "correct the site profile")
+            yield Finding("FAIL", f"shared_paths: {path} does not exist here", "correct the site profile")
 
 
 def _file_system(path: Path) -> str:
-    """Type of the file system, as /proc/mounts calls it."""
+    """Type of the file system, by its name in /proc/mounts."""
     best, kind = "", "an unknown file system"
     for line in Path("/proc/mounts").read_text(encoding="utf-8", errors="replace").splitlines():
         _, mount, name, *_ = line.split()
@@ -142,7 +148,7 @@ def _file_system(path: Path) -> str:
 
 
 def _need_bytes(stage: Path, plans: list[Plan]) -> int:
-    """Bytes that download and conversion write, two for each parameter: of checkpoints that are not there."""
+    """Bytes that download and conversion of missing checkpoints write: two per parameter each."""
     missing = {p.checkpoint.place: p for p in plans if not (stage / "HF_ckpt/models" / p.checkpoint.place).exists()}
     return sum(2 * p.model.parameters * (1 if p.checkpoint.source == "directory" else 2) for p in missing.values())
 
@@ -152,32 +158,31 @@ def _python(plan: Plan, folder: Path, stage: Path) -> Finding:
     image = str(python.image).replace("$STAGE_PATH", str(stage)).replace("${STAGE_PATH}", str(stage))
     if python.image and "/" in image and not image.startswith("docker:") and "#" not in image:
         if not Path(image).is_file():
-            return Finding("FAIL", f"the image {image} is not there", "sbatch what `ftgen setup --site FILE` compiles")
-        return Finding("ok", f"the image {image} is there; what is in it, the job looks at first")
+            return Finding("FAIL", f"the image {image} does not exist", SETUP)
+        return Finding("ok", f"the image {image} exists; the job checks its packages when it starts")
     if python.image:
-        return Finding("warn", f"the image {image} comes from a registry: only a job can tell")
+        return Finding("warn", f"the image {image} is in a registry: only a job can check it")
     path = str(python.path or "python3").replace("$STAGE_PATH", str(stage))
     interpreter = os.environ.get("FTGEN_PYTHON") or (f"{path}/bin/python" if python.kind == "venv" else path)
     _run("bash", folder / f"{plan.name}.sh", "--unpack", folder)
     status, said = _run(interpreter, folder / f"{plan.name}.py", "packages", STAGE_PATH=str(stage))
     if status == 0:
         return Finding("ok", f"{interpreter} has the packages that the job needs")
-    mend = "sbatch what `ftgen setup --site FILE` compiles" if python.kind == "venv" else "activate the right environment"
+    hint = SETUP if python.kind == "venv" else "activate the environment that has NeMo"
     lines = [line.split("ftgen: error: ", 1)[1] for line in said.splitlines() if "ftgen: error: " in line]
-    return Finding("FAIL", f"{interpreter}: {'; '.join(lines) or _last_line(said)}", mend)
+    return Finding("FAIL", f"{interpreter}: {'; '.join(lines) or _last_line(said)}", hint)
 
 
 def _sources(plans: list[Plan], stage: Path) -> Iterator[Finding]:
     for source in dict.fromkeys(source for plan in plans for source in plan.sources):
         if (stage / source.folder / ".ftgen-commit").is_file():
-            yield Finding("ok", f"{stage / source.folder} is there")
+            yield Finding("ok", f"{stage / source.folder} exists")
         else:
-            mend = "sbatch what `ftgen setup --site FILE SPEC` compiles"
-            yield Finding("FAIL", f"{source.url} at {source.commit[:12]} is not in {stage / source.folder}", mend)
+            yield Finding("FAIL", f"{source.url} at {source.commit[:12]} is not in {stage / source.folder}", SETUP)
 
 
 def _token() -> str:
-    """The token that huggingface_hub would find, or ""."""
+    """The token that huggingface_hub finds; "" if there is none."""
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     file = Path(os.environ.get("HF_TOKEN_PATH") or Path(home, "token"))
     given = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN")
@@ -185,27 +190,23 @@ def _token() -> str:
 
 
 def _model(repository: str, gated: bool) -> Finding:
-    """Whether the token may read the model: the hub is asked for a small file of it."""
+    """Whether the token can read the model: asks the hub for a small file of it."""
     token, hub = _token(), (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     if gated and not token:
-        return Finding(
-            "FAIL",
-            f"{repository} is gated, and there is no Hugging Face token",
-            "export HF_TOKEN=<your token>, or hf auth login",
-        )
+        what = f"{repository} is gated, and there is no Hugging Face token"
+        return Finding("FAIL", what, "export HF_TOKEN=<your token>, or run hf auth login")
     request = urllib.request.Request(f"{hub}/{repository}/resolve/main/config.json", method="HEAD")  # noqa: S310
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S):  # noqa: S310 - https, or what HF_ENDPOINT says
-            return Finding("ok", f"{repository} can be read" + (" with your token" if token else ""))
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S):  # noqa: S310 - https, or HF_ENDPOINT
+            return Finding("ok", f"the hub gives access to {repository}" + (" with your token" if token else ""))
     except urllib.error.HTTPError as error:
         return _refusal(repository, error.code, bool(token), error.headers.get("X-Error-Code", ""))
     except OSError as error:
         reason = getattr(error, "reason", error)
-        return Finding(
-            "warn", f"{hub} cannot be reached from here ({reason})", "a job's node may: or convert where it can be"
-        )
+        hint = "convert on a node with network, unless the nodes of the jobs have it"
+        return Finding("warn", f"{hub} cannot be reached from this machine ({reason})", hint)
 
 
 def _refusal(repository: str, status: int, token: bool, code: str) -> Finding:
@@ -213,19 +214,16 @@ def _refusal(repository: str, status: int, token: bool, code: str) -> Finding:
     if status in (401, 403) and (code == "GatedRepo" or status == 403):
         return Finding(
             "FAIL",
-            f"{repository} is gated, and this token's account has not been granted access ({status})",
-            f"log in with the account that the token is of, ask for access on {page} and wait until it is granted; "
-            "a fine-grained token also needs the right to read gated repositories",
+            f"{repository} is gated, and the account of this token has no access ({status})",
+            f"log in with the account of the token, request access on {page} and wait until you have it; "
+            "a fine-grained token also needs the permission to read gated repositories",
         )
     if status == 401:
-        what = "the hub does not know this token" if token else "it is not public, and there is no token"
-        return Finding(
-            "FAIL", f"{repository}: {what} (401)", "make one on https://huggingface.co/settings/tokens, export HF_TOKEN"
-        )
+        what = "the hub does not accept the token" if token else "it is not public, and there is no token"
+        hint = "create a token on https://huggingface.co/settings/tokens and export HF_TOKEN"
+        return Finding("FAIL", f"{repository}: {what} (401)", hint)
     if status == 404:
-        return Finding(
-            "FAIL", f"{repository} is not on the hub, or may not be seen with this token (404)", f"look at {page}"
-        )
+        return Finding("FAIL", f"{repository} is not on the hub, or this token has no access to it (404)", f"look at {page}")
     return Finding("warn", f"{repository}: the hub answers {status}", "try again later")
 
 

@@ -1,4 +1,4 @@
-"""The queue. Out: the state of each of the user's jobs, as Slurm's squeue tells; None where it does not answer."""
+"""Asks squeue for the jobs of the user. In: nothing. Out: their states, or None if squeue does not answer."""
 
 import subprocess
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ COMMAND = ("squeue", "--me", "--noheader", "--format=%A|%T|%r")
 
 
 def states() -> Mapping[str, str] | None:
-    """Job id to `running` or `pending (Priority)`; a job that is not there is over, or somebody else's."""
+    """`running` or `pending (Priority)`, by job id. A job that is missing has ended, or belongs to another user."""
     try:
         done = subprocess.run(COMMAND, capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):

@@ -1,7 +1,7 @@
 """Resolves the specs that the user names to experiments, and locates every problem.
 
-In: paths of specs (files or folders) and of a site profile, texts of --set. Out: an `Experiment` for each point of each
-spec, or a `SpecError` with the problems of all of them, sorted by file and line. The way of a spec:
+In: `Path`s of specs (files or folders) and of a site profile, the texts of --set. Out: an `Experiment` for each point of
+each spec, or a `SpecError` with all problems, those of each spec sorted by line. A spec passes these stages:
 
     files -> `Source` (ftgen.spec.read) -> `Point`s (ftgen.spec.points) -> `Plan`s (ftgen.plan.resolve)
 """
@@ -21,16 +21,16 @@ from ftgen.spec.read import find_specs, read_source
 from ftgen.spec.site import Site
 from ftgen.spec.source import Source
 from ftgen.spec.spec import Spec
-from ftgen.spec.user_catalogue import user_catalogue
+from ftgen.spec.user_catalogue import read_user_catalogue
 from ftgen.validation import validate_partly
 
-# These stand in for keys that are missing or wrong, so that the rules on the other keys can still be checked.
+# Values for required keys that are missing or wrong, so that the rules for the other keys can be checked.
 _PLACEHOLDERS = {"scheme": "lora", "precision": "bf16", "gpus": 8}
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A plan, and the spec and the site profile that it was resolved from."""
+    """A plan, with the spec and the site profile that it was resolved from."""
 
     plan: Plan
     spec: Source
@@ -38,15 +38,15 @@ class Experiment:
 
 
 def load_all(specs: Iterable[Path], site: Path | None = None, overrides: Sequence[str] = ()) -> list[Experiment]:
-    """Every experiment of every spec; a folder stands for its specs. SpecError with the problems of all."""
+    """The experiments of all specs; a folder stands for the specs in it. SpecError with the problems of all specs."""
     found: dict[str, Experiment] = {}
     problems: list[Problem] = []
     for path in find_specs(specs):
         try:
             for each in load(path, site, overrides):
                 if (other := found.get(each.plan.name)) and other.spec.path != path:
-                    what = f"{each.plan.name} is the name of an experiment in {other.spec.path} too"
-                    problems.append(Problem((), what, "rename one: scripts are named after them", file=str(path)))
+                    what = f"the name of an experiment must be unique: {other.spec.path} also has {each.plan.name}"
+                    problems.append(Problem((), what, "rename one: both would write the same script", file=str(path)))
                 found[each.plan.name] = each
         except SpecError as error:
             problems += error.problems
@@ -56,7 +56,7 @@ def load_all(specs: Iterable[Path], site: Path | None = None, overrides: Sequenc
 
 
 def load_one(spec: Path, site: Path | None = None, overrides: Sequence[str] = (), name: str | None = None) -> Experiment:
-    """The only experiment of a spec, or the one of this name; SpecError with every problem."""
+    """The experiment of a spec that has this name, or the only one; SpecError with every problem."""
     found = {each.plan.name: each for each in load(spec, site, overrides)}
     if name is None and len(found) == 1:
         (name,) = found
@@ -82,7 +82,7 @@ def load(spec: Path, site: Path | None = None, overrides: Sequence[str] = ()) ->
 
 
 def load_site(path: Path) -> Site:
-    """A site profile alone; SpecError with every problem of it."""
+    """The site profile in a file; SpecError with every problem."""
     source = read_source(path)
     site, problems = validate_partly(Site, source.document, {})
     spec = Spec.model_validate(_PLACEHOLDERS | {"gpus": site.gpus_per_node})
@@ -94,7 +94,7 @@ def load_site(path: Path) -> Site:
 
 
 def _plan(point: Point, site_source: Source) -> tuple[Plan | None, list[Problem]]:
-    """The plan of one point, or its located problems: of each key, then of the keys together, then of memory."""
+    """The plan of one point, or None; and its problems with file and line. Memory is checked last, if all else is right."""
     source = point.source
     spec, spec_problems = validate_partly(Spec, source.document, _PLACEHOLDERS)
     site, site_problems = validate_partly(Site, site_source.document, {})
@@ -109,7 +109,7 @@ def _plan(point: Point, site_source: Source) -> tuple[Plan | None, list[Problem]
             spec_text=source.text,
             point=source.point,
             overrides={dotted(path): value for path, value in source.overrides.items()},
-            user_catalogue=user_catalogue(site_source, source),
+            user_catalogue=read_user_catalogue(site_source, source),
         )
     except SpecError as error:
         wrong = [problem.where for problem in problems]
@@ -120,13 +120,13 @@ def _plan(point: Point, site_source: Source) -> tuple[Plan | None, list[Problem]
 
 
 def _reads(problem: Problem, keys: Sequence[KeyPath]) -> bool:
-    """Whether the broken rule reads one of these keys, or a key inside one of them."""
+    """Whether the broken rule reads one of these keys, or a key inside or around one of them."""
     read = (problem.where, *problem.also)
     return any(path[: len(key)] == key or key[: len(path)] == path for path in read for key in keys if key)
 
 
 def _located(problem: Problem, spec: Source, site: Source) -> Problem:
-    """The problem with its file and line; keys that begin with `site` are in the site profile."""
+    """The problem with its file and line. Keys that begin with `site` are in the site profile."""
     if problem.file:
         return problem
     if problem.where[:1] != ("site",):

@@ -1,9 +1,11 @@
-"""Bytes of GPU memory that a plan needs, by part. In: a `Plan`. Out: parts at the run's peak, for one GPU; pure.
+"""Estimates the GPU memory that a plan needs at the peak of its run, by part.
 
-The peak is the highest of three moments: the checkpoint being loaded (FP8 alone is large there), the end of a forward pass,
-and the optimizer's step. What a layer keeps for its backward pass is counted tensor by tensor. Against the peaks that
-PyTorch measured (tests/logs/h100, h200, h200_pair and h200_parallel, `max_memory_allocated`) the sum is within 3.5%, with
-tensor parallelism and pipeline stages too; with virtual stages, which were not measured, it is a lower bound.
+In: a `Plan`. Out: a `Memory` (GiB of one GPU), and `list[Problem]` if it exceeds the GPU. Pure.
+
+The peak is the highest of three moments: loading the checkpoint (large only in FP8), the end of a forward pass, and the
+optimizer's step. The tensors that a layer keeps for its backward pass are counted one by one. The sum is within 3.5% of the
+peaks that PyTorch measured (tests/logs/h100, h200, h200_pair and h200_parallel, `max_memory_allocated`), also with tensor
+parallelism and pipeline stages. Virtual stages were not measured: with them, the sum is a lower bound.
 """
 
 from dataclasses import asdict, dataclass
@@ -13,18 +15,18 @@ from ftgen.plan.plan import Plan
 
 GIB = 1 << 30
 BF16, FP32 = 2, 4  # bytes
-ADAM = 3 * FP32  # bytes a trained weight: float32 master, first and second moment
-# FP8 weights and their transposes take what BF16 weights take. While they are loaded there are also the BF16 ones and parts
-# of a third copy: 2.54 times the linear layers' BF16 bytes was measured, at 8 and at 32 layers alike.
+ADAM = 3 * FP32  # bytes per trained weight: float32 master weight, first and second moment
+# FP8 weights with their transposes take as many bytes as BF16 weights. During loading, there are also the BF16 weights and
+# parts of a third copy. Measured with 8 and with 32 layers: 2.54 times the BF16 bytes of the linear layers.
 FP8_LOADING = 2.54
-LOGIT_BYTES = BF16 + FP32  # of the stock loss: BF16 logits and their float32 copy
-LOSS_SHARE = 0.05  # of the tokens that have a loss, in SQuAD-shaped data: an answer of a few words
-GRAPHS_GIB = {"lora": 0.5, "sft": 2.0}  # what graphs added to the measured peaks
+LOGIT_BYTES = BF16 + FP32  # per logit of the stock loss: BF16, and a float32 copy
+LOSS_SHARE = 0.05  # fraction of the tokens that have a loss, in data like SQuAD: the answers have a few words
+GRAPHS_GIB = {"lora": 0.5, "sft": 2.0}  # by which CUDA graphs increased the measured peaks
 
 
 @dataclass(frozen=True)
 class Memory:
-    """GiB of one GPU, by part, at the peak."""
+    """GiB of one GPU at the peak, by part."""
 
     weights: float
     gradients: float
@@ -32,16 +34,16 @@ class Memory:
     activations: float
     logits: float
     graphs: float
-    loading: float  # beyond all the others, while the checkpoint is loaded
+    loading: float  # by which loading the checkpoint exceeds the other parts
 
     @property
     def total(self) -> float:
-        """GiB in all."""
+        """The sum of all parts."""
         return float(sum(asdict(self).values()))
 
 
 def estimate(plan: Plan) -> Memory | None:
-    """What the plan needs on each GPU; None without a GPU."""
+    """The memory that the plan needs on each GPU; None for gpu = "cpu"."""
     if plan.gpu.name == "cpu":
         return None
     split = plan.parallelism
@@ -49,12 +51,12 @@ def estimate(plan: Plan) -> Memory | None:
     embedding = plan.model.vocab_size * plan.model.hidden_size / split.tensor_model_parallel_size
     linear = weights - 2 * embedding / split.pipeline_model_parallel_size
     trained = weights if plan.scheme == "sft" else _adapters(plan)
-    shards = split.data_parallel_size if plan.scheme == "sft" else 1  # the distributed optimizer's
+    shards = split.data_parallel_size if plan.scheme == "sft" else 1  # of the distributed optimizer
     activations, logits = _activations(plan), _logits(plan, embedding)
-    if split.pipeline_model_parallel_size > 1:  # the first stage keeps several micro-batches, the last one has the logits
+    if split.pipeline_model_parallel_size > 1:  # the first stage keeps several micro-batches, the last has the logits
         waiting = activations * _micro_batches_kept(plan)
         activations, logits = (waiting, 0.0) if waiting > activations + logits else (activations, logits)
-    # once the activations are gone: the optimizer's float32 gradients, and what it casts to FP8 in BF16
+    # the optimizer's step, after the activations are freed: float32 gradients, and BF16 copies of weights to cast to FP8
     step = trained * FP32 / shards
     if plan.precision == "fp8" and plan.scheme == "sft":
         step += linear * BF16 / shards
@@ -72,26 +74,20 @@ def estimate(plan: Plan) -> Memory | None:
 
 
 def problems(plan: Plan) -> list[Problem]:
-    """That the plan cannot fit the GPU it names, and what would make it fit."""
+    """A problem if the plan needs more memory than its GPU has. The hint names the keys that reduce it."""
     needed = estimate(plan)
     if needed is None or needed.total <= plan.gpu.memory_gib:
         return []
     parts = ", ".join(f"{name} {gib:.1f}" for name, gib in asdict(needed).items() if gib >= 0.05)
-    room = f"the {plan.gpu.memory_gib:g} GiB of {plan.gpu.name}"
-    split = "parallelism.tensor_model_parallel_size splits weights, gradients and activations"
-    more = "; more gpus split the optimizer" if plan.scheme == "sft" else ""
-    return [
-        Problem(
-            ("gpu",),
-            f"must hold the run: {needed.total:.1f} GiB ({parts}) do not fit {room}",
-            f"{split}{more}; micro_batch_size and seq_length are {plan.micro_batch_size} and {plan.seq_length}",
-            also=(("gpus",), ("parallelism",), ("micro_batch_size",), ("seq_length",), ("model",), ("scheme",)),
-        )
-    ]
+    found = f"the run needs {needed.total:.1f} GiB ({parts}), {plan.gpu.name} has {plan.gpu.memory_gib:g} GiB"
+    more = " or gpus" if plan.scheme == "sft" else ""  # more GPUs share the state of the distributed optimizer
+    less = f"reduce seq_length ({plan.seq_length}) or micro_batch_size ({plan.micro_batch_size})"
+    hint = f"increase parallelism.tensor_model_parallel_size{more}, or {less}"
+    return [Problem(("gpu",), f"must have enough memory: {found}", hint)]
 
 
 def _adapters(plan: Plan) -> float:
-    """Weights of LoRA's adapters."""
+    """Number of weights in the LoRA adapters."""
     if plan.lora is None:
         return 0.0
     model = plan.model
@@ -108,15 +104,15 @@ def _adapters(plan: Plan) -> float:
 def _activations(plan: Plan) -> float:
     """Bytes that the layers keep for the backward pass of one micro-batch.
 
-    For each token, in BF16: the inputs of both norms, q, k, v, the attention's output, and fc1's output; where weights have
-    gradients also the linear layers' inputs: both norms' outputs and fc2's input. LoRA needs its own layers' inputs alone.
+    Per token, in BF16: the inputs of both norms, q, k, v, and the outputs of the attention and of fc1. A linear layer with
+    trained weights (with LoRA: a layer with adapters) also keeps its input: the output of a norm, or the input of fc2.
     """
     model, split = plan.model, plan.parallelism
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
     attention = 2 * model.head_size * (model.num_attention_heads + model.num_query_groups)  # q, k, v and the output
     targets = plan.lora.targets if plan.lora else ["linear_qkv", "linear_fc1", "linear_fc2"]
     inputs = hidden * (("linear_qkv" in targets) + ("linear_fc1" in targets))
-    whole = 2 * hidden + inputs  # on every tensor-parallel rank, unless the sequence is split as well
+    whole = 2 * hidden + inputs  # whole on every tensor-parallel rank, unless sequence_parallel splits it
     shared = attention + 2 * ffn + ffn * ("linear_fc2" in targets)
     tensor_parallel = split.tensor_model_parallel_size
     token = whole / (tensor_parallel if split.sequence_parallel else 1) + shared / tensor_parallel
@@ -125,9 +121,9 @@ def _activations(plan: Plan) -> float:
 
 
 def _micro_batches_kept(plan: Plan) -> int:
-    """How many micro-batches wait on the first stage for their backward pass, by Megatron-Core's schedule.
+    """Number of micro-batches that the first stage keeps until their backward pass, by Megatron-Core's schedule.
 
-    With virtual stages one, which is a lower bound: what that schedule keeps was not measured.
+    With virtual stages it is 1, a lower bound, because that schedule was not measured.
     """
     split = plan.parallelism
     micro_batches = plan.global_batch_size // (plan.micro_batch_size * split.data_parallel_size)
@@ -135,15 +131,15 @@ def _micro_batches_kept(plan: Plan) -> int:
 
 
 def _logits(plan: Plan, embedding: float) -> float:
-    """Bytes of the LM head's forward and backward pass; `embedding` is its weights on this rank."""
+    """Bytes of the LM head's forward and backward pass; `embedding` is the number of its weights on this rank."""
     split = plan.parallelism
     share = LOSS_SHARE if plan.optimizations["loss_tokens_only"] else 1.0
     logits = _tokens(plan) * share * plan.model.vocab_size / split.tensor_model_parallel_size * LOGIT_BYTES
-    return logits + (2 * embedding * BF16 if plan.scheme == "sft" else 0.0)  # the head's and the embedding's new gradients
+    return logits + (2 * embedding * BF16 if plan.scheme == "sft" else 0.0)  # new gradients of head and embedding
 
 
 def _tokens(plan: Plan) -> float:
-    """Tokens of one pass through the model on this rank."""
+    """Number of tokens in one forward pass on this rank."""
     split = plan.parallelism
     sequences = plan.micro_batch_size
     if plan.optimizations["merge_micro_batches"]:

@@ -1,4 +1,4 @@
-"""Where each number of a plan comes from. In: an `Experiment`. Out: rows of key, value, origin, for `ftgen plan`."""
+"""Tells where each number of a plan comes from. In: an `Experiment`. Out: `tuple[str, str, str]`s of key, value, origin."""
 
 from dataclasses import asdict
 from typing import Any
@@ -11,35 +11,35 @@ from ftgen.plan.experiments import Experiment
 from ftgen.spec.source import Source, place
 from ftgen.validation import show
 
-# The plan's numbers that are worked out, and from what, where no key of the spec or the site says them.
-SPLIT = "the catalogue's for the model and the GPU's memory, or none"
-_WORKED_OUT = {
-    "experiment": "{scheme}_nemo_{model}_{precision}_{gpus}, the recipe's name",
+SPLIT = "catalogue, for the model and the GPU's memory; or no split"
+# The origin of a number that no key of the spec or of the site profile sets.
+_COMPUTED = {
+    "experiment": "{scheme}_nemo_{model}_{precision}_{gpus}, as in the recipe",
     "nodes": "gpus / gpus_per_node",
-    "gpus_per_node": "the smaller of gpus and a node's GPUs",
-    "global_batch_size": "4 x gpus, as the recipe",
+    "gpus_per_node": "the smaller of gpus and the GPUs of a node",
+    "global_batch_size": "4 x gpus, as in the recipe",
     **{f"parallelism.{kind}_model_parallel_size": SPLIT for kind in ("tensor", "pipeline", "virtual_pipeline")},
     **dict.fromkeys(("parallelism.context_parallel_size", "parallelism.sequence_parallel"), SPLIT),
     "parallelism.data_parallel_size": "gpus / (TP x PP x CP)",
     "data.packed": "true on GPUs, false on a CPU",
-    "optimizer.learning_rate": "the recipe's for the scheme",
+    "optimizer.learning_rate": "the recipe, for the scheme",
     "model.flops_per_sample": "catalogue, for seq_length tokens: forward and backward, without attention scores",
-    "model.parameters": "worked out from the architecture",
-    "checkpoint.source": "catalogue: the model's",
-    "checkpoint.gated": "catalogue: the model's",
-    "checkpoint.place": "the weights' source and name; below $NEMO_HOME/models",
-    "gpu.peak_flops": "catalogue: dense peak in the run's precision, FLOP/s",
-    "lora": 'none: scheme = "sft"',
+    "model.parameters": "computed from the architecture",
+    "checkpoint.source": "catalogue, for the model",
+    "checkpoint.gated": "catalogue, for the model",
+    "checkpoint.place": "source and name of the weights; a folder in $NEMO_HOME/models",
+    "gpu.peak_flops": "catalogue: dense peak in the precision of the run, FLOP/s",
+    "lora": 'none for scheme = "sft"',
     "profile": "none",
     "format": "ftgen",
     "ftgen_version": "ftgen",
-    "name": "the spec's file name",
+    "name": "file name of the spec",
     "spec_file": "the spec",
-    "spec_sha256": "the spec's text",
+    "spec_sha256": "text of the spec",
     "point": "no matrix",
     "overrides": "--set",
 }
-# The plan's keys whose name or table in the spec or the site is another.
+# Keys of the plan that have another path in the spec.
 _SPEC_KEYS = {
     "window_steps": ("window", "last_steps"),
     "model.name": ("model",),
@@ -50,7 +50,7 @@ _SPEC_KEYS = {
 
 
 def explain(experiment: Experiment) -> list[tuple[str, str, str]]:
-    """(key, value, origin) for every number of the plan, in the plan's order."""
+    """(key, value, origin) for every number of the plan, in its order, and for the memory."""
     rows = []
     for path, value in leaves(asdict(experiment.plan)).items():
         rows.append((dotted(path), _text(value), _origin(experiment, path)))
@@ -58,7 +58,7 @@ def explain(experiment: Experiment) -> list[tuple[str, str, str]]:
 
 
 def _memory(experiment: Experiment) -> list[tuple[str, str, str]]:
-    """GiB of one GPU by part, which the plan does not hold: estimated from it."""
+    """GiB of one GPU, by part. The plan does not contain them: they are estimated from it."""
     needed = memory.estimate(experiment.plan)
     if needed is None:
         return []
@@ -77,28 +77,28 @@ def _text(value: Any) -> str:
 def _origin(experiment: Experiment, path: KeyPath) -> str:
     key = dotted(path)
     if path[0] in ("overrides", "point") and path[1:]:
-        return {"overrides": "--set", "point": "the spec's matrix"}[str(path[0])]
+        return {"overrides": "--set", "point": "matrix of the spec"}[str(path[0])]
     spec_path = _SPEC_KEYS.get(key, path)
     site_path = path[1:] if path[0] == "slurm" else path
-    worked_out = _WORKED_OUT.get(key)
+    computed = _COMPUTED.get(key)
     if said := _said(experiment.spec, spec_path) or _said(experiment.site, site_path):
-        return f"{said} ({worked_out})" if worked_out and spec_path != path else said
-    if worked_out:
-        return worked_out
+        return f"{said} ({computed})" if computed and spec_path != path else said
+    if computed:
+        return computed
     if path[0] in ("model", "gpu") and key not in _SPEC_KEYS:
         name = getattr(experiment.plan, str(path[0])).name
         known = catalogue.models() if path[0] == "model" else catalogue.gpus()
-        return f"catalogue/{path[0]}s.toml [{name}]" if name in known else "the catalogue that is named"
+        return f"catalogue/{path[0]}s.toml [{name}]" if name in known else "user catalogue"
     if path[0] == "optimizations":
         return f"catalogue/optimizations.toml [{path[1]}]"
     if path[0] == "environment":
-        return "the recipe's"
+        return "the recipe"
     if path[0] in ("slurm", "python", "stage_path", "modules") and key not in _SPEC_KEYS:
         return "site default"
     return "default"
 
 
 def _said(source: Source, path: KeyPath) -> str:
-    """Where the source says this key itself."""
+    """`file:line` that sets exactly this key; "" if nothing sets it."""
     said = source.said(path)
     return place(said) if said else ""

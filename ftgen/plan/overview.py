@@ -1,6 +1,6 @@
 """Shows a plan on one screen: the work, the GPUs, their memory, and the keys that differ from their defaults.
 
-In: an `Experiment`. Out: a text of at most 40 lines of 100 columns.
+In: an `Experiment`. Out: a text (`str`) of at most 40 lines of 100 columns.
 """
 
 import textwrap
@@ -24,13 +24,13 @@ Rows = list[tuple[str, str]]
 
 
 def overview(experiment: Experiment) -> str:
-    """The sections of the overview; `ftgen plan --all` shows what they leave out."""
+    """The overview as text. `ftgen plan --all` shows every number."""
     plan = experiment.plan
     sections = {
         f"{plan.name}: {plan.experiment}": _work(plan),
         "GPUs": _gpus(plan),
         "Memory of one GPU, estimated at the peak": _memory(plan),
-        "Optimizations that are on": [("", ", ".join(name for name, on in plan.optimizations.items() if on) or "none")],
+        "Enabled optimizations": [("", ", ".join(name for name, on in plan.optimizations.items() if on) or "none")],
         "Slurm request": _slurm(plan),
     }
     lines = [line for title, rows in sections.items() for line in _section(title, rows)]
@@ -47,7 +47,7 @@ def _section(title: str, rows: Rows) -> list[str]:
 
 
 def _lines(label: str, text: str) -> list[str]:
-    """A labelled row, on at most three lines."""
+    """A row with its label, on at most three lines."""
     label = f"  {clean(label)}"
     indent = " " * LABEL if label.strip() else "  "
     first = f"{label:{LABEL - 1}} " if label.strip() else indent
@@ -68,13 +68,13 @@ def _work(plan: Plan) -> Rows:
     batch = f"{parts} x DP {plan.parallelism.data_parallel_size}"
     billions = plan.model.parameters / 1e9
     data = plan.data.path or f"{plan.data.examples} examples" * (plan.data.kind == "synthetic")
-    rate = f"{plan.optimizer.learning_rate:g} after {plan.optimizer.warmup_steps} steps of warmup"
+    rate = f"{plan.optimizer.learning_rate:g} after {plan.optimizer.warmup_steps} warmup steps"
     return [
         ("scheme", scheme),
         ("model", f"{plan.model.name}, {billions:.3g} billion parameters, weights: {plan.checkpoint.place}"),
         ("precision", plan.precision),
         ("sequence length", f"{plan.seq_length} tokens, {packed}"),
-        ("batch", f"{plan.global_batch_size} sequences a step: {batch}"),
+        ("batch", f"{plan.global_batch_size} sequences per step: {batch}"),
         ("steps", f"{plan.max_steps}; the last {plan.window_steps} are timed"),
         ("data", f"{plan.data.kind}: {data}" if data else plan.data.kind),
         ("learning rate", rate),
@@ -109,7 +109,7 @@ def _slurm(plan: Plan) -> Rows:
     slurm, python = plan.slurm, plan.python
     named = ("partition", "account", "qos", "reservation", "constraint")
     said = [f"{key} {getattr(slurm, key)}" for key in named if getattr(slurm, key)]
-    request = "no GPU option" if slurm.gpu_request == "none" else f"GPUs by --{slurm.gpu_request}"
+    request = "no GPU option" if slurm.gpu_request == "none" else f"GPUs with --{slurm.gpu_request}"
     memory_of_node = {None: "Slurm's default memory", "0": "all memory of a node"}.get(slurm.mem, f"memory {slurm.mem}")
     exclusive = ["exclusive"] if slurm.exclusive else []
     where = python.image or python.path
@@ -122,7 +122,7 @@ def _slurm(plan: Plan) -> Rows:
 
 
 def _differences(experiment: Experiment) -> Iterator[tuple[str, str]]:
-    """Each key of the spec and the site profile that differs from its default, with its value and who said it."""
+    """Each key of the spec and the site profile that differs from its default, with its value, file and line."""
     needed = {"scheme": "lora", "precision": "bf16", "gpus": 8}
     spec_defaults = Spec.model_validate(needed).model_dump(exclude=set(needed))
     for source, defaults in ((experiment.spec, spec_defaults), (experiment.site, Site().model_dump())):

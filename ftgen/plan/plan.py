@@ -1,18 +1,18 @@
 """Defines the frozen plan of one run: every number that the job and the tables need.
 
-In: nothing; `resolve` fills the plan. Out: `Plan` and its parts, and `Plan.to_json`, the text that travels with the job.
+In: the values that `resolve` computes. Out: a `Plan`, and its JSON (`str`), which the job carries.
 """
 
 import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-FORMAT = 1  # of plan.json
+FORMAT = 1  # version of plan.json
 
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """What is trained: the catalogue's entry, as far as the job needs it."""
+    """The model: those fields of its catalogue entry that the job needs."""
 
     name: str
     hf_id: str
@@ -26,7 +26,7 @@ class ModelPlan:
     vocab_size: int
     max_position_embeddings: int  # tokens
     rope_theta: float
-    rope_scaling_factor: float | None  # Llama 3.1's
+    rope_scaling_factor: float | None  # of Llama 3.1
     tied_embeddings: bool
     qkv_bias: bool
     parameters: int
@@ -35,18 +35,18 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """Where the weights come from and where, below $NEMO_HOME/models, the converted ones are kept."""
+    """Where the weights come from, and the folder of the converted weights."""
 
     source: str  # hub, random, directory
     revision: str | None
     path: str | None
     gated: bool
-    place: str  # org/name
+    place: str  # folder in $NEMO_HOME/models, such as org/name
 
 
 @dataclass(frozen=True)
 class LoraPlan:
-    """The adapters."""
+    """Settings of the LoRA adapters."""
 
     rank: int
     alpha: int
@@ -56,7 +56,7 @@ class LoraPlan:
 
 @dataclass(frozen=True)
 class GpuPlan:
-    """The accelerator and the dense peak that the MFU refers to."""
+    """The GPU, and the dense peak that the MFU refers to."""
 
     name: str
     memory_gib: float
@@ -65,7 +65,7 @@ class GpuPlan:
 
 @dataclass(frozen=True)
 class ParallelismPlan:
-    """GPUs by what they share."""
+    """How the model is split over GPUs."""
 
     tensor_model_parallel_size: int
     pipeline_model_parallel_size: int
@@ -77,7 +77,7 @@ class ParallelismPlan:
 
 @dataclass(frozen=True)
 class DataPlan:
-    """What is trained on."""
+    """The training data."""
 
     kind: str  # squad, synthetic, jsonl
     path: str | None
@@ -95,16 +95,16 @@ class OptimizerPlan:
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """A source tree that comes first on the job's path."""
+    """A source tree that replaces an installed package."""
 
     url: str
     commit: str
-    folder: str  # below STAGE_PATH
+    folder: str  # in STAGE_PATH
 
 
 @dataclass(frozen=True)
 class ProfilePlan:
-    """What is recorded, in $FTGEN_RUN_DIR/profile."""
+    """Steps and ranks to profile. The profiles are in $FTGEN_RUN_DIR/profile."""
 
     tool: str  # nsys, pytorch
     first_step: int
@@ -114,20 +114,20 @@ class ProfilePlan:
 
 @dataclass(frozen=True)
 class PythonPlan:
-    """Where the job's Python comes from: none (the shell's), venv, container or apptainer."""
+    """Where the Python of the job comes from."""
 
-    kind: str
+    kind: str  # none (python3 of the shell), venv, container, apptainer
     path: str | None
     image: str | None
-    image_from: str | None  # what setup makes the image of
-    mounts: list[str]  # shared_paths among them
+    image_from: str | None  # image that `ftgen setup` imports
+    mounts: list[str]  # include shared_paths
     writable: bool
     mount_home: bool
 
 
 @dataclass(frozen=True)
 class SlurmPlan:
-    """What Slurm is asked for; None leaves it to the submitting shell or to Slurm."""
+    """The request to Slurm. None: the submitting shell or Slurm decides."""
 
     partition: str | None
     account: str | None
@@ -141,7 +141,7 @@ class SlurmPlan:
     mem: str | None
     requeue: bool | None
     end_before_limit_s: int
-    convert: str  # job, task: where a missing checkpoint is made
+    convert: str  # job, task: what converts a missing checkpoint
     convert_flags: list[str]
     sbatch_flags: list[str]
     srun_flags: list[str]
@@ -151,16 +151,16 @@ class SlurmPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """One run, every number of it."""
+    """Every number of one run."""
 
     format: int
     ftgen_version: str
-    name: str  # the experiment's own: the spec's, or of the point of its matrix
-    experiment: str  # {scheme}_nemo_{model}_{precision}_{gpus}, the recipe's name for it
+    name: str  # of the experiment: file name of the spec, or name of the matrix point
+    experiment: str  # {scheme}_nemo_{model}_{precision}_{gpus}, as in the recipe
     spec_file: str
-    spec_sha256: str  # of the text of the spec, after that of those it extends
-    point: dict[str, Any]  # what the spec's matrix sets
-    overrides: dict[str, Any]  # what --set said
+    spec_sha256: str  # of the texts of the specs that it extends, and of its text
+    point: dict[str, Any]  # keys that the matrix sets
+    overrides: dict[str, Any]  # keys that --set sets
     scheme: str  # sft, lora
     precision: str  # bf16, fp8, fp32
     model: ModelPlan
@@ -178,9 +178,9 @@ class Plan:
     parallelism: ParallelismPlan
     data: DataPlan
     optimizer: OptimizerPlan
-    optimizations: dict[str, bool]  # by the catalogue's names
+    optimizations: dict[str, bool]  # on or off, by the names in the catalogue
     profile: ProfilePlan | None
-    window_steps: int  # the last steps, whose mean is the step time
+    window_steps: int  # number of timed steps at the end of the run
     environment: dict[str, str]
     sources: list[SourcePlan]
     stage_path: str | None
@@ -189,5 +189,5 @@ class Plan:
     slurm: SlurmPlan
 
     def to_json(self) -> str:
-        """The plan as it travels with the job, for people to read too."""
+        """The plan as indented JSON."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=True)

@@ -1,4 +1,4 @@
-"""Resolves a spec at a site to a plan: every number once, from the spec, the site profile and the catalogue.
+"""Resolves a spec to a plan: computes every number once, from the spec, the site profile and the catalogue.
 
 In: a `Spec`, a `Site`, a `UserCatalogue`. Out: a frozen `Plan`, or a `SpecError` with every broken rule. Pure.
 """
@@ -53,11 +53,11 @@ def resolve(
     overrides: dict[str, Any] | None = None,
     user_catalogue: catalogue.UserCatalogue | None = None,
 ) -> Plan:
-    """The plan of a spec at a site; SpecError with every rule it breaks."""
+    """The plan of a spec at a site; SpecError with every broken rule."""
     known = user_catalogue or catalogue.UserCatalogue({}, {})
     model = known.models.get(spec.model) or catalogue.models().get(spec.model)
     gpu = known.gpus.get(spec.gpu) or catalogue.gpus().get(spec.gpu)
-    spec = split_as_catalogued(spec, model, gpu)
+    spec = with_split(spec, model, gpu)
     problems = broken_rules(spec, site, model, gpu)
     if problems or not model or not gpu:
         raise SpecError(*problems)
@@ -102,8 +102,8 @@ def resolve(
     )
 
 
-def split_as_catalogued(spec: Spec, model: Model | None, gpu: Gpu | None) -> Spec:
-    """The spec with the catalogue's split of the model, where it says none of its own."""
+def with_split(spec: Spec, model: Model | None, gpu: Gpu | None) -> Spec:
+    """The spec with the split that the catalogue has for the model, if the spec does not set `parallelism`."""
     row = model.split(spec.scheme, gpu.memory_gib) if model and gpu else None
     if row is None or spec.parallelism.model_fields_set:
         return spec
@@ -148,7 +148,7 @@ def _python(site: Site) -> PythonPlan:
 
 
 def _optimizations(spec: Spec) -> dict[str, bool]:
-    """What the spec says of each, else where measurements put it on and the run allows it."""
+    """Whether each is on: as the spec sets it; else if measurements showed a gain and the run meets its requirements."""
     chosen = {}
     for name, known in catalogue.optimizations().items():
         said = getattr(spec.optimizations, name)

@@ -1,31 +1,34 @@
-"""What a spec's keys must satisfy together. In: shapes that are right. Out: every rule broken, with the values found."""
+"""Checks the rules that the keys of a spec and a site profile must satisfy together.
+
+In: a `Spec`, a `Site`, and a `Model` and a `Gpu` of the catalogue. Out: `list[Problem]` with every broken rule. Pure.
+"""
 
 from collections.abc import Iterator
 
 from ftgen.catalogue import Gpu, Model, gpus, models
 from ftgen.catalogue import optimizations as catalogue_optimizations
-from ftgen.errors import KeyPath, Problem, closest
+from ftgen.errors import KeyPath, Problem, closest, quoted
 from ftgen.spec.site import Site
 from ftgen.spec.spec import Spec
 from ftgen.units import parse_walltime
 
-# What the generated script sets in every task, and therefore no spec or site may.
+# Variables that the generated script sets in every task. A spec or a site profile must not set them.
 SET_BY_THE_SCRIPT = {"STAGE_PATH", "NEMO_HOME", "HF_HOME", "HF_TOKEN_PATH", "NEMORUN_HOME", "FTGEN_RUN_DIR", "PATH"}
 SET_BY_THE_SCRIPT |= {"RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-# Options of sbatch that are not for sbatch_flags, and who says them.
-SAID_ELSEWHERE = {
-    **{f"--{key}": f"site.{key}" for key in ("partition", "account", "qos", "reservation", "constraint", "mem")},
-    **dict.fromkeys(("--exclusive", "--requeue"), "the site's key of that name"),
+# Options that sbatch_flags must not have, and what sets them.
+SITE_OPTIONS = ("partition", "account", "qos", "reservation", "constraint", "mem", "exclusive", "requeue")
+SET_ELSEWHERE = {
+    **{f"--{key}": f"site.{key}" for key in SITE_OPTIONS},
     **dict.fromkeys(("--gres", "--gpus-per-node"), "site.gpu_request"),
-    **dict.fromkeys(("--nodes", "--ntasks", "--ntasks-per-node", "--gpus"), "gpus, in the spec"),
+    **dict.fromkeys(("--nodes", "--ntasks", "--ntasks-per-node", "--gpus"), "gpus in the spec"),
     **dict.fromkeys(("--job-name", "--dependency", "--output", "--error", "--open-mode", "--array"), "the generated script"),
     "--no-requeue": "site.requeue",
     "--signal": "site.end_before_limit_s",
-    "--time": "walltime, in the spec",
+    "--time": "walltime in the spec",
 }
 SET_BY_SRUN = {"--nodes", "--ntasks", "--ntasks-per-node", "--kill-on-bad-exit", "--mpi", "--export", "--output", "--error"}
 SET_BY_SRUN |= {"--container-image", "--container-mounts", "--label"}
-RECIPE_SEQUENCES_PER_GPU = 4  # of a step: GBS = 4 x GPUs
+RECIPE_SEQUENCES_PER_GPU = 4  # per step: GBS = 4 x GPUs
 TP: KeyPath = ("parallelism", "tensor_model_parallel_size")
 PP: KeyPath = ("parallelism", "pipeline_model_parallel_size")
 CP: KeyPath = ("parallelism", "context_parallel_size")
@@ -34,7 +37,7 @@ GBS: KeyPath = ("global_batch_size",)
 
 
 def broken_rules(spec: Spec, site: Site, model: Model | None, gpu: Gpu | None) -> list[Problem]:
-    """Every rule that the spec breaks at this site."""
+    """Every broken rule. `model` or `gpu` is None if the catalogue does not have it."""
     problems = [
         *_whole_nodes(spec, site),
         *_split(spec),
@@ -44,11 +47,11 @@ def broken_rules(spec: Spec, site: Site, model: Model | None, gpu: Gpu | None) -
         *_rest(spec, site),
     ]
     if model is None:
-        problems.append(Problem(("model",), f"is not in the catalogue: {spec.model}", closest(spec.model, models())))
+        problems.append(Problem(("model",), f"must be in the catalogue, found {spec.model}", closest(spec.model, models())))
     else:
         problems += _fits_the_model(spec, model)
     if gpu is None:
-        problems.append(Problem(("gpu",), f"is not in the catalogue: {spec.gpu}", closest(spec.gpu, gpus())))
+        problems.append(Problem(("gpu",), f"must be in the catalogue, found {spec.gpu}", closest(spec.gpu, gpus())))
     else:
         problems += _fits_the_gpu(spec, gpu)
     return problems
@@ -82,24 +85,24 @@ def _split(spec: Spec) -> Iterator[Problem]:
     else:
         yield from _batch(spec, spec.gpus // shared)
     if vp and vp > 1 and pp == 1:
-        yield Problem(VP, f"needs pipeline stages: VP is {vp}, PP is 1", f"set {'.'.join(map(str, PP))}", also=(PP,))
+        yield Problem(VP, f"VP > 1 requires PP > 1: VP is {vp}, PP is 1", f"set {'.'.join(map(str, PP))}", also=(PP,))
     if split.sequence_parallel and tp == 1:
-        yield Problem(("parallelism", "sequence_parallel"), "needs tensor parallelism: TP is 1", also=(TP,))
+        yield Problem(("parallelism", "sequence_parallel"), "requires TP > 1: TP is 1", also=(TP,))
     if cp > 1 and spec.seq_length % (2 * cp):
-        yield Problem(("seq_length",), f"must be a multiple of 2 x CP: {spec.seq_length} is none of {2 * cp}", also=(CP,))
+        yield Problem(("seq_length",), f"must be a multiple of 2 x CP = {2 * cp}, found {spec.seq_length}", also=(CP,))
     if cp > 1 and is_packed(spec):
-        # NeMo 2.7.3 cuts all that a batch has into CP parts, and so the lengths of what is packed in it
+        # NeMo 2.7.3 splits every tensor of a batch into CP parts, also the one with the lengths of the packed sequences
         packed: KeyPath = ("data", "packed")
-        yield Problem(CP, f"needs sequences that are not packed: CP is {cp}", "set data.packed = false", also=(packed,))
+        yield Problem(CP, f"must be 1 with packed sequences, found {cp}", "set data.packed = false", also=(packed,))
 
 
 def global_batch_size(spec: Spec) -> int:
-    """Sequences of a step: the spec's, or as many for each GPU as the recipe has."""
+    """Sequences per step. The default is that of the recipe: 4 x GPUs."""
     return spec.global_batch_size or RECIPE_SEQUENCES_PER_GPU * spec.gpus
 
 
 def is_packed(spec: Spec) -> bool:
-    """Whether examples are packed into full sequences: as the spec says, or on GPUs."""
+    """Whether examples are packed into full sequences. The default is true on GPUs and false on a CPU."""
     return spec.gpu != "cpu" if spec.data.packed is None else spec.data.packed
 
 
@@ -120,24 +123,24 @@ def _batch(spec: Spec, data_parallel_size: int) -> Iterator[Problem]:
 def _data(spec: Spec) -> Iterator[Problem]:
     path: KeyPath = ("data", "path")
     if spec.data.kind == "jsonl" and not spec.data.path:
-        yield Problem(path, 'is needed by data.kind = "jsonl"', "name the file", also=(("data", "kind"),))
+        yield Problem(path, 'is required for data.kind = "jsonl"', "set it to a file", also=(("data", "kind"),))
     if spec.data.kind != "jsonl" and spec.data.path:
-        yield Problem(path, f'is read for data.kind = "jsonl" only: it is "{spec.data.kind}"', also=(("data", "kind"),))
+        yield Problem(path, f'requires data.kind = "jsonl", found "{spec.data.kind}"', also=(("data", "kind"),))
     if spec.data.packed and spec.micro_batch_size > 1:
         yield Problem(
             ("micro_batch_size",),
             f"must be 1 with packed sequences, found {spec.micro_batch_size}",
-            "make seq_length longer instead, or set data.packed = false",
+            "increase seq_length instead, or set data.packed = false",
             also=(("data", "packed"),),
         )
     where: KeyPath = ("checkpoint", "path")
     source = spec.checkpoint.source
     if (source == "directory") != bool(spec.checkpoint.path):
-        rule = 'checkpoint.path and checkpoint.source = "directory" need each other'
-        found = f'source is "{source}"' if source else "source is not set"
+        rule = 'must be set if, and only if, checkpoint.source is "directory"'
+        found = f"path {'is' if spec.checkpoint.path else 'is not'} set, source is {quoted(source) if source else 'not set'}"
         yield Problem(where, f"{rule}: {found}", also=(("checkpoint", "source"),))
     if spec.checkpoint.revision and source not in (None, "hub"):
-        yield Problem(("checkpoint", "revision"), f'is of source = "hub" only: it is "{source}"')
+        yield Problem(("checkpoint", "revision"), f'requires checkpoint.source = "hub", found "{source}"')
 
 
 def _optimizations(spec: Spec) -> Iterator[Problem]:
@@ -145,17 +148,18 @@ def _optimizations(spec: Spec) -> Iterator[Problem]:
         reason = forbids(name, spec) if getattr(spec.optimizations, name) else ""
         if reason:
             also: tuple[KeyPath, ...] = (("scheme",), ("gpu",), ("micro_batch_size",), ("data", "packed"), TP, PP, CP)
-            yield Problem(("optimizations", name), reason, f"leave {name} out: it is on where it helps", also=also)
+            hint = "remove this key: the preset enables it where it helps"
+            yield Problem(("optimizations", name), reason, hint, also=also)
 
 
 def forbids(name: str, spec: Spec) -> str:
-    """What an optimization needs and this run does not have; empty if it can be had."""
+    """What the optimization requires and the run does not have; "" if the run has everything."""
     split = spec.parallelism
     tp, pp, cp = split.tensor_model_parallel_size, split.pipeline_model_parallel_size, split.context_parallel_size
-    frozen = {'scheme = "lora" (weights that are trained became NaN)': spec.scheme == "lora"}
+    frozen = {'scheme = "lora" (with SFT, weights became NaN)': spec.scheme == "lora"}
     needs = {
         "cuda_graphs": {"packed sequences": is_packed(spec), "PP = CP = 1": pp * cp == 1},
-        "fused_cross_entropy": {"micro_batch_size = 1 (else its gradients are wrong)": spec.micro_batch_size == 1},
+        "fused_cross_entropy": {"micro_batch_size = 1 (otherwise its gradients are wrong)": spec.micro_batch_size == 1},
         "loss_tokens_only": {"TP = PP = CP = 1": tp * pp * cp == 1},
         "scale_small_tensor": {
             'scheme = "lora"': spec.scheme == "lora",
@@ -173,22 +177,22 @@ def forbids(name: str, spec: Spec) -> str:
         "merge_micro_batches": {"packed sequences": is_packed(spec), "PP = CP = 1": pp * cp == 1},
     }
     missing = [what for what, there in {"a GPU": spec.gpu != "cpu", **needs.get(name, {})}.items() if not there]
-    return f"needs {missing[0]}" if missing else ""
+    return f"requires {missing[0]}" if missing else ""
 
 
 def _rest(spec: Spec, site: Site) -> Iterator[Problem]:
     if spec.window.last_steps > spec.max_steps:
         yield Problem(
             ("window", "last_steps") if "window" in spec.model_fields_set else ("max_steps",),
-            f"the timed steps must be run: window.last_steps is {spec.window.last_steps}, max_steps {spec.max_steps}",
-            f"set window.last_steps to {spec.max_steps} or fewer",
+            f"window.last_steps must not exceed max_steps: {spec.window.last_steps} > {spec.max_steps}",
+            f"set window.last_steps to at most {spec.max_steps}",
             also=(("max_steps",), ("window", "last_steps")),
         )
     if spec.scheme == "sft" and "lora" in spec.model_fields_set:
-        yield Problem(("lora",), 'is read for scheme = "lora" only: it is "sft"', also=(("scheme",),))
+        yield Problem(("lora",), 'requires scheme = "lora", found "sft"', also=(("scheme",),))
     for prefix, environment in (((), spec.environment), (("site",), site.environment)):
         for name in sorted(SET_BY_THE_SCRIPT & environment.keys()):
-            yield Problem((*prefix, "environment", name), "is set by the generated script")
+            yield Problem((*prefix, "environment", name), "must not be set: the generated script sets it")
     yield from _python(site)
     yield from _slurm(spec, site)
 
@@ -200,58 +204,55 @@ def _profile(spec: Spec) -> Iterator[Problem]:
     where: KeyPath = ("profile", "last_step")
     untimed = spec.max_steps - spec.window.last_steps
     if asked.first_step > asked.last_step:
-        yield Problem(where, f"must not come before first_step: {asked.last_step} < {asked.first_step}")
+        yield Problem(where, f"must not be less than first_step: {asked.last_step} < {asked.first_step}")
     elif asked.last_step >= untimed:
-        rule = f"profiled steps must not be timed ones: the window begins at step {untimed}"
+        rule = f"profiled steps must not be timed steps: the timed steps begin at step {untimed}"
         yield Problem(where, f"{rule}, last_step is {asked.last_step}", also=(("max_steps",), ("window", "last_steps")))
     if unknown := [rank for rank in asked.ranks if rank >= spec.gpus]:
-        yield Problem(
-            ("profile", "ranks"), f"must be ranks of the run: there is no {unknown[0]} of {spec.gpus}", also=(("gpus",),)
-        )
+        rule = f"must be less than {spec.gpus} (gpus), found {unknown[0]}"
+        yield Problem(("profile", "ranks"), rule, also=(("gpus",),))
     if asked.tool == "nsys" and spec.gpu == "cpu":
-        yield Problem(
-            ("profile", "tool"), "nsys records GPUs: this run has none", 'set profile.tool = "pytorch"', also=(("gpu",),)
-        )
+        yield Problem(("profile", "tool"), '"nsys" requires GPUs', 'set profile.tool = "pytorch"', also=(("gpu",),))
 
 
 def _python(site: Site) -> Iterator[Problem]:
     python = site.python
     in_image = python.kind in ("container", "apptainer")
-    goes_with = f'goes with python.kind = "container" or "apptainer": it is "{python.kind}"'
+    rule = f'requires python.kind = "container" or "apptainer", found "{python.kind}"'
     if in_image and not python.image:
-        yield Problem(("site", "python", "image"), f'is needed by python.kind = "{python.kind}"')
+        yield Problem(("site", "python", "image"), f'is required for python.kind = "{python.kind}"')
     if python.kind == "venv" and not python.path:
-        yield Problem(("site", "python", "path"), 'is needed by python.kind = "venv"')
+        yield Problem(("site", "python", "path"), 'is required for python.kind = "venv"')
     if python.image_from and not (python.image and "/" in python.image):
-        yield Problem(("site", "python", "image_from"), "is imported into a file: python.image must be its path")
+        yield Problem(("site", "python", "image_from"), "requires python.image to be the path of a file, with a slash")
     for key in ("image", "image_from", "mounts", "writable", "mount_home"):
         if getattr(python, key) and not in_image:
-            yield Problem(("site", "python", key), goes_with)
+            yield Problem(("site", "python", key), rule)
 
 
 def _slurm(spec: Spec, site: Site) -> Iterator[Problem]:
-    """What sbatch would refuse, as far as the profile tells."""
+    """Requests that Slurm would refuse, by the limits of the site profile."""
     if site.gpu_type and site.gpu_request == "none":
-        yield Problem(("site", "gpu_type"), 'goes with a gpu_request: it is "none"', 'set gpu_request = "gres"')
+        yield Problem(("site", "gpu_type"), 'requires a gpu_request, found "none"', 'set gpu_request = "gres"')
     known = "gpus_per_node" in site.model_fields_set
     if known and spec.gpus_per_node and spec.gpus_per_node > site.gpus_per_node:
         yield Problem(
             ("gpus_per_node",),
-            f"must be there: {spec.gpus_per_node} of a node's {site.gpus_per_node} (site.gpus_per_node)",
+            f"must not exceed the GPUs of a node: {spec.gpus_per_node} > {site.gpus_per_node} (site.gpus_per_node)",
             also=(("site", "gpus_per_node"),),
         )
     nodes = max(1, spec.gpus // (spec.gpus_per_node or site.gpus_per_node))
     if site.max_nodes and nodes > site.max_nodes:
         yield Problem(
             ("gpus",),
-            f"must fit the partition: {nodes} nodes, and it takes {site.max_nodes} (site.max_nodes)",
+            f"must fit the partition: {nodes} nodes > {site.max_nodes} (site.max_nodes)",
             also=(("gpus_per_node",), ("site", "max_nodes")),
         )
     for key in ("walltime", "convert_walltime"):
         if site.max_walltime and parse_walltime(getattr(spec, key)) > parse_walltime(site.max_walltime):
             yield Problem(
                 (key,),
-                f"must fit the partition: {getattr(spec, key)}, and it takes {site.max_walltime} (site.max_walltime)",
+                f"must fit the partition: {getattr(spec, key)} > {site.max_walltime} (site.max_walltime)",
                 also=(("site", "max_walltime"),),
             )
     for key in ("sbatch_flags", "srun_flags", "convert_flags"):
@@ -264,10 +265,10 @@ def _flags(key: str, flags: list[str]) -> Iterator[Problem]:
         option = flag.partition("=")[0]
         if not option.startswith("--") or option == "--":
             yield Problem(where, f"must be a long option, --name or --name=value, found {flag!r}")
-        elif key == "sbatch_flags" and option in SAID_ELSEWHERE:
-            yield Problem(where, f"{option} is said by {SAID_ELSEWHERE[option]}")
+        elif key == "sbatch_flags" and option in SET_ELSEWHERE:
+            yield Problem(where, f"must not have {option}: {SET_ELSEWHERE[option]} sets it")
         elif key == "srun_flags" and option in SET_BY_SRUN:
-            yield Problem(where, f"{option} is set by the generated script")
+            yield Problem(where, f"must not have {option}: the generated script sets it")
 
 
 def _fits_the_model(spec: Spec, model: Model) -> Iterator[Problem]:
@@ -278,30 +279,20 @@ def _fits_the_model(spec: Spec, model: Model) -> Iterator[Problem]:
         if count % tp:
             yield Problem(TP, f"must divide the {what}: {count} is not a multiple of {tp}", also=(("model",),))
     if model.num_layers % stages:
-        yield Problem(
-            PP,
-            f"PP x VP must divide the layers: {model.num_layers} is not a multiple of {stages}",
-            also=(("model",), VP),
-        )
+        rule = f"PP x VP must divide the layers: {model.num_layers} is not a multiple of {stages}"
+        yield Problem(PP, rule, also=(("model",), VP))
     if spec.seq_length > model.max_position_embeddings:
-        yield Problem(
-            ("seq_length",),
-            f"must not exceed the model's positions: {spec.seq_length} > {model.max_position_embeddings}",
-            also=(("model",),),
-        )
+        rule = f"must not exceed max_position_embeddings of the model: {spec.seq_length} > {model.max_position_embeddings}"
+        yield Problem(("seq_length",), rule, also=(("model",),))
 
 
 def _fits_the_gpu(spec: Spec, gpu: Gpu) -> Iterator[Problem]:
     if spec.precision not in gpu.precisions:
-        yield Problem(
-            ("precision",),
-            f"must be one that the GPU has: {gpu.name} has no {spec.precision}",
-            "one of " + ", ".join(gpu.precisions),
-            also=(("gpu",),),
-        )
+        rule, hint = f"must be a precision of {gpu.name}, found {spec.precision}", f"use {' or '.join(gpu.precisions)}"
+        yield Problem(("precision",), rule, hint, also=(("gpu",),))
     split = spec.parallelism
     shared = split.tensor_model_parallel_size * split.pipeline_model_parallel_size * split.context_parallel_size
     if gpu.name == "cpu" and shared > 1:
-        yield Problem(("parallelism",), f"a CPU run is data-parallel only: TP x PP x CP is {shared}", also=(("gpu",),))
+        yield Problem(("parallelism",), f"TP x PP x CP must be 1 on a CPU, found {shared}", also=(("gpu",),))
     if gpu.name == "cpu" and spec.data.packed:
-        yield Problem(("data", "packed"), "packed sequences need a GPU's attention kernels", also=(("gpu",),))
+        yield Problem(("data", "packed"), "must be false on a CPU: its attention requires a GPU", also=(("gpu",),))

@@ -1,4 +1,4 @@
-"""What there is: the experiments of some specs, and how their scripts stand. In: specs and a folder. Out: rows."""
+"""Lists experiments, and whether their scripts are current. In: `Path`s of specs and of the scripts' folder. Out: `Row`s."""
 
 import json
 import re
@@ -17,16 +17,16 @@ CURRENT = "current"
 
 
 class Row(NamedTuple):
-    """One experiment, or one script."""
+    """One experiment, or one script without a spec."""
 
     name: str
-    spec: str  # the file, "" where there is none
-    what: str  # the run in a few words
+    spec: str  # its file; "" if there is none
+    what: str  # scheme, precision, model and GPUs
     state: str
 
 
 def rows(specs: Iterable[Path], out: Path, site: Path | None = None, overrides: Sequence[str] = ()) -> list[Row]:
-    """A row for each experiment, for each spec that is refused, and for each script in `out` that no spec asks for."""
+    """A row for each experiment, for each spec with an error, and for each script in `out` that no spec compiles to."""
     found: list[Row] = []
     for path in find_specs(specs):
         try:
@@ -36,7 +36,7 @@ def rows(specs: Iterable[Path], out: Path, site: Path | None = None, overrides: 
             found.append(Row(path.stem, str(path), "", f"refused: {first}"))
     known = {row.name for row in found}
     left = sorted(script.stem for script in out.glob("*.sh") if script.stem not in known)
-    return [*found, *(Row(name, "", "", "no spec here compiles to it") for name in left if _compiled(out, name))]
+    return [*found, *(Row(name, "", "", "no spec compiles to this script") for name in left if _compiled(out, name))]
 
 
 def _row(plan: Plan, path: Path, out: Path) -> Row:
@@ -60,7 +60,7 @@ def _state(plan: Plan, out: Path) -> str:
 
 
 def _compiled(out: Path, name: str) -> dict[str, Any] | None:
-    """The plan that a compiled entrypoint carries; None where there is none."""
+    """The plan in a compiled entrypoint; None if there is none."""
     path = out / f"{name}.py"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     found = re.search(r'^PLAN = json\.loads\(r"""\n(.*?)\n"""\)$', text, flags=re.DOTALL | re.MULTILINE)

@@ -1,4 +1,4 @@
-"""A plan to its files, pure. In: a frozen `Plan`. Out: {file name: text}, the same for the same plan."""
+"""Renders a plan to its script and its entrypoint. In: a `Plan`. Out: texts by file name (`dict[str, str]`). Pure."""
 
 import json
 import re
@@ -14,9 +14,9 @@ from ftgen.plan.plan import Plan
 from ftgen.units import format_walltime
 
 END_OF_FILE = "END_OF_FTGEN_FILE"
-GRACE_S = 20  # from a job's SIGTERM to its tasks to its SIGKILL; Slurm's own KillWait is 30 by default
+GRACE_S = 20  # seconds from SIGTERM to SIGKILL when a job ends its tasks; the default of Slurm's KillWait is 30
 
-# sbatch's variables by the option that they override, and those that add to what the header asks for (man sbatch 22.05).
+# Variables of sbatch (man sbatch 22.05), by the header's option that each overrides; and variables that add an option.
 SBATCH_OVERRIDES = {
     "account": "SBATCH_ACCOUNT",
     "constraint": "SBATCH_CONSTRAINT",
@@ -53,13 +53,13 @@ SBATCH_ADDS = (
 
 
 class Verbatim(str):
-    """Text that a bash template takes as it is, because it has been made safe for its place."""
+    """Text that a bash template does not quote, because it is already safe in its place."""
 
     __slots__ = ()
 
 
 def render(plan: Plan) -> dict[str, str]:
-    """`<name>.sh`, which stands alone, and `<name>.py`, its entrypoint."""
+    """`<name>.sh`, a script that needs no other file, and `<name>.py`, its entrypoint."""
     entrypoint = _python().get_template("entrypoint.py.j2").render(plan=plan, plan_json=plan.to_json())
     files = {f"{plan.name}.py": entrypoint, **_runtime()}
     script = (
@@ -86,7 +86,7 @@ def render(plan: Plan) -> dict[str, str]:
 
 
 def assignments(document: dict[str, Any], prefix: str = "") -> list[str]:
-    """Every `key.path=value` of a document, as --set takes it."""
+    """Every `key.path=value` of a document, in the syntax of --set."""
     found = []
     for key, value in document.items():
         if isinstance(value, dict):
@@ -97,19 +97,19 @@ def assignments(document: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def summary(plan: Plan) -> str:
-    """The run in one line."""
+    """One line that describes the run."""
     scheme = {"lora": "LoRA", "sft": "SFT"}[plan.scheme]
     where = f"{plan.nodes} node{'s' * (plan.nodes > 1)} of {plan.gpus_per_node} {plan.gpu.name}"
     return f"{scheme} {plan.precision.upper()} fine-tuning of {plan.model.name} on {where}"
 
 
 def job_name(plan: Plan) -> str:
-    """One name for all jobs of a model: Slurm's `singleton` lets a user run one at a time; the comment tells them apart."""
+    """One name for all jobs of a model: with `singleton`, Slurm runs one at a time. --comment distinguishes them."""
     return f"ftgen_{plan.model.name}"
 
 
 def sbatch_lines(plan: Plan) -> list[str]:
-    """What stands after #SBATCH, in sbatch's long form."""
+    """The options after #SBATCH, in their long form."""
     slurm = plan.slurm
     requeue = {True: ["--requeue"], False: ["--no-requeue"], None: []}[slurm.requeue]
     options = {
@@ -135,13 +135,13 @@ def sbatch_lines(plan: Plan) -> list[str]:
 
 
 def gpu_request(how: str, gpu_type: str | None, count: int) -> dict[str, str]:
-    """The option that asks for so many GPUs of each node, the way the site wants it."""
+    """The sbatch option that requests `count` GPUs of each node. It is empty if the site needs no option."""
     gpus = f"{gpu_type}:{count}" if gpu_type else str(count)
     return {"none": {}, "gres": {"gres": f"gpu:{gpus}"}, "gpus-per-node": {"gpus-per-node": gpus}}[how]
 
 
 def _convert_options(plan: Plan) -> list[str]:
-    """sbatch's options of the job that makes the checkpoint, over the same header: one task, and one GPU at most."""
+    """sbatch options of the conversion job, which override the header: one task and at most one GPU."""
     options = {
         "job-name": f"{job_name(plan)}_convert",
         "dependency": "singleton",
@@ -154,14 +154,14 @@ def _convert_options(plan: Plan) -> list[str]:
 
 
 def _sbatch_variables(plan: Plan) -> list[tuple[str, str]]:
-    """Variables of the submitting shell that change what the header asks for, with the header's value."""
+    """Variables of the submitting shell that change the request of the header, each with the value of the header."""
     header = {option: value for option, _, value in (line[2:].partition("=") for line in sbatch_lines(plan))}
     overridden = [(variable, header[option]) for option, variable in SBATCH_OVERRIDES.items() if option in header]
     return sorted((dict.fromkeys(SBATCH_ADDS, "") | dict(overridden)).items())
 
 
 def expand_path(path: str) -> str:
-    """A path as one word of bash: $STAGE_PATH is expanded, every other character is itself."""
+    """A path as one word of bash, which expands $STAGE_PATH and nothing else in it."""
     parts = re.split(r"\$STAGE_PATH\b|\$\{STAGE_PATH\}", path)
     if len(parts) == 1:
         return shlex.quote(path)
@@ -169,7 +169,7 @@ def expand_path(path: str) -> str:
 
 
 def default_stage_path(stage_path: str | None) -> Verbatim:
-    """What stands in for a STAGE_PATH that the submitting shell does not have, for bash."""
+    """The default of STAGE_PATH, for bash."""
     return Verbatim(shlex.quote(stage_path) if stage_path else "${SLURM_SUBMIT_DIR:-$PWD}")
 
 
@@ -180,12 +180,12 @@ def _interpreter(plan: Plan) -> str:
 
 @cache
 def _runtime() -> dict[str, str]:
-    """The runtime's files by the path they have in a run directory."""
+    """The texts of the runtime's files, by their path in a run directory."""
     folder = source_folder("runtime")
     paths = sorted(folder.rglob("*.py"))
     files = {f"runtime/{path.relative_to(folder).as_posix()}": path.read_text(encoding="utf-8") for path in paths}
     clash = [path for path, text in files.items() if END_OF_FILE in text.splitlines() or not text.endswith("\n")]
-    assert not clash, f"these cannot be carried in a here-document: {clash}"  # noqa: S101 - our own files
+    assert not clash, f"these files cannot be in a here-document: {clash}"  # noqa: S101 - our own files
     return files
 
 
@@ -206,7 +206,7 @@ def _python() -> Environment:
 
 
 def bash() -> Environment:
-    """Every {{ value }} is one shell word, unless a filter has made it safe for another place."""
+    """The environment for bash: every {{ value }} is one shell word, unless a filter makes it safe for another place."""
     environment = _environment(finalize=_quote, comment_start_string="<#", comment_end_string="#>")  # ${#array[@]}
     environment.filters |= {
         "comment": lambda text: Verbatim(" ".join(str(text).split())),
@@ -223,6 +223,6 @@ def _quote(value: Any) -> str:
 
 
 def _directive(line: str) -> Verbatim:
-    """A line for Slurm, or a variable's name: one word without quotes; the vocabulary lets nothing else through."""
+    """An option after #SBATCH, or the name of a variable: one word without quotes. Validation refuses all other texts."""
     assert re.fullmatch(r"[A-Za-z0-9_.,:&|()\[\]*/%+@=-]+", line), line  # noqa: S101 - spec.py and site.py check it
     return Verbatim(line)

@@ -1,7 +1,9 @@
-"""A site profile to the job that sets the site up, pure. In: a `Site`, the sources that specs ask for. Out: bash.
+"""Renders the job that sets a site up.
 
-The job makes the folders, the image or the virtual environment and the source trees, unless they are there, and ends
-by importing the stack.
+In: a `Site`, its name, and `Plan`s. Out: a bash script (`str`). Pure.
+
+The job creates the folders, the image or the virtual environment, and the source trees, unless they exist. At the end, it
+imports the packages that a job needs.
 """
 
 from importlib.metadata import PackageNotFoundError, requires
@@ -12,13 +14,13 @@ from ftgen.plan.plan import Plan, SourcePlan
 from ftgen.script.render import END_OF_FILE, bash, default_stage_path, gpu_request
 from ftgen.spec.site import Site
 
-WALLTIME = "02:00:00"  # an image of 20 GB, or 3 GB of packages
+WALLTIME = "02:00:00"  # enough for an image of 20 GB, or 3 GB of packages
 STACK = ("torch", "lightning", "transformers", "megatron.core", "nemo.collections.llm")
 ON_A_GPU = ("transformer_engine.pytorch",)
 
 
 def render_setup(site: Site, name: str, plans: list[Plan]) -> str:
-    """The setup job of a site, for the jobs of `plans`; without any, for GPUs and the stack as it is installed."""
+    """The setup job of a site for the jobs of `plans`. Without plans: for GPUs, and without source trees."""
     on_a_gpu = not plans or any(plan.gpu.name != "cpu" for plan in plans)
     sources: list[SourcePlan] = list(dict.fromkeys(source for plan in plans for source in plan.sources))
     stack = STACK + (ON_A_GPU if on_a_gpu else ())
@@ -42,7 +44,7 @@ def render_setup(site: Site, name: str, plans: list[Plan]) -> str:
 
 
 def requirements(extra: str) -> list[str]:
-    """What pip is asked for: ftgen's own extra, without ftgen."""
+    """The requirements of an extra of ftgen, for pip, without ftgen."""
     try:
         lines = requires("ftgen") or []
     except PackageNotFoundError:
@@ -53,7 +55,7 @@ def requirements(extra: str) -> list[str]:
         if f'"{extra}"' not in marker.replace("'", '"'):
             continue
         found += requirements("runtime") if package.startswith("ftgen[") else [package.strip()]
-    assert found, "ftgen's own metadata names no requirements: install it with pip"  # noqa: S101
+    assert found, "the metadata of ftgen has no requirements: install ftgen with pip"  # noqa: S101
     return found
 
 

@@ -1,4 +1,7 @@
-"""The variables of the recipe's own launcher, as a spec and a site profile. In: an environment. Out: two TOML texts."""
+"""Translates the variables of the recipe's launcher to a spec and a site profile.
+
+In: the environment (`Mapping[str, str]`). Out: a TOML text (`str`) from `spec`, and one from `site`.
+"""
 
 import json
 from collections.abc import Mapping
@@ -12,11 +15,11 @@ MEGATRON = "/opt/megatron-lm"  # where the launcher mounts $STAGE_PATH/Megatron-
 
 
 def spec(environment: Mapping[str, str]) -> str:
-    """The spec of `DTYPE=fp8 MODEL_SIZE=8b SFT_SCHEME=lora JOB_TOTAL_GPUS=16 ./launch.sh`; SpecError: what is missing."""
+    """The spec of `DTYPE=fp8 MODEL_SIZE=8b SFT_SCHEME=lora JOB_TOTAL_GPUS=16 ./launch.sh`; SpecError with every problem."""
     said = {key: environment[name].lower() for name, key in SPEC_VARIABLES.items() if environment.get(name)}
     size = environment.get("MODEL_SIZE", "8b").lower()
     problems = [
-        Problem((), "is not set", f"{name}=... as for the launcher", file=name)
+        Problem((), "is not set", f"set {name} as for the launcher", file=name)
         for name, key in (("DTYPE", "precision"), ("SFT_SCHEME", "scheme"), ("JOB_TOTAL_GPUS", "gpus"))
         if key not in said
     ]
@@ -26,7 +29,7 @@ def spec(environment: Mapping[str, str]) -> str:
     if not said.get("gpus", "8").isdecimal():
         problems.append(Problem((), f"must be a number, found {said['gpus']!r}", file="JOB_TOTAL_GPUS"))
     if size not in SIZES:
-        problems.append(Problem((), f"must be a size that is known: {size!r}", closest(size, SIZES), file="MODEL_SIZE"))
+        problems.append(Problem((), f"must be 8b or 70b, found {size!r}", closest(size, SIZES), file="MODEL_SIZE"))
     if problems:
         raise SpecError(*problems)
     title = catalogue.models()[SIZES[size]].title

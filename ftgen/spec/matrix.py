@@ -1,6 +1,6 @@
-"""Expands the [matrix] of a spec to its combinations of values.
+"""Expands the table `matrix` of a spec to its combinations of values.
 
-In: the table `matrix`, and the rest of the document. Out: a `Cell` for each combination, and problems. Pure.
+In: the table `matrix` and the rest of the document, both `dict[str, Any]`. Out: `list[Cell]` and `list[Problem]`. Pure.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ftgen.documents import Document, get, has, leaves, merged, with_value
 from ftgen.errors import KeyPath, Problem, dotted
 
-MOST = 1000  # points: more are a slip of the pen
+MOST = 1000  # points; a larger matrix is probably a mistake
 Values = dict[KeyPath, Any]
 Choices = dict[KeyPath, list[Any]]
 Tables = tuple[KeyPath, ...]
@@ -24,11 +24,11 @@ class Cell(NamedTuple):
 
     name: str
     sets: Document
-    below: Tables = ()  # tables of the spec that may set them
+    below: Tables = ()  # tables of the matrix that may set these keys
 
 
 def cells(matrix: Document, stem: str, base: Document) -> tuple[list[Cell], list[Problem]]:
-    """Every point of a matrix of the right shape; `base` is the rest of the document, which `name` may refer to."""
+    """Every point of a validated matrix, and problems. `base` is the rest of the document; matrix.name may use its keys."""
     choices, zipped = _choices(matrix, "product"), _choices(matrix, "zip")
     if problems := [*_not_lists(choices, "product"), *_not_lists(zipped, "zip"), *_not_alike(choices, zipped)]:
         return [], problems
@@ -41,12 +41,12 @@ def cells(matrix: Document, stem: str, base: Document) -> tuple[list[Cell], list
     included = enumerate(matrix.get("include", []))
     kept += [(leaves(each), (("matrix", "include", number),)) for number, each in included]
     problems = [
-        Problem(("matrix", "exclude", number), "matches no point of the matrix", "each of its keys is one that varies")
+        Problem(("matrix", "exclude", number), "must match a point of the matrix", "use keys and values of the matrix")
         for number, each in enumerate(excluded)
         if not any(_matches(values, each) for values in crossed)
     ]
     if not kept:
-        problems.append(Problem(("matrix",), "has no points", "say product, zip or include"))
+        problems.append(Problem(("matrix",), "must have a point", "add product, zip or include"))
     named, more = _named(kept, matrix.get("name"), stem, base)
     return named, problems + more
 
@@ -64,17 +64,17 @@ def _choices(matrix: Document, kind: str) -> Choices:
 def _not_lists(choices: Choices, kind: str) -> Iterator[Problem]:
     for path, values in choices.items():
         if not isinstance(values, list) or not values:
-            yield Problem(("matrix", kind, *path), "must be a list of one value or more", f"{dotted(path)} = [ ... ]")
+            yield Problem(("matrix", kind, *path), "must be a list of at least one value", f"write {dotted(path)} = [ ... ]")
 
 
 def _not_alike(choices: Choices, zipped: Choices) -> Iterator[Problem]:
     lengths = {path: len(values) for path, values in zipped.items() if isinstance(values, list)}
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{dotted(path)} has {length}" for path, length in lengths.items())
-        yield Problem(("matrix", "zip"), f"the lists of a zip must be of one length: {found}")
+        yield Problem(("matrix", "zip"), f"the lists must have the same length: {found}")
     for path in zipped:
         if any(path[: len(other)] == other or other[: len(path)] == path for other in choices):
-            yield Problem(("matrix", "zip", *path), "is in the product too")
+            yield Problem(("matrix", "zip", *path), "must not be in matrix.product too")
 
 
 def _crossed(choices: Choices, zipped: Choices) -> Iterator[Values]:
@@ -97,10 +97,10 @@ def _named(
         sets = _document(values)
         name, unknown = _fill(template, merged(base, sets)) if template else (_default_name(stem, values), "")
         if unknown:
-            problems.append(Problem(("matrix", "name"), f"names a key that the spec does not say: {unknown}"))
+            problems.append(Problem(("matrix", "name"), f"must use keys that the spec sets: it does not set {unknown}"))
         elif name in found:
             where: KeyPath = ("matrix", "name") if template else ("matrix",)
-            problems.append(Problem(where, f"two points have one name: {name}", "say every key that varies in matrix.name"))
+            problems.append(Problem(where, f"two points have the same name: {name}", "use all varying keys in matrix.name"))
         found[name] = Cell(name, sets, below)
     return list(found.values()), list(dict.fromkeys(problems))
 
@@ -117,14 +117,14 @@ def _default_name(stem: str, values: Values) -> str:
 
 
 def _fill(template: str, document: Document) -> tuple[str, str]:
-    """The template with values for the keys in braces, and the first key that has none."""
+    """The template with a value for each key in braces, and the first key that has no value ("" if all have one)."""
     keys = re.findall(r"{(.*?)}", template)
     unknown = next((key for key in keys if not has(document, tuple(key.split(".")))), "")
     return re.sub(r"{(.*?)}", lambda match: _text(get(document, tuple(match[1].split(".")))), template), unknown
 
 
 def _word(path: KeyPath, value: Any) -> str:
-    """A value in a file's name; a number says of what, but for the GPUs, of which every name speaks."""
+    """The part of a name for one value. A number needs its key before it; the number of GPUs is clear without the key."""
     plain = isinstance(value, str | dict) or path == ("gpus",)
     return _text(value) if plain else f"{path[-1]}-{_text(value)}"
 

@@ -1,6 +1,6 @@
 """Turns the document of a spec into the points of its matrix; a spec without a matrix is one point.
 
-In: the `Source` of a spec. Out: a `Point` for each experiment, with its name and its own `Source`, and located problems.
+In: the `Source` of a spec. Out: `list[Point]`, one for each experiment with its name and its `Source`, and `list[Problem]`.
 """
 
 import re
@@ -22,11 +22,11 @@ class Point(NamedTuple):
 
     name: str
     source: Source
-    problems: list[Problem]  # of its name
+    problems: list[Problem]  # with the name
 
 
 def points(spec: Source) -> tuple[list[Point], list[Problem]]:
-    """Every point of the spec, and every problem of the matrix itself."""
+    """Every point of the spec, and every problem of the matrix, with file and line."""
     if "matrix" not in spec.document:
         return [Point(spec.stem, spec.at({}, ()), _bad_names(spec, spec.stem))], []
     table, problems = validate(Matrix, spec.document["matrix"])
@@ -42,7 +42,7 @@ def points(spec: Source) -> tuple[list[Point], list[Problem]]:
 
 
 def _bad_names(spec: Source, name: str) -> list[Problem]:
-    """Scripts and jobs are named after the spec's file, or after the point."""
+    """Problems with the name of the spec's file or of the point. Scripts and jobs have the same name."""
     if not FILE_NAME.fullmatch(spec.stem):
         rule = "a spec's file name must have 1 to 100 letters, digits, '.', '_' and '-', and begin with a letter or digit"
         return [spec.located(Problem((), f"{rule}, found {spec.stem!r}", "rename the file"))]

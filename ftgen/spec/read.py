@@ -1,6 +1,6 @@
-"""Reads specs and site profiles: folders to files, a file and the files that it extends to one document.
+"""Reads specs and site profiles, with the files that they extend, into one document each.
 
-In: paths, and the texts of --set. Out: `Source`s, or a `SpecError` that names file and line.
+In: `Path`s, and the texts of --set (`Sequence[str]`). Out: a `Source`, or a `SpecError` with file and line.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ def find_specs(paths: Iterable[Path]) -> list[Path]:
 
 
 def read_source(path: Path | None, overrides: Sequence[str] = ()) -> Source:
-    """The file, merged with the files that it extends and with --set; an empty source for no file."""
+    """The document of the file, of the files that it extends and of --set. Without a file, only of --set."""
     said = dict(map(parse_override, overrides))
     changes: Document = {}
     for key, value in said.items():
@@ -34,7 +34,7 @@ def read_source(path: Path | None, overrides: Sequence[str] = ()) -> Source:
 
 
 def named_file(layer: Layer, key: str) -> Path | None:
-    """The file that a key of this layer names, relative to the layer's own file; None if it names none."""
+    """The path that a key of this layer gives, relative to the layer's file; None if the layer has no such path."""
     text: Any = layer.document.get(key)
     if not isinstance(text, str):
         return None
@@ -46,23 +46,23 @@ def named_file(layer: Layer, key: str) -> Path | None:
 
 
 def _specs_in(folder: Path) -> list[Path]:
-    """The specs of a folder: its TOML files, except those that only serve others as a base."""
+    """The specs of a folder: its TOML files, except incomplete files that other specs extend."""
     sources = {path: read_source(path) for path in sorted(folder.glob("*.toml"))}
     bases = {layer.path.resolve() for source in sources.values() for layer in source.layers[:-1]}
     specs = [path for path, source in sources.items() if _is_complete(source) or path.resolve() not in bases]
     if not specs:
-        raise SpecError(Problem((), "has no specs: no file *.toml", "name a spec, or a folder of specs", file=str(folder)))
+        raise SpecError(Problem((), "must have a file *.toml", "name a spec or a folder of specs", file=str(folder)))
     return specs
 
 
 def _is_complete(source: Source) -> bool:
-    """Whether the spec says every key that has no default, or has a matrix, which may say them."""
+    """Whether the spec sets every key that has no default, or has a matrix, which may set these keys."""
     needed = {key for key, field in Spec.model_fields.items() if field.is_required()}
     return "matrix" in source.document or needed <= source.document.keys()
 
 
 def _layers(path: Path, extended_by: tuple[Layer, ...]) -> tuple[Layer, ...]:
-    """The file and, before it, every file that it extends; `extended_by` has the nearest one first."""
+    """The file, after every file that it extends. `extended_by` are the files that extend it, the nearest first."""
     try:
         text, document = read_toml(path)
     except SpecError as error:
@@ -73,13 +73,13 @@ def _layers(path: Path, extended_by: tuple[Layer, ...]) -> tuple[Layer, ...]:
     if any(path.resolve() == each.path.resolve() for each in extended_by):
         base = extended_by[0].document["extends"]
         circle = Problem(("extends",), f"must not lead back to a file that extends this one, found {quoted(base)}")
-        raise SpecError(_at_extends(circle._replace(hint="remove one extends of the circle"), extended_by[0]))
+        raise SpecError(_at_extends(circle._replace(hint="remove one of the extends keys in the circle"), extended_by[0]))
     base_path = named_file(layer, "extends")
     return (*_layers(base_path, (layer, *extended_by)), layer) if base_path else (layer,)
 
 
 def _at_extends(problem: Problem, layer: Layer) -> Problem:
-    """A problem with a base file, located at the `extends` that names it, unless the problem has a line of its own."""
+    """The problem of a base file. If it has no line, it gets the line of the `extends` that names the file."""
     if problem.line:
         return problem
     where: KeyPath = ("extends",)

@@ -1,6 +1,6 @@
-"""Keeps what each file, matrix point and --set says, and finds the place that said a key.
+"""Keeps the keys of each file, matrix point and --set, and finds the place that sets a key.
 
-In: layers of parsed TOML files. Out: `Source`, whose last layer that says a key wins, and file and line of each key.
+In: `Layer`s, which are parsed TOML files. Out: a `Source`, whose last layer wins, and file and line of each key.
 """
 
 from dataclasses import dataclass, field, replace
@@ -49,7 +49,7 @@ class Source:
         return "".join(layer.text for layer in self.layers)
 
     def said(self, path: KeyPath) -> tuple[str, int] | None:
-        """File and line that say exactly this key; None if nothing says it."""
+        """File and line that set exactly this key; None if nothing sets it."""
         if has(self.changes, path):
             return COMMAND_LINE, 0
         if has(self.point, path):

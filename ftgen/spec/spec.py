@@ -1,6 +1,8 @@
-"""The vocabulary of a spec: every key, its unit, its default. In: a document. Out: a frozen `Spec`.
+"""Defines every key of a spec, with its unit and its default.
 
-What the keys mean together (do the GPUs fill whole nodes?) is decided in `rules`.
+In: a document (`dict[str, Any]`). Out: a frozen `Spec`.
+
+`ftgen.plan.rules` checks how the keys fit together, such as whether the GPUs fill whole nodes.
 """
 
 import re
@@ -12,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from ftgen.errors import quoted
 from ftgen.units import WALLTIME, parse_walltime
 
-Positive = Annotated[int, Field(ge=1, lt=2**31)]  # what bash, Slurm and PyTorch all count with
+Positive = Annotated[int, Field(ge=1, lt=2**31)]  # bash, Slurm and PyTorch all take these integers
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -21,7 +23,7 @@ NOT_SECRET = {"TOKENIZERS_PARALLELISM"}
 
 
 def is_one_line(text: str) -> bool:
-    """Whether the text has no control characters, such as a NUL byte or a newline; no path, name or option may have any."""
+    """Whether the text has no control characters (NUL byte, newline). No path, name or option may have one."""
     return not CONTROL.search(text)
 
 
@@ -39,9 +41,11 @@ def _walltime(text: str) -> str:
 def _environment(variables: dict[str, str]) -> dict[str, str]:
     for name in variables:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise PydanticCustomError("at_key", "is no name that a shell can export", {"key": name})
+            rule = "must be a name that a shell can export"
+            raise PydanticCustomError("at_key", rule, {"key": name, "hint": "use A-Z, a-z, 0-9 and _; begin with a letter"})
         if SECRET.search(name) and name not in NOT_SECRET:
-            raise PydanticCustomError("at_key", "looks like a secret, which no file may hold", {"key": name})
+            rule = "must not be in a file: its name looks like a secret"
+            raise PydanticCustomError("at_key", rule, {"key": name, "hint": "export it in the shell that submits the job"})
     return variables
 
 
@@ -51,190 +55,194 @@ Environment = Annotated[dict[str, OneLine], AfterValidator(_environment)]
 
 
 class Table(BaseModel):
-    """A TOML table: unknown keys and wrong types are refused."""
+    """A TOML table. Validation refuses unknown keys and wrong types."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, defer_build=True, allow_inf_nan=False)
 
 
 class Lora(Table):
-    """Low-rank adaptation; read when scheme = "lora"."""
+    """Low-rank adaptation. The table requires scheme = "lora"."""
 
     rank: Positive = Field(8, description="Rank of the adapters.")
-    alpha: Positive = Field(16, description="Scale of the adapters: their output is multiplied by alpha / rank.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in the adapters, a fraction.")
+    alpha: Positive = Field(16, description="Scale of the adapters. Their output is multiplied by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability in the adapters, from 0 to 1.")
     targets: list[Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]] = Field(
-        ["linear_qkv"], min_length=1, description="Megatron's names of the layers that get adapters."
+        ["linear_qkv"], min_length=1, description="Layers that get adapters, by Megatron's names."
     )
 
 
 class Parallelism(Table):
-    """How the model is split over GPUs; what is left is data-parallel."""
+    """How the model is split over GPUs. The other GPUs are data-parallel replicas."""
 
     tensor_model_parallel_size: Positive = Field(1, description="GPUs that share each layer (TP).")
-    pipeline_model_parallel_size: Positive = Field(1, description="GPUs that share the stack of layers (PP).")
-    context_parallel_size: Positive = Field(1, description="GPUs that share each sequence (CP); needs data.packed = false.")
-    virtual_pipeline_model_parallel_size: Positive | None = Field(
-        None, description="Chunks of layers for each pipeline stage (VP); needs PP > 1."
+    pipeline_model_parallel_size: Positive = Field(1, description="Number of pipeline stages (PP).")
+    context_parallel_size: Positive = Field(
+        1, description="GPUs that share each sequence (CP). CP > 1 needs data.packed = false."
     )
-    sequence_parallel: bool = Field(False, description="Split norms and dropout along the sequence; needs TP > 1.")
+    virtual_pipeline_model_parallel_size: Positive | None = Field(
+        None, description="Number of virtual stages in each pipeline stage (VP). Needs PP > 1."
+    )
+    sequence_parallel: bool = Field(False, description="Split norms and dropout along the sequence. Needs TP > 1.")
 
 
 class Data(Table):
-    """What is trained on."""
+    """The training data."""
 
     kind: Literal["squad", "synthetic", "jsonl"] = Field(
         "squad",
-        description='"squad": SQuAD from the Hugging Face hub, as the recipe; "synthetic": SQuAD-shaped text made on the '
-        'spot, no network; "jsonl": a file of yours.',
+        description='"squad": SQuAD from the Hugging Face hub, as in the recipe. "synthetic": generated text with the shape '
+        'of SQuAD, without a network. "jsonl": the file at data.path.',
     )
     path: OneLine | None = Field(
-        None, description='For kind = "jsonl": a file with a JSON object {"input", "output"} on each line.'
+        None, description='File for kind = "jsonl". Each line is a JSON object with the keys "input" and "output".'
     )
-    examples: Positive = Field(14000, description='For kind = "synthetic": how many examples are made.')
+    examples: Positive = Field(14000, description='Number of examples to generate for kind = "synthetic".')
     packed: bool | None = Field(
         None,
-        description="Pack examples into full sequences, so that every token of a step is a real one. "
+        description="Pack examples into full sequences, so that a step has almost no padding. "
         "Default: true on GPUs, false on a CPU.",
     )
 
 
 class Checkpoint(Table):
-    """Where the weights come from; the default is the model's own in the catalogue."""
+    """Where the weights come from. The catalogue has the default of each model."""
 
     source: Literal["hub", "random", "directory"] | None = Field(
         None,
-        description='"hub": the model\'s Hugging Face repository; "random": random weights of its shape, for speed alone; '
-        '"directory": a Hugging Face checkpoint on a disk.',
+        description='"hub": the Hugging Face repository of the model. "random": random weights, to measure only speed. '
+        '"directory": a Hugging Face checkpoint at checkpoint.path.',
     )
-    revision: OneLine | None = Field(None, description='For source = "hub": a branch, tag or commit. Default: main.')
-    path: OneLine | None = Field(None, description='For source = "directory": where it is.')
+    revision: OneLine | None = Field(None, description='Branch, tag or commit for source = "hub". Default: main.')
+    path: OneLine | None = Field(None, description='Directory of the checkpoint for source = "directory".')
 
 
 class Source(Table):
     """A Git repository at one commit."""
 
-    url: OneLine = Field(description="Where to clone from.")
-    commit: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")] = Field(description="All 40 digits of it.")
+    url: OneLine = Field(description="URL of the repository.")
+    commit: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")] = Field(
+        description="Commit hash: 40 hexadecimal digits."
+    )
 
 
 class Sources(Table):
-    """Source trees to use in place of what is installed; `ftgen setup SPEC` clones them into $STAGE_PATH."""
+    """Source trees that replace the installed packages. `ftgen setup SPEC` clones them into $STAGE_PATH."""
 
-    megatron_lm: Source | None = Field(None, description="Megatron-LM.")
-    nemo: Source | None = Field(None, description="NeMo.")
+    megatron_lm: Source | None = Field(None, description="Source tree of Megatron-LM.")
+    nemo: Source | None = Field(None, description="Source tree of NeMo.")
 
 
 class Optimizer(Table):
-    """Adam with a cosine schedule, as NeMo's recipe."""
+    """Adam with a cosine schedule, as in NeMo's recipe."""
 
     learning_rate: float | None = Field(
-        None, gt=0, description="Peak learning rate. Default: the recipe's, 1e-4 for LoRA and 5e-6 for SFT."
+        None, gt=0, description="Peak learning rate. Default: 1e-4 for LoRA and 5e-6 for SFT, as in the recipe."
     )
     warmup_steps: int = Field(50, ge=0, description="Steps over which the learning rate rises to its peak.")
 
 
 def _optimization(title: str) -> Any:
-    return Field(None, description=f"{title}. Default: as measured for the scheme, precision and GPU.")
+    return Field(None, description=f"{title}. Default: on if preset enables it for the scheme, precision and GPU.")
 
 
 class Optimizations(Table):
-    """What makes a step faster than NeMo's stock recipe; what each does to the numerics is in the catalogue."""
+    """Changes to NeMo's stock recipe that make a step faster. The catalogue tells how each changes the numerics."""
 
     preset: Literal["measured", "stock"] = Field(
-        "measured", description='"measured": what was measured to help is on; "stock": nothing is, NeMo\'s own recipe.'
+        "measured", description='"measured": on where measurements showed a gain. "stock": off, as in NeMo\'s recipe.'
     )
-    cuda_graphs: bool | None = _optimization("CUDA graphs of the transformer layers")
-    fused_cross_entropy: bool | None = _optimization("Transformer Engine's fused cross entropy")
-    loss_tokens_only: bool | None = _optimization("LM head and loss on the tokens that have a loss")
-    scale_small_tensor: bool | None = _optimization("LoRA's scale on the small tensor between its two matrices")
-    fused_wgrad_accumulation: bool | None = _optimization("Weight gradients accumulated by the GEMM that makes them")
-    skip_nan_check: bool | None = _optimization("No look for NaN in the gradients of each step")
-    fused_swiglu: bool | None = _optimization("Transformer Engine's SwiGLU, in FP8 with the cast in it")
-    skip_shard_transposes: bool | None = _optimization("No transposes of the shards of FP8 weights")
-    short_padding: bool | None = _optimization("A pack's padding as several short sequences")
-    merge_micro_batches: bool | None = _optimization("All the packs of a GPU's step as one micro-batch")
-    op_fuser: bool | None = _optimization("Transformer Engine's op fuser, which rounds differently")
+    cuda_graphs: bool | None = _optimization("Runs the transformer layers as CUDA graphs")
+    fused_cross_entropy: bool | None = _optimization("Uses Transformer Engine's fused cross entropy")
+    loss_tokens_only: bool | None = _optimization("Computes the LM head and the loss only for tokens that have a loss")
+    scale_small_tensor: bool | None = _optimization("Applies LoRA's scale to the small tensor between its two matrices")
+    fused_wgrad_accumulation: bool | None = _optimization("Accumulates weight gradients in the GEMM that computes them")
+    skip_nan_check: bool | None = _optimization("Does not check the gradients of each step for NaN")
+    fused_swiglu: bool | None = _optimization("Uses Transformer Engine's fused SwiGLU, which includes the cast to FP8")
+    skip_shard_transposes: bool | None = _optimization("Does not transpose the shards of FP8 weights")
+    short_padding: bool | None = _optimization("Divides the padding of a pack into several short sequences")
+    merge_micro_batches: bool | None = _optimization("Trains on all packs of a GPU in one micro-batch per step")
+    op_fuser: bool | None = _optimization("Uses Transformer Engine's op fuser, which rounds differently")
 
 
 class Profile(Table):
-    """A profiler around some steps of some ranks; it slows them down, so they are none of the timed ones."""
+    """A profiler that records some steps of some ranks. It slows these steps down, so they must not be timed steps."""
 
     tool: Literal["nsys", "pytorch"] = Field(
-        "nsys", description='"nsys": Nsight Systems, which the node must have; "pytorch": torch.profiler, a Chrome trace.'
+        "nsys", description='"nsys": Nsight Systems, installed on the node. "pytorch": torch.profiler, for a Chrome trace.'
     )
-    first_step: int = Field(10, ge=0, description="First step that is recorded, counted from 0.")
-    last_step: int = Field(12, ge=0, description="Last step that is recorded.")
-    ranks: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([0], min_length=1, description="Ranks that are recorded.")
+    first_step: int = Field(10, ge=0, description="First step to record. Steps are counted from 0.")
+    last_step: int = Field(12, ge=0, description="Last step to record.")
+    ranks: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([0], min_length=1, description="Ranks to record.")
 
 
 class Window(Table):
     """The steps whose mean is the reported step time."""
 
-    last_steps: Positive = Field(20, description="How many steps at the end of the run are timed.")
+    last_steps: Positive = Field(20, description="Number of timed steps at the end of the run.")
 
 
 class Matrix(Table):
-    """Many experiments from one spec: each point is an experiment of its own, with a name of its own."""
+    """Many experiments from one spec. Each point of the matrix is an experiment and has a name."""
 
-    product: dict[str, Any] = Field({}, description="Keys with lists of values, tables as in the spec: every combination.")
-    zip: dict[str, Any] = Field({}, description="Keys with lists of one length: the first of each, the second of each ...")
+    product: dict[str, Any] = Field({}, description="Keys with lists of values. Every combination of values is a point.")
+    zip: dict[str, Any] = Field({}, description="Keys with lists of one length. The values at each position are a point.")
     exclude: list[dict[str, Any]] = Field([], description="Points to leave out, by some of their values.")
-    include: list[dict[str, Any]] = Field([], description="Points to add, each a table of the keys that it sets.")
+    include: list[dict[str, Any]] = Field([], description="Points to add, with the keys that they set.")
     name: OneLine | None = Field(
         None,
         min_length=1,
         description='Name of each experiment, with keys in braces: "{scheme}_{precision}_{gpus}". '
-        "Default: the file's name and the values that vary.",
+        "Default: the name of the file and the values that vary.",
     )
 
 
 class Spec(Table):
-    """One fine-tuning benchmark. Only scheme, precision and gpus have no default; the defaults are the recipe's."""
+    """One fine-tuning benchmark. Only scheme, precision and gpus have no default. The defaults are those of the recipe."""
 
-    scheme: Literal["sft", "lora"] = Field(description="Train every weight (sft), or low-rank adapters (lora).")
+    scheme: Literal["sft", "lora"] = Field(description='"sft": train all weights. "lora": train low-rank adapters.')
     precision: Literal["bf16", "fp8", "fp32"] = Field(
-        description="Arithmetic of the matrix products; fp8 is delayed scaling over BF16, fp32 is for the CPU alone."
+        description='Precision of the matrix products. "fp8": BF16 with delayed FP8 scaling. "fp32": only on a CPU.'
     )
-    gpus: Positive = Field(description="GPUs in all; whole nodes, or a part of one.")
-    model: Name = Field("llama3_8b", description="The model's name in the catalogue.")
-    gpu: Name = Field("h100", description='The GPU\'s name in the catalogue; "cpu" trains without one.')
-    gpus_per_node: Positive | None = Field(None, description="GPUs of a node. Default: the site profile's, or 8.")
-    max_steps: Positive = Field(100, description="Training steps.")
-    global_batch_size: Positive | None = Field(None, description="Sequences a step. Default: 4 x gpus.")
-    micro_batch_size: Positive = Field(1, description="Sequences a GPU works on at once.")
-    seq_length: Positive = Field(4096, description="Tokens in a sequence.")
-    seed: int = Field(1234, ge=1, lt=2**31, description="Seed of the weights' initialization and the data's order.")
-    walltime: Walltime = Field("00:30:00", description="Time limit of the job, [days-]hours:minutes:seconds.")
+    gpus: Positive = Field(description="Total number of GPUs: whole nodes, or a part of one node.")
+    model: Name = Field("llama3_8b", description="Name of the model in the catalogue.")
+    gpu: Name = Field("h100", description='Name of the GPU in the catalogue. "cpu" trains without a GPU.')
+    gpus_per_node: Positive | None = Field(None, description="GPUs of each node. Default: that of the site profile.")
+    max_steps: Positive = Field(100, description="Number of training steps.")
+    global_batch_size: Positive | None = Field(None, description="Sequences per step. Default: 4 x gpus.")
+    micro_batch_size: Positive = Field(1, description="Sequences that a GPU processes at a time.")
+    seq_length: Positive = Field(4096, description="Tokens per sequence.")
+    seed: int = Field(1234, ge=1, lt=2**31, description="Seed for initial weights and for the order of the data.")
+    walltime: Walltime = Field("00:30:00", description="Time limit of the job, as [days-]hours:minutes:seconds.")
     convert_walltime: Walltime = Field(
-        "02:00:00", description="Time limit of the checkpoint's download and conversion, [days-]hours:minutes:seconds."
+        "02:00:00", description="Time limit of the checkpoint conversion with its download, as [days-]hours:minutes:seconds."
     )
-    lora: Lora = Field(default_factory=Lora, description="The adapters.")
+    lora: Lora = Field(default_factory=Lora, description="Settings of the LoRA adapters.")
     parallelism: Parallelism = Field(default_factory=Parallelism, description="How the model is split over GPUs.")
-    data: Data = Field(default_factory=Data, description="What is trained on.")
+    data: Data = Field(default_factory=Data, description="The training data.")
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="Where the weights come from.")
-    sources: Sources = Field(default_factory=Sources, description="Other sources of the framework.")
-    optimizer: Optimizer = Field(default_factory=Optimizer, description="Adam's settings.")
+    sources: Sources = Field(default_factory=Sources, description="Source trees that replace installed packages.")
+    optimizer: Optimizer = Field(default_factory=Optimizer, description="Settings of Adam.")
     optimizations: Optimizations = Field(
-        default_factory=Optimizations, description="What makes a step faster than the stock recipe."
+        default_factory=Optimizations, description="Changes to the stock recipe that make a step faster."
     )
-    window: Window = Field(default_factory=Window, description="The steps that are timed.")
-    profile: Profile | None = Field(None, description="A profiler around some steps. Default: none.")
+    window: Window = Field(default_factory=Window, description="The timed steps.")
+    profile: Profile | None = Field(None, description="Profiler for some steps. Default: none.")
     environment: Environment = Field(
-        {}, description="Environment variables of the training, over the recipe's and the site's."
+        {}, description="Environment variables of the training. They override those of the recipe and of the site profile."
     )
     extends: OneLine | None = Field(
         None,
         min_length=1,
-        description="Another spec, relative to this one, whose keys hold where this one does not say them.",
+        description="Path of a base spec, relative to this file. This spec inherits its keys and can override them.",
     )
     catalogue: OneLine | None = Field(
-        None, min_length=1, description="A catalogue file of your own, relative to this one: [models.NAME], [gpus.NAME]."
+        None, min_length=1, description="Path of a user catalogue, relative to this file: [models.NAME], [gpus.NAME]."
     )
-    matrix: Matrix | None = Field(None, description="Many experiments from this one spec.")
+    matrix: Matrix | None = Field(None, description="Many experiments from this spec.")
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema of a spec, for editors: what a base or a matrix says need not be said again."""
+    """The JSON Schema of a spec, for editors. Keys that a base spec or a matrix can set are not required."""
     schema = Spec.model_json_schema()
     needed = schema.pop("required")
     return schema | {"anyOf": [{"required": needed}, {"required": ["extends"]}, {"required": ["matrix"]}]}

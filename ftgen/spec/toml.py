@@ -1,4 +1,7 @@
-"""TOML text to a document, and a key path back to its line. In: a file. Out: plain dicts; line numbers on demand."""
+"""Reads TOML, and finds the line of a key.
+
+In: a `Path`, or the text of --set. Out: the text and its document (`dict[str, Any]`); a line (`int`) for a key path.
+"""
 
 import datetime
 import re
@@ -10,34 +13,34 @@ import tomli
 from ftgen.documents import Document, has
 from ftgen.errors import KeyPath, Problem, SpecError
 
-DEEPEST = 8  # keys in the path of an override: deeper than any vocabulary
+DEEPEST = 8  # keys in the path of an override; no table of ftgen is deeper
 
 
 def read_toml(path: Path) -> tuple[str, Document]:
-    """The file's text and what it says; SpecError with the line if it cannot be read as TOML."""
+    """The text of the file and its document; SpecError, with the line if there is one, if the file is not TOML."""
     try:
         text = path.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise SpecError(Problem((), f"is not UTF-8: {error.reason} at byte {error.start}", file=str(path))) from None
     except OSError as error:
         raise SpecError(Problem((), error.strerror or str(error), "check the path", file=str(path))) from None
-    except ValueError:  # a NUL byte, or a character that no file name can have
-        raise SpecError(Problem((), "is not a possible path of a file", "check the path", file=str(path))) from None
+    except ValueError:  # the path has a NUL byte or a character that no file name can have
+        raise SpecError(Problem((), "is not a valid path", "check the path", file=str(path))) from None
     try:
         document = tomli.loads(text)
-        repr(document)  # what is nested too deeply to be shown shows here
+        repr(document)  # RecursionError if the document is nested too deeply to print
         return text, document
-    except (ValueError, RecursionError) as error:  # beside what is no TOML, a number or a nesting without end
+    except (ValueError, RecursionError) as error:  # not TOML, a number that is too long, or nesting that is too deep
         line = re.search(r"at line (\d+)", str(error))
         number = int(line[1]) if line else text.count("\n") + 1
         raise SpecError(Problem((), f"is not TOML: {error}", file=str(path), line=number)) from None
 
 
 def line_of(text: str, path: KeyPath) -> int:
-    """1-based line where the key, or the nearest table around it, is first said; 0 if nowhere.
+    """The 1-based line that first sets the key or the nearest table around it; 0 if there is none.
 
-    Asks the parser itself: the shortest run of whole lines that parses and has the key ends where the key's value ends,
-    and the key starts after the longest shorter run that parses.
+    The parser finds it. The shortest beginning of the text that parses and has the key ends where the value of the key
+    ends. The key starts after the longest beginning that parses without the key.
     """
     for length in range(len(path), 0, -1):
         line = _first_line_with(text, path[:length])
@@ -47,13 +50,13 @@ def line_of(text: str, path: KeyPath) -> int:
 
 
 def _first_line_with(text: str, path: KeyPath) -> int:
-    lines = [f"{line}\n" for line in text.split("\n")]  # TOML's lines: splitlines() would also cut inside strings
-    start = 0  # lines that are known to parse without the key
+    lines = [f"{line}\n" for line in text.split("\n")]  # splitlines() would also split at characters inside strings
+    start = 0  # the lines before this one parse and do not have the key
     for end in range(1, len(lines) + 1):
         try:
             document = tomli.loads("".join(lines[:end]))
         except ValueError:
-            continue  # inside a value of several lines
+            continue  # this line is inside a value of several lines
         if has(document, path):
             blank = (n for n in range(start, end) if lines[n].strip() and not lines[n].lstrip().startswith("#"))
             return next(blank, end - 1) + 1
@@ -62,7 +65,7 @@ def _first_line_with(text: str, path: KeyPath) -> int:
 
 
 def parse_override(text: str) -> tuple[KeyPath, Any]:
-    """`key.path=value` to a key path and a TOML value; what is no TOML value is a string, and so is a time."""
+    """The key path and the value of `key.path=value`. A date, a time or text that is not a TOML value becomes a string."""
     key, equals, value = text.partition("=")
     path = tuple(key.strip().split("."))
     if not equals or not all(path) or len(path) > DEEPEST or not text.isprintable():

@@ -1,6 +1,6 @@
 """Reads the user catalogue: a TOML file that adds models and GPUs to the catalogue of ftgen.
 
-In: the `Source`s of a site profile and a spec, which may name a file each. Out: a `UserCatalogue`.
+In: the `Source`s of a site profile and a spec; each may name a file. Out: a `UserCatalogue`, or a `SpecError`.
 """
 
 from functools import cache
@@ -19,8 +19,8 @@ from ftgen.validation import validate
 _TYPES: dict[Any, Any] = {int: Positive, str: OneLine, int | None: Positive | None}
 
 
-def user_catalogue(*sources: Source) -> UserCatalogue:
-    """What the files named by `catalogue` add; a later source wins. SpecError with every problem, in that file."""
+def read_user_catalogue(*sources: Source) -> UserCatalogue:
+    """The models and GPUs of the files that the key `catalogue` names. A later source wins. SpecError with every problem."""
     models: dict[str, Model] = {}
     gpus: dict[str, Gpu] = {}
     for source in sources:
@@ -52,20 +52,20 @@ def _read(path: Path, named_in: Layer) -> UserCatalogue:
 
 @cache
 def tables() -> type[Table]:
-    """The keys of a user catalogue."""
+    """The pydantic model of a user catalogue."""
     split = _table(Split)
     models = _table(Model, parallelism=(list[split], Field([])))  # type: ignore[valid-type]
     gpus = _table(Gpu, precisions=(list[OneLine], Field()), peak_tflops=(dict[str, float], Field()))
     return create_model(
         "Catalogue",
         __base__=Table,
-        models=(dict[str, models], Field({}, description="Models, by the name that a spec uses.")),  # type: ignore[valid-type]
-        gpus=(dict[str, gpus], Field({}, description="GPUs, by the name that a spec uses.")),  # type: ignore[valid-type]
+        models=(dict[str, models], Field({}, description="Models, by the name in `model` of a spec.")),  # type: ignore[valid-type]
+        gpus=(dict[str, gpus], Field({}, description="GPUs, by the name in `gpu` of a spec.")),  # type: ignore[valid-type]
     )
 
 
 def _table(record: Any, **others: Any) -> type[Table]:
-    """A table with the keys of a record of the catalogue, a `NamedTuple`, except its name."""
+    """The pydantic model with the fields of a `NamedTuple` of the catalogue, except its name."""
     types, defaults = record.__annotations__, record._field_defaults
     keys = {key: (_TYPES.get(kind, kind), defaults.get(key, Field())) for key, kind in types.items() if key != "name"}
     return create_model(record.__name__, __base__=Table, **(keys | others))

@@ -137,9 +137,8 @@ class Watch:
             return False
         self._asked_slurm = time.monotonic()
         if job == here["slurm_job"]:
-            return bool(
-                owner.get("slurm_restart") != here["slurm_restart"]
-            )  # an earlier run of this job, before Slurm requeued it
+            # the owner may be an earlier run of this job, before Slurm requeued it
+            return bool(owner.get("slurm_restart") != here["slurm_restart"])
         return _slurm_state(job) in ENDED
 
 
@@ -172,9 +171,8 @@ def _process_is_gone(owner: dict[str, Any]) -> bool:
 
 def _process(pid: int) -> tuple[str, str]:
     """State and start time (clock ticks since boot) of a process; two empty strings if it does not exist."""
-    fields = (
-        _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    )  # the name of a process can contain any character, also ")"
+    # the name of a process can contain any character, also ")"
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return (fields[0], fields[19]) if len(fields) > 19 else ("", "")
 
 

@@ -132,9 +132,9 @@ def test_the_mean_of_repeats_has_the_figures_of_its_step_time():
         ("[" * 100_000, "is not JSON: "),
         ("[]", "must be a JSON object"),
         ('{"format": 2, "runs": []}', "format: must be 1, found 2"),
-        ('{"format": 1}', "runs: is needed"),
+        ('{"format": 1}', "runs: is required"),
         ('{"format": 1, "runs": []}', "runs: no run is complete with a step time"),
-        ('{"format": 1, "runs": [{"status": "complete"}]}', "runs.0.step_time_s: is needed"),
+        ('{"format": 1, "runs": [{"status": "complete"}]}', "runs.0.step_time_s: is required"),
     ],
 )
 def test_what_is_no_file_of_results_is_refused_and_located(text, error, tmp_path):

@@ -133,7 +133,7 @@ def test_the_plan_shows_where_each_number_comes_from(ftgen):
     rows = {line.split()[0]: line.split(maxsplit=1)[1] for line in shown.splitlines()}
     assert rows["gpus"].split() == ["16", "specs/lora_fp8_16.toml:5"]
     assert rows["max_steps"].split() == ["60", "--set"]
-    assert rows["global_batch_size"].endswith("4 x gpus, as the recipe")
+    assert rows["global_batch_size"].endswith("4 x gpus, as in the recipe")
     assert rows["gpu.peak_flops"].startswith("1.979e+15")
     assert json.loads(ftgen("plan", "specs/lora_fp8_16.toml", "--json").stdout)["nodes"] == 2
 

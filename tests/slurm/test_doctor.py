@@ -1,4 +1,4 @@
-"""`ftgen doctor` against a real Slurm and a hub of our own: what it finds, and what it says to do about it."""
+"""`ftgen doctor` against a real Slurm and a hub of our own: its findings and its hints."""
 
 import subprocess
 import sys
@@ -49,48 +49,48 @@ def test_a_healthy_site_passes(desk, hub):
     status, said = doctor(desk, 'gpu_request = "gres"\n', spec, HF_TOKEN=TOKEN, HF_ENDPOINT=hub)
     assert status == 0, said
     assert "ok     Slurm answers: slurm-wlm" in said
-    assert "ok     spec: 2 x 8 GPUs: Slurm takes the job" in said
+    assert "ok     spec: 2 x 8 GPUs: Slurm accepts the job" in said
     assert "has the packages that the job needs" in said
-    assert "ok     ftgen/tiny-llama can be read with your token" in said
+    assert "ok     the hub gives access to ftgen/tiny-llama with your token" in said
     assert not desk.queue()  # nothing was queued
 
 
 @pytest.mark.parametrize(
-    ("profile", "refusal", "mend"),
+    ("profile", "refusal", "hint"),
     [
-        ('partition = "nowhere"\n', "invalid partition specified: nowhere", "sinfo -s shows them"),
+        ('partition = "nowhere"\n', "invalid partition specified: nowhere", "sinfo -s shows the partitions"),
         ('gpu_request = "gres"\ngpu_type = "a100"\n', "Requested node configuration is not available", "sinfo -o"),
         ("gpus_per_node = 2\n", "", "gpus in the spec"),
         ('reservation = "none"\n', "Requested reservation is invalid", "scontrol show reservation"),
         ('constraint = "blue"\n', "Invalid feature specification", ""),
     ],
 )
-def test_a_request_that_slurm_refuses_is_told_before_it_is_queued(desk, profile, refusal, mend):
+def test_a_request_that_slurm_refuses_is_told_before_it_is_queued(desk, profile, refusal, hint):
     status, said = doctor(desk, profile, "specs/lora_bf16_16.toml")
     assert status == 1
     assert "FAIL   lora_bf16_16: " in said
     assert refusal in said
-    assert mend in said
+    assert hint in said
 
 
 def test_a_gated_model_is_explained(desk, hub):
     status, said = doctor(desk, "", HF_TOKEN=TOKEN, HF_ENDPOINT=hub)
     assert status == 1
-    assert "meta-llama/Meta-Llama-3-8B is gated, and this token's account has not been granted access (403)" in said
-    assert "ask for access on https://huggingface.co/meta-llama/Meta-Llama-3-8B" in said
+    assert "meta-llama/Meta-Llama-3-8B is gated, and the account of this token has no access (403)" in said
+    assert "request access on https://huggingface.co/meta-llama/Meta-Llama-3-8B" in said
     status, said = doctor(desk, "", HF_ENDPOINT=hub)
-    assert "meta-llama/Meta-Llama-3-8B is gated, and there is no Hugging Face token\n       mend: export HF_TOKEN=" in said
+    assert "meta-llama/Meta-Llama-3-8B is gated, and there is no Hugging Face token\n       hint: export HF_TOKEN=" in said
 
 
-def test_what_is_missing_has_a_line_and_a_mend_each(desk):
+def test_what_is_missing_has_a_line_and_a_hint_each(desk):
     profile = 'shared_paths = ["/no/data"]\n[python]\nkind = "venv"\npath = "$STAGE_PATH/venv"\n'
     status, said = doctor(desk, profile, STAGE_PATH="/no/stage", FTGEN_PYTHON="", PATH="/nonexistent")
     assert status == 1
     assert "FAIL   Slurm does not answer" in said
-    assert "FAIL   STAGE_PATH: /no/stage is no folder that you can write to\n       mend: mkdir -p it" in said
+    assert "FAIL   STAGE_PATH: /no/stage is not a folder that you can write to\n       hint: create it with mkdir -p" in said
     assert "FAIL   /no/stage/venv/bin/python: " in said
     status, said = doctor(desk, profile, FTGEN_PYTHON="/usr/bin/python3")
-    assert "shared_paths: there is no /no/data here" in said
+    assert "shared_paths: /no/data does not exist here" in said
     assert "the package nemo_toolkit is not installed" in said
     image = '[python]\nkind = "container"\nimage = "$STAGE_PATH/nemo.sqsh"\n'
-    assert f"FAIL   the image {desk.stage}/nemo.sqsh is not there" in doctor(desk, image)[1]
+    assert f"FAIL   the image {desk.stage}/nemo.sqsh does not exist" in doctor(desk, image)[1]

@@ -35,7 +35,7 @@ def test_stdout_is_a_spec_that_compiles(ftgen, tmp_path):
         command = [sys.executable, "-m", "ftgen", "import-env"]
         done = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, env=CLEAN | LAUNCHER, check=True)
     assert all(line.startswith("# ") for line in done.stderr.splitlines())
-    assert "Keep it with --site FILE" in done.stderr
+    assert "Save it with --site FILE" in done.stderr
     compiled = ftgen("compile", "s.toml", cwd=tmp_path)
     assert (compiled.returncode, compiled.stdout, compiled.stderr) == (0, "generated/s.sh\n", "")
 
@@ -60,7 +60,7 @@ def test_a_site_file_leaves_stdout_to_the_spec(ftgen, tmp_path):
         ({"DTYPE": ""}, "DTYPE: is not set"),
         ({"DTYPE": "fp4"}, "DTYPE: must be one of bf16, fp8, found 'fp4'"),
         ({"JOB_TOTAL_GPUS": "many"}, "JOB_TOTAL_GPUS: must be a number, found 'many'"),
-        ({"MODEL_SIZE": "9b"}, "MODEL_SIZE: must be a size that is known: '9b'"),
+        ({"MODEL_SIZE": "9b"}, "MODEL_SIZE: must be 8b or 70b, found '9b'"),
     ],
 )
 def test_what_cannot_be_translated_is_named(ftgen, environment, line):

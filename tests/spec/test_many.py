@@ -112,7 +112,7 @@ def test_two_specs_cannot_write_the_same_script(ftgen, specs, tmp_path):
     (tmp_path / "other/sweep_bf16_8.toml").write_text('scheme = "sft"\nprecision = "bf16"\ngpus = 8\n')
     done = ftgen("compile", specs, tmp_path / "other", "--out", tmp_path / "out")
     assert done.returncode == 1
-    assert "sweep_bf16_8 is the name of an experiment in" in done.stderr
+    assert "the name of an experiment must be unique" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -130,9 +130,9 @@ def test_list_shows_what_there_is_and_what_is_stale(ftgen, specs):
     found = states()
     assert found["sweep_bf16_8"].startswith("stale: compiled with --set")
     assert found["sweep_bf16_16"] == "stale"
-    assert found["bad"].startswith("refused: specs/bad.toml: gpus: is needed")
+    assert found["bad"].startswith("refused: specs/bad.toml: gpus: is required")
     (specs / "sweep.toml").write_text(SWEEP.replace("[8, 16]", "[8]"))
-    assert states()["sweep_fp8_16"] == "no spec here compiles to it"
+    assert states()["sweep_fp8_16"] == "no spec compiles to this script"
 
 
 def test_a_spec_with_many_points_must_be_told_which_one_is_meant(ftgen, specs):

@@ -38,9 +38,8 @@ class OneDirectory:
     def save_hf_tokenizer_assets(self, tokenizer_name_or_path: str, save_path: str = "") -> str:
         """Save the tokenizer in our own folder. NeMo copies the folder, with its name, into the checkpoint."""
         target = save_path or str(self.tokenizer_directory)
-        AutoTokenizer.from_pretrained(tokenizer_name_or_path).save_pretrained(
-            target
-        )  # does not run code of the model's repository
+        # from_pretrained does not run code of the model's repository
+        AutoTokenizer.from_pretrained(tokenizer_name_or_path).save_pretrained(target)
         return target
 
     def nemo_setup(self, model: Any, trainer: Any = None, *args: Any, **kwargs: Any) -> Any:

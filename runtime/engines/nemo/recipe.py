@@ -89,9 +89,8 @@ def _set_scheme(recipe: Any, plan: Plan) -> None:
 
 def _set_optimizer(recipe: Any, plan: Plan) -> None:
     recipe.optim.config.lr = plan["optimizer"]["learning_rate"]
-    warmup = min(
-        plan["optimizer"]["warmup_steps"], plan["max_steps"] - 1
-    )  # the scheduler requires fewer warmup steps than steps
+    # the scheduler requires fewer warmup steps than steps
+    warmup = min(plan["optimizer"]["warmup_steps"], plan["max_steps"] - 1)
     if warmup != plan["optimizer"]["warmup_steps"]:
         say(f"warmup is shortened to {warmup} steps, because max_steps = {plan['max_steps']}")
     recipe.optim.lr_scheduler.warmup_steps = warmup

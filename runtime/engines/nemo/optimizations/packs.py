@@ -1,4 +1,4 @@
-"""Shared by the optimizations of packed sequences: a data step that changes the batch, and the boundaries of sequences.
+"""Change batches in a data step, and find the boundaries of packed sequences, for several optimizations.
 
 In: NeMo's data step and its batches on the CPU. Out: a data step and batches that are changed.
 """
