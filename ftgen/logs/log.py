@@ -70,7 +70,8 @@ class Log:
         self.without_loss: int | None = None
         self.skipped: list[int] = []  # steps that fp16 skipped
         self.widths: Counter[int] = Counter()  # of the lines before step lines that could not be read
-        self._timed = False  # whether a step line had a time
+        self._timed = False  # whether a step line had the word for its time
+        self._width = 0  # of the last line, in bytes
         self._last_of: dict[bytes, int] = {}  # the last step that each rank printed, by its label
         self._step_lines = 0
         self._traceback = 0  # bytes in which the exception of the last traceback may still come
@@ -129,10 +130,11 @@ class Log:
     def _feed(self, text: bytes, block: Block) -> None:
         """Text before the first step line, step lines with other text between them, text behind the last few of them."""
         words = formats.words_in(text)
-        if words == [nemo_untimed.WORD] and self._step_lines and self._timed:
+        if words == [nemo_untimed.WORD] and self._timed:
             words = []  # a line that lost its time
         if not words:
             self._take_text(text, block)
+            self._end_line(text)
             if not self.steps:
                 self._take_settings(text)
             return
@@ -145,16 +147,20 @@ class Log:
         self._take_text(text[:start], block)
         if not self.steps:
             self._take_settings(text[:start])
+        if words != [nemo_untimed.WORD] and not self._timed:
+            self._forget_steps()  # of lines that lost their time, before the first one with a time
+            self._timed = True
         if words == [nemo.WORD] and self._take_alike(text[start:stop], block):
             start = stop
-        width = 0
+        self._width = start - text.rfind(b"\n", 0, start - 1) - 1 if start > 0 else self._width
         for line in text[start:stop].splitlines(keepends=True):
             if any(word in line for word in words):
-                self._take_line(line[:LONGEST_LINE], block, width)
+                self._take_line(line[:LONGEST_LINE], block)
             else:
                 self._take_text(line, block)
-            width = len(line)
+            self._width = len(line)
         self._take_text(text[stop:], block)
+        self._end_line(text[stop:])
 
     def _take_alike(self, text: bytes, block: Block) -> bool:
         """Many of NeMo's step lines at once, with whatever stands between them; False where they are not that plain."""
@@ -168,7 +174,7 @@ class Log:
         if not self._goes_on(scanned.numbers[0]) or not self.steps.add_scanned(text, scanned):
             return False
         label = LABEL.match(text)
-        self._last_of[label.group() if label else b""], self._timed = scanned.numbers[-1], True
+        self._last_of[label.group() if label else b""] = scanned.numbers[-1]
         self.with_loss = scanned.numbers[0] if self.with_loss is None else self.with_loss
         self._step_lines += count - NEAR
         for line in text[last:].splitlines(keepends=True):
@@ -178,8 +184,18 @@ class Log:
                 self._take_text(line, block)
         return True
 
-    def _take_line(self, line: bytes, block: Block, width: int) -> None:
-        """One step line, after a line of `width` bytes. What another process printed into it counts as well."""
+    def _end_line(self, text: bytes) -> None:
+        """Keep the length of the last line."""
+        if text:
+            self._width = len(text) - text.rfind(b"\n", 0, len(text) - 1) - 1
+
+    def _forget_steps(self) -> None:
+        self.steps, self._last_of, self._step_lines = Steps(), {}, 0
+        self.with_loss = self.without_loss = self.invalid = None
+        self.skipped = []
+
+    def _take_line(self, line: bytes, block: Block) -> None:
+        """One step line. What another process printed into it counts as well."""
         self._expect(line)
         read = formats.parse(line)
         if isinstance(read, StepTime):
@@ -188,7 +204,7 @@ class Log:
             self._take_step(read, line)
         else:
             self.damaged += 1
-            self.widths[width] += 1
+            self.widths[self._width] += 1
             self._take_text(line[failures.start(line) :], block)
 
     def _take_step(self, read: StepLine, line: bytes) -> None:
@@ -198,7 +214,6 @@ class Log:
         if not self._goes_on(number):
             self._start_over(number, self._last_of.get(label, -1))
         self._last_of[label] = max(number, self._last_of.get(label, number))
-        self._timed = self._timed or read.step.time_s is not None
         if read.invalid and not self.invalid:
             self.invalid = f"{read.invalid} at step {number}"
         if read.skipped:
