@@ -50,6 +50,7 @@ class Log:
         self.ended: datetime | None = None
         self.rows = 0  # lines that have been read
         self.head = b""  # the plan's JSON
+        self._timed = False  # whether a step line had the word for its time
         self._begin(steps or Steps())
 
     def _begin(self, steps: Steps) -> None:
@@ -70,14 +71,13 @@ class Log:
         self.without_loss: int | None = None
         self.skipped: list[int] = []  # steps that fp16 skipped
         self.widths: Counter[int] = Counter()  # of the lines before step lines that could not be read
-        self._timed = False  # whether a step line had the word for its time
         self._width = 0  # of the last line, in bytes
         self._last_of: dict[bytes, int] = {}  # the last step that each rank printed, by its label
         self._step_lines = 0
         self._traceback = 0  # bytes in which the exception of the last traceback may still come
 
     def __repr__(self) -> str:
-        known = {key: value for key, value in self.__dict__.items() if key not in {"told", "handled"}}
+        known = {key: value for key, value in self.__dict__.items() if key not in {"told", "handled"} and key[0] != "_"}
         return f"Log({known | {'at_end': self.at_end, 'survived': self.survived}})"
 
     @property
@@ -124,6 +124,7 @@ class Log:
         if len(self.first_bytes) < EDGE:
             self.first_bytes = (self.first_bytes + block.raw)[:EDGE]
         self.last_bytes = (self.last_bytes + block.raw)[-EDGE:] if len(block.raw) < EDGE else block.raw[-EDGE:]
+        self._told_at, self._told_kind = 0, ""
         self._feed(block.text, block)
         self.rows += block.rows
 
@@ -133,10 +134,7 @@ class Log:
         if words == [nemo_untimed.WORD] and self._timed:
             words = []  # a line that lost its time
         if not words:
-            self._take_text(text, block)
-            self._end_line(text)
-            if not self.steps:
-                self._take_settings(text)
+            self._take_other(text, block)
             return
         start = text.rfind(b"\n", 0, min(map(text.find, words))) + 1
         stop = _line_after(text, max(map(text.rfind, words)))
@@ -144,23 +142,19 @@ class Log:
             self._feed(text[:head], block)  # another attempt begins between these steps
             self._feed(text[head:], block)
             return
-        self._take_text(text[:start], block)
-        if not self.steps:
-            self._take_settings(text[:start])
+        self._take_other(text[:start], block)
         if words != [nemo_untimed.WORD] and not self._timed:
             self._forget_steps()  # of lines that lost their time, before the first one with a time
             self._timed = True
         if words == [nemo.WORD] and self._take_alike(text[start:stop], block):
             start = stop
-        self._width = start - text.rfind(b"\n", 0, start - 1) - 1 if start > 0 else self._width
         for line in text[start:stop].splitlines(keepends=True):
             if any(word in line for word in words):
                 self._take_line(line[:LONGEST_LINE], block)
             else:
                 self._take_text(line, block)
             self._width = len(line)
-        self._take_text(text[stop:], block)
-        self._end_line(text[stop:])
+        self._take_other(text[stop:], block)
 
     def _take_alike(self, text: bytes, block: Block) -> bool:
         """Many of NeMo's step lines at once, with whatever stands between them; False where they are not that plain."""
@@ -168,7 +162,9 @@ class Log:
         if count <= NEAR or self._traceback or not text.endswith(b"\n"):
             return False
         scanned = nemo.scan(text, count)
-        last = _last_step_lines(text, NEAR)
+        if scanned and not nemo.parse(text[text.rfind(b"\n", 0, _last(text, 1)) + 1 : _line_after(text, _last(text, 1))]):
+            return False  # a part of the line before ran into it
+        last = _line_after(text, _last(text, NEAR + 1))
         if not scanned or (count < block.rows and any(failures.find(text[:last], anywhere=True))):
             return False
         if not self._goes_on(scanned.numbers[0]) or not self.steps.add_scanned(text, scanned):
@@ -182,10 +178,14 @@ class Log:
                 self._step_lines += 1
             else:
                 self._take_text(line, block)
+        self._width = len(text) - text.rfind(b"\n", 0, len(text) - 1) - 1
         return True
 
-    def _end_line(self, text: bytes) -> None:
-        """Keep the length of the last line."""
+    def _take_other(self, text: bytes, block: Block) -> None:
+        """Text before or behind step lines."""
+        self._take_text(text, block)
+        if not self.steps:
+            self._take_settings(text)
         if text:
             self._width = len(text) - text.rfind(b"\n", 0, len(text) - 1) - 1
 
@@ -257,7 +257,8 @@ class Log:
     def end_run(self) -> None:
         """What comes from here on is of another run."""
         done = self.copy()
-        done.before = []
+        done.before, done.rows = [], 0
+        done.first_bytes = done.last_bytes = b""  # of a file with several runs, nobody knows whose times these are
         self.before.append(done)
         self.attempts, self.resumes, self.head = 1, 0, b""
         self._begin(Steps())
@@ -309,7 +310,9 @@ class Log:
             self.environment = _json(told.json)
         elif kind == "exception":
             self._traceback = 0
-        row = self.rows + block.raw.count(b"\n", 0, max(block.raw.find(told.line), 0)) + 1
+        at = block.raw.find(told.line, self._told_at + (kind == self._told_kind))
+        self._told_at, self._told_kind = max(at, self._told_at), kind
+        row = self.rows + block.raw.count(b"\n", 0, self._told_at) + 1
         told = told._replace(row=row, steps_before=self._step_lines)
         before = self.told.get(kind)
         if before and not self._is_near(before):
@@ -328,11 +331,11 @@ def _line_after(text: bytes, at: int) -> int:
     return text.find(b"\n", at) + 1 or len(text)
 
 
-def _last_step_lines(text: bytes, count: int) -> int:
-    """Where the last `count` of NeMo's step lines begin."""
+def _last(text: bytes, count: int) -> int:
+    """Where the last but `count` - 1 of NeMo's step lines has its word."""
     at = len(text)
     for _ in range(count):
-        at = text.rfind(b"\n", 0, text.rfind(nemo.WORD, 0, at)) + 1
+        at = text.rfind(nemo.WORD, 0, at)
     return at
 
 

@@ -75,6 +75,8 @@ def read_beside(run: Run) -> dict[str, Told]:
 
 def settle(run: Run, log: Log) -> None:
     """What follows from the whole log: what it is the log of, and when it begins and ends."""
+    if log.before:
+        log.first_bytes = log.last_bytes = b""
     began, ended = CLOCK.search(log.first_bytes), list(CLOCK.finditer(log.last_bytes))
     log.started = _datetime(log.first_bytes[began.start() - 4 : began.end()]) if began else None
     log.ended = _datetime(log.last_bytes[ended[-1].start() - 4 : ended[-1].end()]) if ended else None

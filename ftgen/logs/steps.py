@@ -13,7 +13,7 @@ from copy import copy
 from ftgen.logs.formats import nemo
 from ftgen.logs.step import Step, StepLine
 
-KEPT = 16 << 20  # bytes of text, the last ones: the window is there
+KEPT = 4 << 20  # bytes of text, the last ones: the window is there
 
 
 class Steps(Mapping[int, Step]):
