@@ -136,7 +136,7 @@ class Steps(Mapping[int, Step]):
     def _parsed(self, first: int, last: int) -> Iterator[Step]:
         """The scanned steps from one place to before another; only number, time and loss of those whose lines are gone."""
         if not all(place in self._known for place in range(first, last)):
-            ends = [start for start, _ in self._texts][1:] + [len(self._numbers)]
+            ends = [*[start for start, _ in self._texts][1:], len(self._numbers)]
             for (start, text), end in zip(self._texts, ends, strict=True):
                 if start < last and first < end:
                     lines = _lines(text)[max(first - start, 0) : last - start]

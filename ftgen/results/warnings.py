@@ -160,7 +160,8 @@ def _tflops(what: Identity, log: Log, window: Timed, recomputed: float | None) -
         yield f"the time and the TFLOPS of step {misfit[0]} contradict each other"
     mean = sum(logged.values()) / len(logged)
     if recomputed and abs(mean / recomputed - 1) > TFLOPS:
-        yield f"the log reports {mean:.4g} TFLOPS per GPU, but the step time gives {recomputed:.4g}{_why(what, mean, recomputed)}"
+        why = _why(what, mean, recomputed)
+        yield f"the log reports {mean:.4g} TFLOPS per GPU, but the step time gives {recomputed:.4g}{why}"
 
 
 def _why(what: Identity, logged: float, recomputed: float) -> str:
