@@ -168,7 +168,7 @@ def _below(top: str, tell: Tell, left_out: list[int]) -> Iterator[tuple[str, lis
 
 
 def _may_belong(name: str) -> bool:
-    return name == PLAN or name.startswith("sbatch_") or name.endswith(".err") or name.startswith("stderr")
+    return name == PLAN or name.startswith(("sbatch_", "stderr")) or name.endswith(".err")
 
 
 def _within(path: str) -> str:

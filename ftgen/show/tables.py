@@ -19,7 +19,7 @@ from ftgen.results.repeats import Group, group, kind, order, size
 from ftgen.results.summary import Summary
 from ftgen.units import UNKNOWN, number, percent, ratio, significant, whole
 
-SCHEMES = {"sft": "SFT", "lora": "LoRA"}
+SCHEMES = {"sft": "finetuning, SFT", "lora": "finetuning, LoRA", "pretrain": "pretraining,"}
 RATIO = "ratio to "  # a column whose title begins with this belongs to the column before it
 GOOD, BAD, FAINT = "good", "bad", "faint"  # tones, which a format may show as colours
 
@@ -170,7 +170,7 @@ def experiment_title(run: Summary | Group) -> str:
         return run.experiment
     model = catalogue.models().get(run.model)
     title = model.title.partition(",")[0] if model else run.model
-    return f"{title} finetuning, {SCHEMES.get(run.scheme, run.scheme)} {run.precision.upper()}"
+    return f"{title} {SCHEMES.get(run.scheme, f'finetuning, {run.scheme}')} {run.precision.upper()}"
 
 
 def _column_title(run: Summary | Group, beside: Sequence[Summary | Group]) -> str:

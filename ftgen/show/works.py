@@ -94,7 +94,7 @@ def works(runs: Sequence[Summary], variants: Sequence[str]) -> list[Work]:
 
 def _work(runs: list[NamedRun]) -> Work:
     run = runs[0].run
-    model, _, how = experiment_title(run).partition(" finetuning, ")
+    model, _, how = experiment_title(run).replace(" pretraining, ", " finetuning, pretraining ").partition(" finetuning, ")
     title, model = (how, model) if how else (model, "")
     return Work(model, f"{title}, {on_gpus(run)}", runs)
 

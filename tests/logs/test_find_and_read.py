@@ -257,3 +257,16 @@ def test_an_exception_is_known_behind_every_label(label):
     lines = ("Traceback (most recent call last):", '  File "x.py", line 1, in <module>', "IndexError: out of range")
     found = read("".join(f"{label}{line}\n" for line in lines).encode()).at_end["exception"]
     assert (found.note, found.rank) == ("IndexError: out of range", 1 if label else None)
+
+
+@pytest.mark.parametrize("given", ["logs/logs.tar.gz", "logs"])
+def test_an_archive_of_logs_is_refused_by_name(given, ftgen):
+    done = ftgen("tabulate", given, cwd=CASES / "people" / "37_tarball")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "logs/logs.tar.gz is an archive" in done.stderr
+    assert "unpack it" in done.stderr
+
+
+def test_several_runs_in_one_file_are_several_rows(ftgen):
+    done = ftgen("tabulate", "logs", "--format", "json", cwd=next((CASES / "people").glob("41_*")))
+    assert [run["run_id"] for run in json.loads(done.stdout)["runs"]] == ["500#1", "500#2", "500#3"]

@@ -209,3 +209,14 @@ def test_wrong_usage_is_said_before_anything_is_read(arguments, says, ftgen):
 def test_unknown_words_are_refused():
     with pytest.raises(LogError, match="unknown word x"):
         read_words("x", compared=True)
+
+
+def test_runs_of_unknown_work_are_not_compared(ftgen, tmp_path):
+    """Unknown is never equal to unknown: only the global batch size of both is known, and the same."""
+    case = "tests/logs/people/81_baseline_of_other_work"
+    before = tmp_path / "before.json"
+    ftgen("tabulate", f"{case}/logs/before", "--format", "json", "--output", before)
+    assert json.loads(before.read_text())["runs"][0]["step_time_s"]
+    done = ftgen("tabulate", f"{case}/logs/after", "--baseline", before, "--fail-on", "regression", "--flat")
+    assert done.returncode == 1
+    assert "nothing could be compared" in done.stderr
