@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ftgen.errors import LogError
 from ftgen.logs.find import Run, find_runs
 from ftgen.logs.growing import Growing
-from ftgen.logs.log import Log
+from ftgen.logs.log import CLEAN_ENDS, Log
 from ftgen.logs.read import logs_of
 from ftgen.results.summary import Summary, judge
 
@@ -32,6 +32,7 @@ class Progress(NamedTuple):
     run: Summary
     state: str  # running, silent since, or the state of the queue or of the verdict
     over: bool
+    step: int  # how far the run is: the number of the last step, from 1
     step_time_s: float | None  # of the last steps
     loss: float | None  # of the last step that has one
     eta_s: float | None  # time left until the last step
@@ -44,7 +45,7 @@ class Progress(NamedTuple):
     @property
     def sample(self) -> tuple[object, ...]:
         """The values whose change is worth a new line."""
-        return (self.state, self.run.status if self.over else None, self.run.steps, self.loss)
+        return (self.state, self.run.status if self.over else None, self.step, self.loss)
 
 
 @dataclass
@@ -111,13 +112,14 @@ def progress(run: Summary, log: Log, state: str | None, *, queued: bool, gone: b
     last = [step for _, step in sorted(log.steps.between(log.steps.last - LAST_STEPS + 1, log.steps.last + 1).items())]
     times = [step.time_s for step in last if step.time_s is not None]
     step_time_s = median(times) if times else None
-    ended = log.exit_status is not None or bool({"stopped", "done"} & log.at_end.keys())
+    ended = log.exit_status is not None or bool(CLEAN_ENDS & log.at_end.keys())
     over = not queued and (gone or ended or run.status in BAD or run.status == "complete")
     left = max(0, run.planned_steps - 1 - log.steps.last) if run.planned_steps else None
     return Progress(
         run=run,
         state=run.status if over or run.status in BAD else state or "running",
         over=over,
+        step=max(run.steps, log.steps.last + 1),
         step_time_s=step_time_s,
         loss=next((step.loss for step in reversed(last) if step.loss is not None), None),
         eta_s=None if over or left is None or step_time_s is None else left * step_time_s,

@@ -80,7 +80,7 @@ def line(run: Progress) -> str:
 
 def steps(run: Progress) -> str:
     """Steps made of steps planned."""
-    return f"{run.run.steps}/{run.run.planned_steps or UNKNOWN}"
+    return f"{run.step}/{run.run.planned_steps or UNKNOWN}"
 
 
 def table(runs: Sequence[Progress]) -> "RenderableType":
@@ -99,7 +99,7 @@ def table(runs: Sequence[Progress]) -> "RenderableType":
         grid.add_row(
             Text(clean(run.name), overflow="fold"),
             Text(clean(run.state), STATUS_STYLE.get(run.state, "")),
-            ProgressBar(total=run.run.planned_steps or None, completed=run.run.steps, width=BAR, pulse=False),
+            ProgressBar(total=run.run.planned_steps or None, completed=run.step, width=BAR, pulse=False),
             Text(steps(run)),
             Text(UNKNOWN if run.step_time_s is None else f"{significant(run.step_time_s, 4)} s"),
             Text(significant(run.loss, 4)),

@@ -130,6 +130,28 @@ def test_piped_it_prints_a_line_a_change_and_ends_with_the_last_run(tmp_path):
     assert (process.returncode, errors) == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("20_nemo_requeue_resume", ["77: complete, step 100/100"]),  # two files
+        ("20b_appended_resume", ["77: complete, step 100/100"]),  # one file
+        ("13_swissai_resumed", ["2424: complete, step 300/300"]),  # only the log of the second attempt is there
+        ("41_sweep_in_one_job", ["500#1: complete", "500#2: complete", "500#3: complete"]),
+    ],
+)
+def test_resumed_runs_and_several_runs_in_one_file_are_known(case, said):
+    output, errors = watching(ROOT / "tests" / "logs" / "people" / case / "logs").communicate(timeout=30)
+    assert [line for line, text in zip(output.splitlines(), said, strict=True) if text in line] == output.splitlines()
+    assert errors == ""
+
+
+def test_it_says_what_it_waits_for(tmp_path):
+    process = watching(tmp_path)
+    assert "no run yet: waiting for a file with step lines" in process.stdout.readline()
+    process.kill()
+    process.communicate(timeout=30)
+
+
 def test_piped_it_leaves_cleanly_when_interrupted(tmp_path):
     Job(tmp_path).steps(0, 3)
     process = watching(tmp_path)
