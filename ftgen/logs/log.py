@@ -162,10 +162,11 @@ class Log:
         if count <= NEAR or self._traceback or not text.endswith(b"\n"):
             return False
         scanned = nemo.scan(text, count)
-        if scanned and not nemo.parse(text[text.rfind(b"\n", 0, _last(text, 1)) + 1 : _line_after(text, _last(text, 1))]):
-            return False  # a part of the line before ran into it
+        final = text[text.rfind(b"\n", 0, -1) + 1 :]
+        if not scanned or not nemo.is_plain(final):
+            return False
         last = _line_after(text, _last(text, NEAR + 1))
-        if not scanned or (count < block.rows and any(failures.find(text[:last], anywhere=True))):
+        if count < block.rows and any(failures.find(text[:last], anywhere=True)):
             return False
         if not self._goes_on(scanned.numbers[0]) or not self.steps.add_scanned(text, scanned):
             return False
@@ -178,7 +179,7 @@ class Log:
                 self._step_lines += 1
             else:
                 self._take_text(line, block)
-        self._width = len(text) - text.rfind(b"\n", 0, len(text) - 1) - 1
+        self._width = len(final)
         return True
 
     def _take_other(self, text: bytes, block: Block) -> None:

@@ -57,8 +57,6 @@ def step_line(fields: dict[bytes, bytes]) -> StepLine:
 
 def scan(text: bytes, count: int) -> Scanned | None:
     """The steps of the `count` step lines in a text; None unless all are plain, with a finite loss and a possible time."""
-    if b"| grad_norm: " in text:
-        return None
     found = SCAN.findall(text)
     if len(found) != count:
         return None
@@ -69,6 +67,12 @@ def scan(text: bytes, count: int) -> Scanned | None:
         return None
     possible = min(scanned.times_s) > SHORTEST_STEP_S and max(scanned.times_s) < LONGEST_STEP_S
     return scanned if possible and max(scanned.losses) < math.inf else None
+
+
+def is_plain(line: bytes) -> bool:
+    """Whether a line can stand for many that were scanned: it is whole, and has no gradient norm that could be infinite."""
+    read = parse(line)
+    return read is not None and read.step.grad_norm is None and not read.invalid
 
 
 def fields_of(line: bytes) -> dict[bytes, bytes]:
