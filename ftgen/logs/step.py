@@ -92,14 +92,11 @@ def not_finite(fields: Mapping[bytes, bytes], keys: Sequence[bytes]) -> str | No
 
 def _first(fields: Mapping[bytes, bytes], keys: Sequence[bytes]) -> float | None:
     """The number under the first key that does not say 0."""
-    zero = None
+    value = None
     for key in keys:
-        if text := fields.get(key):
-            value = number(text)
-            if value != 0:
-                return value
-            zero = value
-    return zero
+        if key in fields and (value := number(fields[key])) != 0:
+            break
+    return value
 
 
 def _within(value: float | None, least: float, most: float) -> float | None:
