@@ -21,13 +21,14 @@ RECIPE_NAME = re.compile(r"(?P<scheme>lora|sft)_nemo_(?P<model>\w+)_(?P<precisio
 # The names of the recipes since 25.05 and of Megatron-Bridge: pretrain_llama3.1_405b_bf16_gpus128_tp4_pp8_mbs1_gbs128
 LONG_NAME = re.compile(
     r"(?P<scheme>pretrain|sft|lora|peft|finetune)_(?P<model>[A-Za-z][A-Za-z0-9.+-]*(?:_[A-Za-z0-9.+-]+)*?)_"
-    r"(?P<precision>bf16|fp16|fp32|fp8|nvfp4)(?:_(?:cs|ds|sc|mx))?_(?:gpus(?P<gpus>[1-9]\d{0,6})|\d{1,5}nodes)"
+    r"(?P<precision>[a-z0-9]+)(?:_(?:cs|ds|sc|mx))?_(?:gpus(?P<gpus>[1-9]\d{0,6})|\d{1,5}nodes)"
     r"(?P<rest>(?:_[A-Za-z0-9]+)*)"
 )
 BATCH = re.compile(r"_gbs(\d{1,7})(?![0-9])|_(\d{1,7})gbs(?![0-9A-Za-z])")
 GPU = re.compile(r"_((?:gb|gh|a|b|h|l)\d{2,3})(?![0-9A-Za-z])")
 # What logs are called whatever they are the log of.
 COMMON_NAMES = {"stdout", "stderr", "log", "logs", "output", "out", "slurm", "train", "compose", "console", "nemo_log", ""}
+PRECISIONS = {"bf16", "fp16", "fp32", "fp8", "nvfp4"}
 SCHEMES = {"peft": "lora", "finetune": "sft"}
 
 MOST = 1e30  # beyond it a number is no measurement of anything, and arithmetic on it overflows
@@ -109,15 +110,16 @@ def from_name(experiment: str, global_batch_size: int | None = None) -> Identity
     match = LONG_NAME.fullmatch(experiment)
     if not match:
         return Identity(experiment, global_batch_size=global_batch_size)
+    precision = match["precision"] if match["precision"] in PRECISIONS else None
     batch, gpu = BATCH.search(match["rest"]), GPU.search(match["rest"])
     named = {"gpus": int(match["gpus"]) if match["gpus"] else None, "gpu": gpu[1] if gpu else None}
     if batch and global_batch_size is None:
         global_batch_size = named["global_batch_size"] = int(batch[1] or batch[2])
     what = Identity(
         experiment,
-        model=_model_name(match["model"]),
+        model=_model_name(match["model"]) if precision else None,  # else nobody knows where the model's name ends
         scheme=SCHEMES.get(match["scheme"], match["scheme"]),
-        precision=match["precision"],
+        precision=precision,
         gpu=gpu[1] if gpu else None,
         gpus=int(match["gpus"]) if match["gpus"] else None,
         global_batch_size=global_batch_size,

@@ -213,7 +213,7 @@ class Log:
         label = found.group() if found else b""
         number = self._next(read) if read.number is None else read.number
         if not self._goes_on(number):
-            self._start_over(number, self._last_of.get(label, -1))
+            self._start_over(number, self._last_of.get(label, -1), read.step.global_batch_size)
         self._last_of[label] = max(number, self._last_of.get(label, number))
         if read.invalid and not self.invalid:
             self.invalid = f"{read.invalid} at step {number}"
@@ -229,18 +229,22 @@ class Log:
     def _goes_on(self, number: int) -> bool:
         """Whether a step follows those before it, or those of an earlier attempt that this one resumes."""
         if self._earlier and not self.steps:
-            if 0 < number <= self._earlier.last + 1:
+            *_, before, last = -1, -1, *self._earlier
+            if 0 < number <= last + max(last - before, 1):  # a log may have a line every N steps
                 self._earlier.cut(number)
                 self.steps, self.resumes = self._earlier, self.resumes + 1
             self._earlier = Steps()
         return number > self.steps.last
 
-    def _start_over(self, number: int, before: int) -> None:
+    def _start_over(self, number: int, before: int, batch: int | None) -> None:
         """What a step means that comes after a later one: another rank's line, an attempt, or another run."""
+        first = next(iter(self.steps), -1)
+        if number <= first and batch and batch != (self.steps[first].global_batch_size or batch):
+            self.end_run()
+            return
         near = 0 if ENDS & self.at_end.keys() else NEAR  # ranks print their lines a little out of order
         if number > before - near:  # `before` is the last step of the same rank
             return
-        first = next(iter(self.steps))
         planned = self.stopped_at or self.steps.planned
         finished = CLEAN_ENDS & self.at_end.keys() or self.exit_status == 0 or (planned and self.steps.last + 1 >= planned)
         if number > first and not finished:  # it goes on from a checkpoint

@@ -81,8 +81,10 @@ def planned_steps(log: Log) -> int | None:
 
 
 def _failure(told: Mapping[str, Told], exit_status: int | None) -> str | None:
+    killed, signalled = told.get("killed"), told.get("task killed")  # a task that died first is the reason for the rest
+    died_first = killed and signalled and (signalled.row or 0) < (killed.row or 0)
     for kind, words in FAILURES.items():
-        if kind in told:
+        if kind in told and not (kind == "killed" and died_first):
             return words + _told(told[kind])
     return f"exit code {exit_status}" if exit_status else None
 

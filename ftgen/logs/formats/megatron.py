@@ -8,9 +8,10 @@ import re
 from ftgen.logs.formats.nemo import fields_of
 from ftgen.logs.step import Keys, StepLine, can_be_time, not_finite, number, step_from
 
-WORD = b"elapsed time per iteration (ms)"
+WORD = b"elapsed time per iteration ("
+MILLISECONDS, SECONDS = WORD + b"ms)", WORD + b"s)"
 KEYS: Keys = {
-    "time_s": (WORD,),
+    "time_s": (MILLISECONDS, SECONDS),
     "loss": (b"lm loss", b"lm loss value", b"loss", b"total loss"),
     "grad_norm": (b"grad norm",),
     "tflops_per_gpu": (b"throughput per GPU (TFLOP/s/GPU)",),
@@ -30,11 +31,13 @@ def parse(line: bytes) -> StepLine | None:
     for key in [key for key, value in fields.items() if not value]:
         if match := WITHOUT_COLON.fullmatch(key):
             fields[match[1].strip()] = match[2]
-    if not can_be_time(fields.get(WORD, b"none").partition(b"/")[0]):
+    unit = SECONDS if SECONDS in fields else MILLISECONDS
+    if not can_be_time(fields.get(unit, b"none").partition(b"/")[0]):
         return None
     last, iteration = fields.get(b"last iteration"), fields.get(b"iteration")
-    step = step_from(fields, KEYS, second=1000.0, planned=int(last) if last else None)
-    invalid = not_finite(fields, (*KEYS["loss"], *KEYS["grad_norm"]))
+    step = step_from(fields, KEYS, second=1.0 if unit == SECONDS else 1000.0, planned=int(last) if last else None)
+    other_losses = (key for key in fields if key.endswith((b" loss", b"_loss")))  # such as mtp_1 loss
+    invalid = not_finite(fields, (*KEYS["loss"], *KEYS["grad_norm"], *other_losses))
     skipped = bool(number(fields.get(SKIPPED)))
     scales = number(fields.get(b"loss scale")) not in {None, 1.0}  # fp16's loss scale, which settles in the first steps
     for key in (NAN,) if scales else (SKIPPED, NAN):
