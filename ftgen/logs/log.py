@@ -11,7 +11,7 @@ from copy import copy
 from datetime import datetime
 from typing import Any
 
-from ftgen.logs import failures, formats
+from ftgen.logs import failures, formats, settings
 from ftgen.logs.blocks import Block
 from ftgen.logs.failures import REPEATED, Told
 from ftgen.logs.formats import bridge, nemo, nemo_untimed
@@ -20,13 +20,9 @@ from ftgen.logs.step import StepLine, StepTime
 from ftgen.logs.steps import Steps
 
 LABEL = re.compile(rb" *(\d{1,6}): |\[rank ?(\d{1,6})|\[default(\d{1,6})\]")
-SEQ_LENGTH = re.compile(rb"\bseq_length\b[ .:='\"]{1,80}(\d{2,8})\b")
-WORLD_SIZE = re.compile(rb"\bworld_size\b[ .:='\"]{1,80}(\d{1,7})\b")
-GPU = re.compile(rb"\bNVIDIA (?:[A-Za-z]{1,20} )?((?:GB|GH|A|B|H|L|V)\d{2,3})\b")
-SETTINGS = (("seq_length", b"seq_length", SEQ_LENGTH), ("gpus", b"world_size", WORLD_SIZE), ("gpu", b"NVIDIA ", GPU))
 CLEAN_ENDS = frozenset({"stopped", "done", "exited"})
 ENDS = CLEAN_ENDS | {"cancelled", "killed", "exit", "job exit", "task exit", "task killed"}
-HEAD = b"ftgen plan: {"  # ftgen's own: the plan as one line of JSON
+((HEAD,), _) = failures.KINDS["plan"]  # ftgen's own: the plan as one line of JSON
 LONGEST_LINE = 1 << 16  # bytes of a step line that are looked at
 EDGE = 4096  # bytes at the beginning and the end of a log in which a time is looked for
 # What a run may survive.
@@ -170,8 +166,7 @@ class Log:
             return False
         if not self._goes_on(scanned.numbers[0]) or not self.steps.add_scanned(text, scanned):
             return False
-        label = LABEL.match(text)
-        self._last_of[label.group() if label else b""] = scanned.numbers[-1]
+        self._last_of[_label(text)] = scanned.numbers[-1]
         self.with_loss = scanned.numbers[0] if self.with_loss is None else self.with_loss
         self._step_lines += count - NEAR
         for line in text[last:].splitlines(keepends=True):
@@ -186,7 +181,7 @@ class Log:
         """Text before or behind step lines."""
         self._take_text(text, block)
         if not self.steps:
-            self._take_settings(text)
+            self.said |= settings.find(text)
         if text:
             self._width = len(text) - text.rfind(b"\n", 0, len(text) - 1) - 1
 
@@ -209,8 +204,7 @@ class Log:
             self._take_text(line[failures.start(line) :], block)
 
     def _take_step(self, read: StepLine, line: bytes) -> None:
-        found = LABEL.match(line)
-        label = found.group() if found else b""
+        label = _label(line)
         number = self._next(read) if read.number is None else read.number
         if not self._goes_on(number):
             self._start_over(number, self._last_of.get(label, -1), read.step.global_batch_size)
@@ -275,12 +269,6 @@ class Log:
         self._begin(Steps())
         self._earlier = steps
 
-    def _take_settings(self, text: bytes) -> None:
-        """What the framework prints before its steps."""
-        for key, word, pattern in SETTINGS:
-            if word in text and (found := pattern.search(text)):
-                self.said[key] = found[1].decode().lower()
-
     def _next(self, line: StepLine) -> int:
         """The number of a step whose line does not say it: one more than the last if samples were consumed since."""
         last = self.steps.last
@@ -329,6 +317,12 @@ class Log:
 
     def _is_near(self, told: Told) -> bool:
         return self._step_lines - told.steps_before <= NEAR
+
+
+def _label(line: bytes) -> bytes:
+    """What a line begins with that tells its rank; nothing where it has no label."""
+    found = LABEL.match(line)
+    return found.group() if found else b""
 
 
 def _line_after(text: bytes, at: int) -> int:

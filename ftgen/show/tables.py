@@ -19,7 +19,7 @@ from ftgen.results.repeats import Group, group, kind, order, size
 from ftgen.results.summary import Summary
 from ftgen.units import UNKNOWN, number, percent, ratio, significant, whole
 
-SCHEMES = {"sft": "finetuning, SFT", "lora": "finetuning, LoRA", "pretrain": "pretraining,"}
+SCHEMES = {"sft": "SFT", "lora": "LoRA", "pretrain": "pretraining,"}
 RATIO = "ratio to "  # a column whose title begins with this belongs to the column before it
 GOOD, BAD, FAINT = "good", "bad", "faint"  # tones, which a format may show as colours
 
@@ -166,11 +166,19 @@ def _contradiction(row: Published) -> str:
 
 def experiment_title(run: Summary | Group) -> str:
     """Llama-3 8B finetuning, LoRA FP8; the experiment's name if model, scheme or precision is unknown."""
-    if not (run.model and run.scheme and run.precision):
+    model, how = model_and_training(run)
+    if not how:
         return run.experiment
+    return f"{model} {how}" if run.scheme == "pretrain" else f"{model} finetuning, {how}"
+
+
+def model_and_training(run: Summary | Group) -> tuple[str, str]:
+    """Llama-3 8B, and LoRA FP8; two empty texts if model, scheme or precision is unknown."""
+    if not (run.model and run.scheme and run.precision):
+        return "", ""
     model = catalogue.models().get(run.model)
     title = model.title.partition(",")[0] if model else run.model
-    return f"{title} {SCHEMES.get(run.scheme, f'finetuning, {run.scheme}')} {run.precision.upper()}"
+    return title, f"{SCHEMES.get(run.scheme, run.scheme)} {run.precision.upper()}"
 
 
 def _column_title(run: Summary | Group, beside: Sequence[Summary | Group]) -> str:

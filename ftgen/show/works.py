@@ -14,7 +14,7 @@ from ftgen.results.repeats import Group, kind, size
 from ftgen.results.summary import Summary
 from ftgen.results.variants import STOCK, numbered
 from ftgen.results.verdict import STATUSES
-from ftgen.show.tables import experiment_title
+from ftgen.show.tables import model_and_training
 from ftgen.units import UNKNOWN
 
 
@@ -94,9 +94,8 @@ def works(runs: Sequence[Summary], variants: Sequence[str]) -> list[Work]:
 
 def _work(runs: list[NamedRun]) -> Work:
     run = runs[0].run
-    model, _, how = experiment_title(run).replace(" pretraining, ", " finetuning, pretraining ").partition(" finetuning, ")
-    title, model = (how, model) if how else (model, "")
-    return Work(model, f"{title}, {on_gpus(run)}", runs)
+    model, training = model_and_training(run)
+    return Work(model, f"{training or run.experiment}, {on_gpus(run)}", runs)
 
 
 def on_gpus(run: Summary | Group) -> str:
