@@ -158,9 +158,8 @@ def _pieces(path: str | Path, start: int) -> Iterator[bytes]:
         if first.startswith(PACKED):
             yield from _unpacked(file, *(_zstd() if first.startswith(ZSTD) else (_gzip, zlib.error)))
         else:
-            size = min(
-                BLOCK, os.fstat(file.fileno()).st_size + 1
-            )  # making room for a block takes longer than reading a short log
+            # making room for a whole block takes longer than reading a short log
+            size = min(BLOCK, os.fstat(file.fileno()).st_size + 1)
             yield from iter(lambda: file.read(size), b"")
 
 
