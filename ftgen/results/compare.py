@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from ftgen import catalogue
-from ftgen.catalogue import Published
+from ftgen.catalogue import Publication, Published
 from ftgen.errors import LogError, Problem
-from ftgen.logs.identity import from_name, is_name
+from ftgen.logs.identity import from_log, is_name
+from ftgen.results.options import RECIPE_TARGETS
 from ftgen.results.summary import SECONDS_PER_DAY, TRILLION, model_flops_utilization, tokens_per_s
 
 PUBLISHED = "published"
@@ -54,11 +55,25 @@ class Baseline(NamedTuple):
     name: str  # `published`, or the name of the file
     figures: Mapping[Work, Figures]
     tolerance: float = TOLERANCE  # a fraction
+    sources: Mapping[Work, str] = {}  # the publication of each figure
 
     def of(self, run: Figures) -> Figures | None:
         """The baseline's figures for the same work; None if it has none."""
-        work = _work(run, gpu=self.name != PUBLISHED)
-        return self.figures.get((*work, _options(run)), self.figures.get(work))
+        work = self._found(run)
+        return self.figures[work] if work else None
+
+    def source(self, run: Figures) -> str | None:
+        """The publication that the figures for this work are from; None for measured ones."""
+        work = self._found(run)
+        return self.sources.get(work) if work else None
+
+    def _found(self, run: Figures) -> Work | None:
+        if self.name == PUBLISHED:
+            kind = _kind(_options(run))
+            keys: list[Work] = [(*_work(run, gpu=gpu), kind) for gpu in (True, False)]
+        else:
+            keys = [(*_work(run, gpu=True), _options(run)), _work(run, gpu=True)]
+        return next((work for work in keys if work in self.figures), None)
 
     def ratio(self, run: Figures) -> float | None:
         """The run's step time by the baseline's: above 1 is slower."""
@@ -72,8 +87,31 @@ class Baseline(NamedTuple):
 
 
 def published(tolerance: float = TOLERANCE) -> Baseline:
-    """The recipe's step times, and the figures that follow from them."""
-    return Baseline(PUBLISHED, {_work(row, gpu=False): recomputed(row) for row in catalogue.published()}, tolerance)
+    """The recipes' step times, those of other publications for other work, and the figures that follow from them.
+
+    Figures for the same GPU come first. A recipe's figures also compare with runs on any other GPU.
+    """
+    figures: dict[Work, Figures] = {}
+    sources: dict[Work, str] = {}
+    for publication in catalogue.publications():
+        for row in publication.results:
+            if row.time_of_step_s:
+                for gpu in (True, False) if publication.recipe else (True,):
+                    work = (*_work(row, gpu=gpu), _published_kind(publication, row))
+                    figures.setdefault(work, recomputed(row))
+                    sources.setdefault(work, publication.title)
+    return Baseline(PUBLISHED, figures, tolerance, sources)
+
+
+def _kind(options: Sequence[str]) -> tuple[bool, str]:
+    """Whether the examples were packed, and LoRA's targets."""
+    targets = [word.removeprefix("LoRA on ") for word in options if word.startswith("LoRA on ")]
+    return "not packed" not in options, targets[0] if targets else "+".join(RECIPE_TARGETS)
+
+
+def _published_kind(publication: Publication, row: Published) -> tuple[bool | None, str]:
+    targets = publication.lora_targets if row.scheme == "lora" else RECIPE_TARGETS
+    return publication.packed, "+".join(targets)
 
 
 def measured(name: str, runs: Iterable[Figures], tolerance: float = TOLERANCE) -> Baseline:
@@ -99,7 +137,7 @@ def read_tolerance(text: str) -> float:
 
 
 def _work(of: Any, *, gpu: bool) -> Work:
-    """The work of a run. Published figures, which are for H100s, compare with any GPU; measured ones only with the same.
+    """The work of a run, with its GPU or without.
 
     Unknown is never equal to unknown: such a run compares only with one of the same experiment, or with none.
     """
@@ -142,16 +180,19 @@ def ratios(run: Figures, by: Figures) -> Timed:
 
 
 def recomputed(row: Published) -> Timed:
-    """The figures that the recipe's formulas give for a published step time."""
-    name = f"{row.scheme}_nemo_{row.model}_{row.precision}_{row.gpus}"
-    what = from_name(name)._replace(global_batch_size=row.global_batch_size, seq_length=row.seq_length)
-    tokens = tokens_per_s(what, row.step_time_s)
+    """The figures that the recipe's formulas give for a published step time, or for the one that follows from tokens/s."""
+    name, time_s = f"{row.scheme}_nemo_{row.model}_{row.precision}_{row.gpus}", row.time_of_step_s
+    said = {"gpus": str(row.gpus), "gpu": row.gpu, "seq_length": str(row.seq_length)}
+    what = from_log(name, row.global_batch_size, said)
+    tokens = tokens_per_s(what, time_s)
     days = TRILLION / tokens / SECONDS_PER_DAY if tokens else None
-    return Timed(row.step_time_s, tokens, model_flops_utilization(what, row.step_time_s), days)
+    return Timed(time_s, tokens, model_flops_utilization(what, time_s), days)
 
 
 def contradicts_itself(row: Published) -> bool:
     """Whether no step time that rounds to the published one gives the published tokens/s."""
+    if not (row.step_time_s and row.tokens_per_s):
+        return False
     decimals = len(f"{row.step_time_s:.9f}".rstrip("0").partition(".")[2])
     half = 0.5 * 10.0 ** -max(decimals, 2)  # the tables print two or three decimals
     work = row.global_batch_size * row.seq_length

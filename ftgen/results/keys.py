@@ -54,7 +54,10 @@ WORK = (
     Field("global_batch_size", "integer?", "sequences in a step", "GBS"),
     Field("seq_length", "integer?", "tokens in a sequence", "Tokens"),
     Field(
-        "options", "strings", "how the plan differs from the recipe: parallelism, micro-batch size, optimizations", "Options"
+        "options",
+        "strings",
+        "how the plan differs from the recipe: parallelism, micro-batch size, packing, LoRA's targets, optimizations",
+        "Options",
     ),
 )
 FIGURES = (
