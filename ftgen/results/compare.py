@@ -56,6 +56,7 @@ class Baseline(NamedTuple):
     figures: Mapping[Work, Figures]
     tolerance: float = TOLERANCE  # a fraction
     sources: Mapping[Work, str] = {}  # the publication of each figure
+    noise: Mapping[Work, float] = {}  # how much slower a step may be by chance, as a fraction, where repeats tell
 
     def of(self, run: Figures) -> Figures | None:
         """The baseline's figures for the same work; None if it has none."""
@@ -69,10 +70,10 @@ class Baseline(NamedTuple):
 
     def _found(self, run: Figures) -> Work | None:
         if self.name == PUBLISHED:
-            kind = _kind(_options(run))
-            keys: list[Work] = [(*_work(run, gpu=gpu), kind) for gpu in (True, False)]
+            kind = _kind(options_of(run))
+            keys: list[Work] = [(*work_of(run, gpu=gpu), kind) for gpu in (True, False)]
         else:
-            keys = [(*_work(run, gpu=True), _options(run)), _work(run, gpu=True)]
+            keys = [(*work_of(run, gpu=True), options_of(run)), work_of(run, gpu=True)]
         return next((work for work in keys if work in self.figures), None)
 
     def ratio(self, run: Figures) -> float | None:
@@ -80,10 +81,15 @@ class Baseline(NamedTuple):
         there = self.of(run)
         return ratios(run, there).step_time_s if there else None
 
+    def allowed(self, run: Figures) -> float:
+        """How much slower a step may be, as a fraction: the noise of repeats, or else the tolerance."""
+        work = self._found(run)
+        return self.noise.get(work, self.tolerance) if work else self.tolerance
+
     def regressed(self, run: Figures) -> bool | None:
-        """Whether the step is slower than the tolerance allows; None if there is no ratio."""
+        """Whether the step is slower than is allowed; None if there is no ratio."""
         ratio = self.ratio(run)
-        return None if ratio is None else ratio > 1 + self.tolerance
+        return None if ratio is None else ratio > 1 + self.allowed(run)
 
 
 def published(tolerance: float = TOLERANCE) -> Baseline:
@@ -97,7 +103,7 @@ def published(tolerance: float = TOLERANCE) -> Baseline:
         for row in publication.results:
             if row.time_of_step_s:
                 for gpu in (True, False) if publication.recipe else (True,):
-                    work = (*_work(row, gpu=gpu), _published_kind(publication, row))
+                    work = (*work_of(row, gpu=gpu), _published_kind(publication, row))
                     figures.setdefault(work, recomputed(row))
                     sources.setdefault(work, publication.title)
     return Baseline(PUBLISHED, figures, tolerance, sources)
@@ -118,7 +124,7 @@ def measured(name: str, runs: Iterable[Figures], tolerance: float = TOLERANCE) -
     """The mean step times of runs, by their work and options; by their work alone if all its runs have the same options."""
     same: dict[Work, list[Figures]] = {}
     for run in runs:
-        same.setdefault((*_work(run, gpu=True), _options(run)), []).append(run)
+        same.setdefault((*work_of(run, gpu=True), options_of(run)), []).append(run)
     figures: dict[Work, Figures] = {work: mean(repeats) for work, repeats in same.items()}
     ways = Counter(work[:-1] for work in figures)
     return Baseline(name, figures | {w[:-1]: f for w, f in figures.items() if ways[w[:-1]] == 1}, tolerance)
@@ -136,7 +142,7 @@ def read_tolerance(text: str) -> float:
     return tolerance
 
 
-def _work(of: Any, *, gpu: bool) -> Work:
+def work_of(of: Any, *, gpu: bool) -> Work:
     """The work of a run, with its GPU or without.
 
     Unknown is never equal to unknown: such a run compares only with one of the same experiment, or with none.
@@ -148,7 +154,8 @@ def _work(of: Any, *, gpu: bool) -> Work:
     return (of.experiment, *work) if is_name(of.experiment) else (object(),)
 
 
-def _options(of: Any) -> tuple[str, ...]:
+def options_of(of: Any) -> tuple[str, ...]:
+    """How a run differs from the recipe; nothing for what has no options."""
     return tuple(getattr(of, "options", ()))
 
 

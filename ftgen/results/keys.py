@@ -91,7 +91,12 @@ AGAINST = (
         _seconds,
     ),
     Field("step_time_ratio", "number?", "step_time_s / baseline_step_time_s: above 1 is slower", "Ratio", ratio),
-    Field("regressed", "boolean?", "whether step_time_ratio is above 1 + tolerance", "Regressed"),
+    Field(
+        "regressed",
+        "boolean?",
+        "whether step_time_ratio is above 1 + tolerance, or beyond the noise of the history's repeats",
+        "Regressed",
+    ),
 )
 RUN = (
     WORK[0],
