@@ -1,13 +1,13 @@
-"""Keeps facts as data: models, GPUs, optimizations and published results, one TOML file each.
+"""Keeps facts as data: models, GPUs, optimizations and published results, as TOML.
 
 In: the TOML files of this folder. Out: frozen records by name. Start with `models.toml`, then `reader.py`.
 """
 
+from ftgen.catalogue.publications import Publication, Published, TimeToTrain, publications, published, published_for
 from ftgen.catalogue.reader import (
     Gpu,
     Model,
     Optimization,
-    Published,
     Split,
     UserCatalogue,
     gpu_from,
@@ -15,22 +15,23 @@ from ftgen.catalogue.reader import (
     model_from,
     models,
     optimizations,
-    published,
-    published_for,
 )
 
 __all__ = [
     "Gpu",
     "Model",
     "Optimization",
+    "Publication",
     "Published",
     "Split",
+    "TimeToTrain",
     "UserCatalogue",
     "gpu_from",
     "gpus",
     "model_from",
     "models",
     "optimizations",
+    "publications",
     "published",
     "published_for",
 ]

@@ -1,6 +1,6 @@
-"""Reads the catalogue: models, GPUs, optimizations and published results.
+"""Reads the catalogue: models, GPUs and optimizations.
 
-In: the TOML files of this folder, or a table (`Mapping[str, Any]`). Out: a `Model`, `Gpu`, `Optimization` or `Published`.
+In: the TOML files of this folder, or a table (`Mapping[str, Any]`). Out: a `Model`, `Gpu` or `Optimization`.
 """
 
 from collections.abc import Mapping
@@ -113,22 +113,6 @@ class Optimization(NamedTuple):
         return all(value in self.default[key] for key, value in named)
 
 
-class Published(NamedTuple):
-    """One column of the result tables of the recipe, as published."""
-
-    model: str
-    gpu: str
-    scheme: str
-    precision: str
-    gpus: int
-    global_batch_size: int
-    seq_length: int
-    step_time_s: float
-    tokens_per_s: float
-    mfu: float  # a fraction
-    days_per_1t_tokens: float
-
-
 class UserCatalogue(NamedTuple):
     """Models and GPUs that a user catalogue adds."""
 
@@ -166,15 +150,3 @@ def gpu_from(name: str, table: Mapping[str, Any]) -> Gpu:
 def optimizations() -> dict[str, Optimization]:
     """Every optimization, by name."""
     return {name: Optimization(name=name, **table) for name, table in _read("optimizations").items()}
-
-
-@cache
-def published() -> tuple[Published, ...]:
-    """The published results of the recipe, in the order of its tables."""
-    return tuple(Published(**row) for row in _read("published")["result"])
-
-
-def published_for(model: str, scheme: str, precision: str, gpus: int) -> Published | None:
-    """The published result of this experiment, for any GPU; None if there is none."""
-    wanted = (model, scheme, precision, gpus)
-    return next((row for row in published() if (row.model, row.scheme, row.precision, row.gpus) == wanted), None)

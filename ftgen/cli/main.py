@@ -12,7 +12,7 @@ import click
 
 from ftgen import __version__
 from ftgen.cli import compile as compile_
-from ftgen.cli import doctor, import_env, plan, report, schema, setup, tabulate, watch
+from ftgen.cli import doctor, history, import_env, plan, published, report, schema, setup, tabulate, watch
 from ftgen.cli import list as list_
 from ftgen.errors import UserError
 
@@ -22,7 +22,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 SECTIONS = {
     "Describe an experiment": (plan, list_, schema, import_env),
     "Compile and submit": (setup, doctor, compile_),
-    "Read results": (watch, tabulate, report),
+    "Read results": (watch, tabulate, report, history, published),
 }
 
 

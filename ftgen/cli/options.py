@@ -5,6 +5,7 @@ In: the text that the user typed. Out: paths, a `Window`, a `Baseline`, the `Sum
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from ftgen.errors import UserError
 
 if TYPE_CHECKING:
     from ftgen.results.compare import Baseline
+    from ftgen.results.history import History
     from ftgen.results.summary import Summary
     from ftgen.results.window import Window
 
@@ -53,6 +55,7 @@ baseline_option = click.option(
     metavar="published|FILE.json",
     help="Compare each run with the published figures or with a file of earlier results.",
 )
+history_option = click.option("--history", type=FILE, help="File of the history. Default: $STAGE_PATH/ftgen.sqlite.")
 tolerance_option = click.option(
     "--tolerance",
     default="5%",
@@ -106,3 +109,13 @@ def warn(text: str) -> None:
     from ftgen.units import clean
 
     click.echo(clean(text), err=True)
+
+
+def read_history(history: Path | None) -> History:
+    """The history that --history names; by default the one in STAGE_PATH."""
+    from ftgen.results.history import NAME, History
+
+    stage = os.environ.get("STAGE_PATH")
+    if history is None and not stage:
+        raise click.UsageError("STAGE_PATH is not set: give the history with --history FILE")
+    return History(history or Path(stage or "", NAME))

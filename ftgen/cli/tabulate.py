@@ -1,20 +1,27 @@
 """`ftgen tabulate`: logs to result tables."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ftgen.cli.options import (
     FILE,
-    baseline_option,
+    history_option,
     logs_argument,
     read_baseline_option,
+    read_history,
     read_summaries,
     tolerance_option,
     usage_errors,
     window_option,
 )
+
+if TYPE_CHECKING:
+    from ftgen.results.keys import View
 
 FAIL_ON = "regression, incomplete, failed, invalid, warning"
 FORMATS = "terminal, markdown, csv, json, html, latex"
@@ -37,7 +44,12 @@ FORMATS = "terminal, markdown, csv, json, html, latex"
     "--sort", default="", metavar="[-]KEY,...", help="Print a flat table in this order. A minus sign sorts from high to low."
 )
 @click.option("--group", is_flag=True, help="Combine repeats of an experiment: their mean, standard deviation and number.")
-@baseline_option
+@click.option(
+    "--baseline",
+    metavar="published|history[:best|:last]|FILE.json",
+    help="Compare each run with the published figures, with the history, or with a file of earlier results.",
+)
+@history_option
 @tolerance_option
 @click.option("--fail-on", default="", metavar="WORD,...", help=f"Exit with code 1 if a run is one of these: {FAIL_ON}.")
 @click.option("--output", type=FILE, help="Write to this file instead of stdout.")
@@ -50,6 +62,7 @@ def command(
     sort: str,
     group: bool,
     baseline: str | None,
+    history: Path | None,
     tolerance: str,
     fail_on: str,
     output: Path | None,
@@ -61,6 +74,7 @@ def command(
     from ftgen import files
     from ftgen.results.fail_on import REGRESSION, failures, nothing_compared, read_words
     from ftgen.results.keys import View, read_keys
+    from ftgen.results.past import is_history
     from ftgen.show import formats
 
     if format_ not in formats.FORMATS:
@@ -69,7 +83,10 @@ def command(
         words = read_words(fail_on, compared=baseline is not None)
         view = View((), None, flat, read_keys(columns), read_keys(sort), group)
         view.check()
-    view = view._replace(baseline=read_baseline_option(baseline, tolerance), runs=read_summaries(logs, window))
+    if baseline and is_history(baseline):
+        view = _beside_history(view, baseline, history, tolerance, logs, window)
+    else:
+        view = view._replace(baseline=read_baseline_option(baseline, tolerance), runs=read_summaries(logs, window))
     if output is None:
         click.echo(formats.render(format_, view), nl=False)
     else:
@@ -79,3 +96,18 @@ def command(
     if found := failures(view, words):
         click.echo("\n".join(found), err=True)
         sys.exit(1)
+
+
+def _beside_history(
+    view: View, baseline: str, history: Path | None, tolerance: str, logs: tuple[Path, ...], window: str | None
+) -> View:
+    """The view with the runs, and with the history's other runs as its baseline."""
+    from ftgen.results.compare import read_tolerance
+    from ftgen.results.past import past, read_which
+
+    with usage_errors():
+        which, allowed = read_which(baseline), read_tolerance(tolerance)
+    records = read_history(history).records()
+    runs = read_summaries(logs, window)
+    without = {(run.experiment, run.run_id) for run in runs}
+    return view._replace(baseline=past(records, which, without, allowed), runs=runs)

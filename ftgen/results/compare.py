@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from ftgen import catalogue
-from ftgen.catalogue import Published
+from ftgen.catalogue import Publication, Published
 from ftgen.errors import LogError, Problem
-from ftgen.logs.identity import from_name, is_name
+from ftgen.logs.identity import from_log, is_name
+from ftgen.results.options import RECIPE_TARGETS
 from ftgen.results.summary import SECONDS_PER_DAY, TRILLION, model_flops_utilization, tokens_per_s
 
 PUBLISHED = "published"
@@ -54,33 +55,76 @@ class Baseline(NamedTuple):
     name: str  # `published`, or the name of the file
     figures: Mapping[Work, Figures]
     tolerance: float = TOLERANCE  # a fraction
+    sources: Mapping[Work, str] = {}  # the publication of each figure
+    noise: Mapping[Work, float] = {}  # how much slower a step may be by chance, as a fraction, where repeats tell
 
     def of(self, run: Figures) -> Figures | None:
         """The baseline's figures for the same work; None if it has none."""
-        work = _work(run, gpu=self.name != PUBLISHED)
-        return self.figures.get((*work, _options(run)), self.figures.get(work))
+        work = self._found(run)
+        return self.figures[work] if work else None
+
+    def source(self, run: Figures) -> str | None:
+        """The publication that the figures for this work are from; None for measured ones."""
+        work = self._found(run)
+        return self.sources.get(work) if work else None
+
+    def _found(self, run: Figures) -> Work | None:
+        if self.name == PUBLISHED:
+            kind = _kind(options_of(run))
+            keys: list[Work] = [(*work_of(run, gpu=gpu), kind) for gpu in (True, False)]
+        else:
+            keys = [(*work_of(run, gpu=True), options_of(run)), work_of(run, gpu=True)]
+        return next((work for work in keys if work in self.figures), None)
 
     def ratio(self, run: Figures) -> float | None:
         """The run's step time by the baseline's: above 1 is slower."""
         there = self.of(run)
         return ratios(run, there).step_time_s if there else None
 
+    def allowed(self, run: Figures) -> float:
+        """How much slower a step may be, as a fraction: the noise of repeats, or else the tolerance."""
+        work = self._found(run)
+        return self.noise.get(work, self.tolerance) if work else self.tolerance
+
     def regressed(self, run: Figures) -> bool | None:
-        """Whether the step is slower than the tolerance allows; None if there is no ratio."""
+        """Whether the step is slower than is allowed; None if there is no ratio."""
         ratio = self.ratio(run)
-        return None if ratio is None else ratio > 1 + self.tolerance
+        return None if ratio is None else ratio > 1 + self.allowed(run)
 
 
 def published(tolerance: float = TOLERANCE) -> Baseline:
-    """The recipe's step times, and the figures that follow from them."""
-    return Baseline(PUBLISHED, {_work(row, gpu=False): recomputed(row) for row in catalogue.published()}, tolerance)
+    """The recipes' step times, those of other publications for other work, and the figures that follow from them.
+
+    Figures for the same GPU come first. A recipe's figures also compare with runs on any other GPU.
+    """
+    figures: dict[Work, Figures] = {}
+    sources: dict[Work, str] = {}
+    for publication in catalogue.publications():
+        for row in publication.results:
+            if row.time_of_step_s:
+                for gpu in (True, False) if publication.recipe else (True,):
+                    work = (*work_of(row, gpu=gpu), _published_kind(publication, row))
+                    figures.setdefault(work, recomputed(row))
+                    sources.setdefault(work, publication.title)
+    return Baseline(PUBLISHED, figures, tolerance, sources)
+
+
+def _kind(options: Sequence[str]) -> tuple[bool, str]:
+    """Whether the examples were packed, and LoRA's targets."""
+    targets = [word.removeprefix("LoRA on ") for word in options if word.startswith("LoRA on ")]
+    return "not packed" not in options, targets[0] if targets else "+".join(RECIPE_TARGETS)
+
+
+def _published_kind(publication: Publication, row: Published) -> tuple[bool | None, str]:
+    targets = publication.lora_targets if row.scheme == "lora" else RECIPE_TARGETS
+    return publication.packed, "+".join(targets)
 
 
 def measured(name: str, runs: Iterable[Figures], tolerance: float = TOLERANCE) -> Baseline:
     """The mean step times of runs, by their work and options; by their work alone if all its runs have the same options."""
     same: dict[Work, list[Figures]] = {}
     for run in runs:
-        same.setdefault((*_work(run, gpu=True), _options(run)), []).append(run)
+        same.setdefault((*work_of(run, gpu=True), options_of(run)), []).append(run)
     figures: dict[Work, Figures] = {work: mean(repeats) for work, repeats in same.items()}
     ways = Counter(work[:-1] for work in figures)
     return Baseline(name, figures | {w[:-1]: f for w, f in figures.items() if ways[w[:-1]] == 1}, tolerance)
@@ -98,8 +142,8 @@ def read_tolerance(text: str) -> float:
     return tolerance
 
 
-def _work(of: Any, *, gpu: bool) -> Work:
-    """The work of a run. Published figures, which are for H100s, compare with any GPU; measured ones only with the same.
+def work_of(of: Any, *, gpu: bool) -> Work:
+    """The work of a run, with its GPU or without.
 
     Unknown is never equal to unknown: such a run compares only with one of the same experiment, or with none.
     """
@@ -110,7 +154,8 @@ def _work(of: Any, *, gpu: bool) -> Work:
     return (of.experiment, *work) if is_name(of.experiment) else (object(),)
 
 
-def _options(of: Any) -> tuple[str, ...]:
+def options_of(of: Any) -> tuple[str, ...]:
+    """How a run differs from the recipe; nothing for what has no options."""
     return tuple(getattr(of, "options", ()))
 
 
@@ -142,16 +187,19 @@ def ratios(run: Figures, by: Figures) -> Timed:
 
 
 def recomputed(row: Published) -> Timed:
-    """The figures that the recipe's formulas give for a published step time."""
-    name = f"{row.scheme}_nemo_{row.model}_{row.precision}_{row.gpus}"
-    what = from_name(name)._replace(global_batch_size=row.global_batch_size, seq_length=row.seq_length)
-    tokens = tokens_per_s(what, row.step_time_s)
+    """The figures that the recipe's formulas give for a published step time, or for the one that follows from tokens/s."""
+    name, time_s = f"{row.scheme}_nemo_{row.model}_{row.precision}_{row.gpus}", row.time_of_step_s
+    said = {"gpus": str(row.gpus), "gpu": row.gpu, "seq_length": str(row.seq_length)}
+    what = from_log(name, row.global_batch_size, said)
+    tokens = tokens_per_s(what, time_s)
     days = TRILLION / tokens / SECONDS_PER_DAY if tokens else None
-    return Timed(row.step_time_s, tokens, model_flops_utilization(what, row.step_time_s), days)
+    return Timed(time_s, tokens, model_flops_utilization(what, time_s), days)
 
 
 def contradicts_itself(row: Published) -> bool:
     """Whether no step time that rounds to the published one gives the published tokens/s."""
+    if not (row.step_time_s and row.tokens_per_s):
+        return False
     decimals = len(f"{row.step_time_s:.9f}".rstrip("0").partition(".")[2])
     half = 0.5 * 10.0 ** -max(decimals, 2)  # the tables print two or three decimals
     work = row.global_batch_size * row.seq_length

@@ -51,4 +51,4 @@ def _failures(run: Summary, words: Sequence[str], baseline: Baseline | None) -> 
         there = baseline.of(run)
         before = significant(there.step_time_s if there else None, 4)
         times = f"{significant(run.step_time_s, 4)} s, {before} s in {baseline.name}"
-        yield f"{name}: {REGRESSION}: {times}: {ratio(baseline.ratio(run))}, {1 + baseline.tolerance:g}x is allowed"
+        yield f"{name}: {REGRESSION}: {times}: {ratio(baseline.ratio(run))}, {1 + baseline.allowed(run):.4g}x is allowed"

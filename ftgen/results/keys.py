@@ -54,7 +54,10 @@ WORK = (
     Field("global_batch_size", "integer?", "sequences in a step", "GBS"),
     Field("seq_length", "integer?", "tokens in a sequence", "Tokens"),
     Field(
-        "options", "strings", "how the plan differs from the recipe: parallelism, micro-batch size, optimizations", "Options"
+        "options",
+        "strings",
+        "how the plan differs from the recipe: parallelism, micro-batch size, packing, LoRA's targets, optimizations",
+        "Options",
     ),
 )
 FIGURES = (
@@ -88,7 +91,12 @@ AGAINST = (
         _seconds,
     ),
     Field("step_time_ratio", "number?", "step_time_s / baseline_step_time_s: above 1 is slower", "Ratio", ratio),
-    Field("regressed", "boolean?", "whether step_time_ratio is above 1 + tolerance", "Regressed"),
+    Field(
+        "regressed",
+        "boolean?",
+        "whether step_time_ratio is above 1 + tolerance, or beyond the noise of the history's repeats",
+        "Regressed",
+    ),
 )
 RUN = (
     WORK[0],

@@ -12,13 +12,14 @@ SIZES = {
     "PP": ("parallelism", "pipeline_model_parallel_size"),
     "CP": ("parallelism", "context_parallel_size"),
 }
+RECIPE_TARGETS = ["linear_qkv"]  # of LoRA
 
 
 def options(plan: Mapping[str, Any] | None) -> tuple[str, ...]:
     """`TP 2`, and the names of the optimizations that are on; empty without a plan."""
     if not plan:
         return ()
-    words = sizes(plan)
+    words = [*sizes(plan), *other_work(plan)]
     optimizations = plan.get("optimizations")
     if isinstance(optimizations, dict):
         words += sorted(str(name) for name, on in optimizations.items() if on is True)
@@ -31,10 +32,24 @@ def sizes(plan: Mapping[str, Any]) -> list[str]:
     return [f"{short} {size}" for short, size in found if isinstance(size, int) and size > 1]
 
 
+def other_work(plan: Mapping[str, Any]) -> list[str]:
+    """`not packed`, `LoRA on linear_qkv+linear_fc1`: what makes it other work than the recipe's."""
+    found = ["not packed"] if at(plan, ("data", "packed")) is False else []
+    targets = at(plan, ("lora", "targets"))
+    if isinstance(targets, list) and targets != RECIPE_TARGETS:
+        found.append(f"LoRA on {'+'.join(map(str, targets))}")
+    return found
+
+
+def is_optimization(word: str) -> bool:
+    """Whether an option is the name of an optimization."""
+    return " " not in word
+
+
 def shortly(words: Iterable[str]) -> str:
-    """The sizes and the number of optimizations, for the head of a table."""
-    large = [word for word in words if word.partition(" ")[0] in SIZES]
-    rest = sum(word.partition(" ")[0] not in SIZES for word in words)
+    """The sizes, the other work and the number of optimizations, for the head of a table."""
+    large = [word for word in words if not is_optimization(word)]
+    rest = sum(map(is_optimization, words))
     count = [f"{rest} optimization{'s' if rest > 1 else ''}"] if rest else []
     return ", ".join(large + count)
 

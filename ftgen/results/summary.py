@@ -16,7 +16,7 @@ from ftgen.logs.log import Log
 from ftgen.logs.many import Progress, read_all
 from ftgen.logs.read import read_log
 from ftgen.results.interval import Logged, logged
-from ftgen.results.options import options
+from ftgen.results.options import options, other_work
 from ftgen.results.verdict import planned_steps, verdict_of
 from ftgen.results.warnings import logged_tflops, warnings
 from ftgen.results.window import RECIPE_WINDOW, Window, checked, count, timed
@@ -122,7 +122,7 @@ def judge(run: Run, log: Log, *, window: Window | None = None) -> Summary:
         peak_memory_gib=max(peaks) / 2**30 if peaks else None,
         tflops_per_gpu=tflops,
         logged_tflops_per_gpu=logged_tflops(log, part),
-        published=_published(what),
+        published=None if other_work(log.plan or {}) else _published(what),
         log=run.log,
         warnings=(*_impossible(what, utilization), *warnings(what, log, part, tflops)),
         notes=tuple(_notes(run, log, lines)),
@@ -172,6 +172,8 @@ def _notes(run: Run, log: Log, lines: Logged) -> list[str]:
         notes.append(f"the log has {log.attempts} attempts; only the steps of the last one count")
     if lines.first:
         notes.append(f"the log begins with step {lines.first}: the run was resumed, or the beginning of its log is missing")
+    if (other := other_work(log.plan or {})) and _published(log.identity):
+        notes.append(f"not compared with the recipe's published figures: this run did other work ({', '.join(other)})")
     if log.survived:
         first = min(log.survived.values(), key=lambda told: told.row or 0)
         notes.append(f"the run went on after: {first.note}" + (f" (line {first.row})" if first.row else ""))

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from ftgen import catalogue
-from ftgen.results.options import at, sizes
+from ftgen.results.options import at, other_work, sizes
 from ftgen.results.repeats import kind, size
 from ftgen.results.summary import Summary
 
@@ -25,7 +25,7 @@ def variant(plan: Mapping[str, Any] | None) -> str:
         return ""
     chosen = plan.get("optimizations")
     way = _way(plan, chosen) if isinstance(chosen, dict) else ""
-    return ", ".join(filter(None, (*sizes(plan), way)))
+    return ", ".join(filter(None, (*sizes(plan), *other_work(plan), way)))
 
 
 def numbered(runs: Sequence[Summary], variants: Sequence[str]) -> list[str]:

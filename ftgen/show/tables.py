@@ -109,6 +109,8 @@ def _table(runs: Sequence[Summary], view: View) -> Table:
         published = repeats[0].published
         if published and contradicts_itself(published):
             notes.append(_contradiction(published))
+        if published is None and view.baseline and (source := view.baseline.source(repeats[0])):
+            notes.append(f"{view.baseline.name}: {source}")
     return Table(title, tuple(header), tuple(zip(*columns, strict=True)), tuple(notes))
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ftgen.logs.identity import RECIPE_SEQ_LENGTH
 from ftgen.results.compare import Baseline, mean
-from ftgen.results.options import SIZES
+from ftgen.results.options import is_optimization
 from ftgen.results.repeats import Group, kind, size
 from ftgen.results.summary import Summary
 from ftgen.results.variants import STOCK, numbered
@@ -76,7 +76,7 @@ class Work(NamedTuple):
 
     def _stock(self, fastest: NamedRun) -> list[NamedRun]:
         """The stock runs that are split as the fastest is; else those that are not split."""
-        large = [word for word in fastest.run.options if word.partition(" ")[0] in SIZES]
+        large = [word for word in fastest.run.options if not is_optimization(word)]
         for name in (", ".join([*large, STOCK]), STOCK):
             if found := [each for each in self._timed() if each.variant == name]:
                 return found

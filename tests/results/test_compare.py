@@ -39,11 +39,14 @@ def test_exactly_three_published_cells_contradict_themselves():
     ]
 
 
-@pytest.mark.parametrize("row", catalogue.published(), ids=lambda row: f"{row.scheme}-{row.precision}-{row.gpus}")
+@pytest.mark.parametrize(
+    "row", catalogue.published(), ids=lambda row: f"{row.model}-{row.scheme}-{row.precision}-{row.gpus}"
+)
 def test_the_published_rows_follow_from_their_step_times_but_for_those(row):
     figures = recomputed(row)
     assert figures.step_time_s == row.step_time_s
-    assert figures.mfu == pytest.approx(row.mfu, abs=0.0007)  # printed to a tenth of a percent, cut or rounded
+    # printed to a tenth of a percent, cut or rounded; the 70B's FLOPs are rounded to 1.70e15
+    assert figures.mfu == pytest.approx(row.mfu, **({"abs": 0.0007} if row.model == "llama3_8b" else {"rel": 0.008}))
     if not contradicts_itself(row):
         assert int(figures.tokens_per_s) == row.tokens_per_s
         assert figures.days_per_1t_tokens == pytest.approx(row.days_per_1t_tokens, abs=1)

@@ -19,7 +19,7 @@ from runtime.weights import random_llama, read_ahead
 
 
 def rng(seed: int) -> random.Random:
-    return random.Random(seed)  # noqa: S311
+    return random.Random(seed)
 
 
 # --- check

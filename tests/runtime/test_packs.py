@@ -27,7 +27,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     folder = tmp_path_factory.mktemp("packs")
     random_llama._write_tokenizer(300, LENGTH, folder)
-    rng = random.Random(1)  # noqa: S311
+    rng = random.Random(1)
     lengths = [[rng.randint(20, 40) for _ in range(6)] for _ in range(7)] + [[20, 30]]
     rows = [_pack(row, rng) for row in lengths]
     np.save(folder / "training.npy", np.array(rows, dtype=object), allow_pickle=True)
