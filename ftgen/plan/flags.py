@@ -10,8 +10,8 @@ from ftgen.errors import KeyPath, Problem
 from ftgen.spec.site import Site
 
 # Options that sbatch_flags must not have, and what sets them.
-SITE_OPTIONS = ("partition", "account", "qos", "reservation", "constraint", "segment", "exclusive", "requeue")
-SITE_OPTIONS += ("mem", "mem_per_cpu", "mem_per_gpu", "cpus_per_gpu")
+SITE_OPTIONS = ["partition", "account", "qos", "reservation", "constraint", "segment", "exclusive", "requeue"]
+SITE_OPTIONS += ["mem", "mem_per_cpu", "mem_per_gpu", "cpus_per_gpu"]
 SET_ELSEWHERE = {
     **{f"--{key.replace('_', '-')}": f"site.{key}" for key in SITE_OPTIONS},
     "--gres": "site.gpu_request, or site.gres for other resources,",

@@ -36,7 +36,7 @@ def broken_rules(spec: Spec, site: Site, model: Model | None, gpu: Gpu | None) -
     """Every broken rule. `model` or `gpu` is None if the catalogue does not have it."""
     nodes = max(1, spec.gpus // gpus_of_a_node(spec, site, gpu))
     problems = [
-        *_whole_nodes(spec, site, gpus_of_a_node(spec, site, gpu)),
+        *_whole_nodes(spec, gpus_of_a_node(spec, site, gpu)),
         *_split(spec),
         *_data(spec),
         *_optimizations(spec),
@@ -63,7 +63,7 @@ def gpus_of_a_node(spec: Spec, site: Site, gpu: Gpu | None) -> int:
     return spec.gpus_per_node or site.gpus_per_node or usual
 
 
-def _whole_nodes(spec: Spec, site: Site, node: int) -> Iterator[Problem]:
+def _whole_nodes(spec: Spec, node: int) -> Iterator[Problem]:
     key: KeyPath = ("gpus_per_node",) if spec.gpus_per_node else ("site", "gpus_per_node")
     if spec.gpus > node and spec.gpus % node:
         below = spec.gpus // node * node

@@ -100,8 +100,8 @@ class Site(Table):
     exclusive: bool = Field(True, description="Request whole nodes. false: share nodes; then set cpus_per_gpu.")
     cpus_per_gpu: Positive | None = Field(
         None,
-        description="CPUs of each GPU's task (--cpus-per-task). Default: all CPUs of whole nodes; with exclusive = false, as "
-        "many as Slurm gives, often one.",
+        description="CPUs of each GPU's task (--cpus-per-task). Default: all CPUs of whole nodes; with exclusive = false, "
+        "as many as Slurm gives, often one.",
     )
     mem: Memory | None = Field(
         None,
@@ -139,14 +139,14 @@ class Site(Table):
     modules: list[OneLine] = Field([], description="Environment modules to load.")
     setup_lines: list[OneLine] = Field(
         [],
-        description="Lines of bash to run before Python, after the modules are loaded, such as source /opt/site/nccl.sh. They "
-        "run in a bash of their own. The job takes over the environment, the limits and the umask that they leave. A line "
-        "that fails ends the job: append || true where that is wrong.",
+        description="Lines of bash to run before Python, after the modules are loaded, such as source /opt/site/nccl.sh. "
+        "They run in a bash of their own. The job takes over the environment, the limits and the umask that they leave. A "
+        "line that fails ends the job: append || true where that is wrong.",
     )
     prefix: list[OneLine] = Field(
         [],
         description="Words of a command to start Python with in each task of the training, such as numactl and "
-        "--cpunodebind={local_rank//4}. {rank}, {local_rank} and {node_rank} are replaced, also divided by a number: {rank//N}.",
+        "--cpunodebind={local_rank//4}. {rank}, {local_rank} and {node_rank} are replaced, also divided by a number.",
     )
     master_addr: Annotated[OneLine, Field(min_length=1)] | Annotated[list[OneLine], Field(min_length=1)] | None = Field(
         None,
@@ -159,14 +159,14 @@ class Site(Table):
     )
     stage_path: OneLine | None = Field(
         None,
-        description="STAGE_PATH if the submitting shell does not set it. ~ and variables such as $HOME and $USER are expanded "
-        "on the node. Default: the directory of the submission.",
+        description="STAGE_PATH if the submitting shell does not set it. ~ and variables such as $HOME and $USER are "
+        "expanded on the node. Default: the directory of the submission.",
     )
     python: Python = Field(default_factory=Python, description="Where the Python of the job comes from.")
     environment: Environment = Field(
         {},
-        description="Environment variables of all jobs at this site. $NAME and ${NAME} stand for variables of the job, as in "
-        '"/opt/x/lib:$LD_LIBRARY_PATH", and $$ for a dollar. Nothing else is expanded.',
+        description="Environment variables of all jobs at this site. $NAME and ${NAME} stand for variables of the job, as "
+        'in "/opt/x/lib:$LD_LIBRARY_PATH", and $$ for a dollar. Nothing else is expanded.',
     )
     catalogue: OneLine | None = Field(
         None, min_length=1, description="Path of a user catalogue, relative to this file: [models.NAME], [gpus.NAME]."
