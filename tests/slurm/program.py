@@ -64,6 +64,8 @@ def train(plan: dict) -> int:
     place = " ".join(env.get(n, "-") for n in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"))
     gpus = len(env.get("CUDA_VISIBLE_DEVICES", "").split(","))
     print(f"rank {rank}: {place} {env['MASTER_PORT']} {socket.gethostname()} {gpus}", flush=True)
+    for name in env.get("PROGRAM_SHOW", "").split():
+        print(f"rank {rank} has {name}={env.get(name)}", flush=True)
     event(f"train:{rank}:{'trusted' if flaw is None else 'PARTIAL'}")
     if MODE == "status" and rank == 3:
         time.sleep(TRAIN_S)
