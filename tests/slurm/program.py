@@ -79,6 +79,12 @@ def train(plan: dict) -> int:
     return 0
 
 
+def started_with(name: str) -> str:
+    """The value of a variable when this process started, which the loader has seen."""
+    pairs = (pair.partition(b"=") for pair in Path("/proc/self/environ").read_bytes().split(b"\0"))
+    return next((value.decode() for key, _, value in pairs if key.decode() == name), "")
+
+
 def replace(package: types.ModuleType, name: str, function: Callable) -> None:
     """Put a module with only this function in the place of `name` of the package."""
     module = types.ModuleType(f"{package.__name__}.{name}")
@@ -89,6 +95,7 @@ def replace(package: types.ModuleType, name: str, function: Callable) -> None:
 
 def main() -> None:
     entrypoint = sys.argv[1]
+    os.environ["PROGRAM_STARTED_WITH"] = started_with("LD_LIBRARY_PATH")
     sys.path.insert(0, str(Path(entrypoint).parent))
     from runtime.engines import nemo
     from runtime.weights import hub
