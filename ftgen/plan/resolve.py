@@ -189,7 +189,7 @@ def _slurm(spec: Spec, site: Site, gpus_per_node: int) -> SlurmPlan:
         | {
             "end_before_limit_s": min(site.end_before_limit_s, walltime_s // 4),
             "mem": memory_of_a_node(site),
-            "segment": min(site.segment, nodes) if site.segment else None,
+            "segment": min(site.segment, nodes) if site.segment and nodes > 1 else None,
         },
         walltime_s=walltime_s,
         convert_walltime_s=parse_walltime(spec.convert_walltime),

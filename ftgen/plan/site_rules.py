@@ -71,9 +71,7 @@ def _resources(site: Site, nodes: int) -> Iterator[Problem]:
     for number, resource in enumerate(site.gres):
         if re.match(r"(gres[:/])?gpu\b", resource):
             where: KeyPath = ("site", "gres", number)
-            yield Problem(
-                where, f"must not request GPUs, found {resource}", 'set gpu_request = "gres", and gpu_type for a type'
-            )
+            yield Problem(where, f"must not request GPUs, found {resource}", 'set gpu_request = "gres"')
     segment = min(site.segment or nodes, nodes)
     if nodes % segment:
         below = nodes // segment * segment
@@ -91,12 +89,6 @@ def _commands(site: Site) -> Iterator[Problem]:
         if "{" in left or "}" in left:
             hint = "use {rank}, {local_rank} or {node_rank}, or one of them divided by a number: {local_rank//4}"
             yield Problem(("site", "prefix", number), f"must not have other braces, found {quoted(word)}", hint)
-    address = site.master_addr
-    if isinstance(address, str) and (re.search(r"\s", address) or address in ("interface:", "")):
-        hint = 'write a command as a list of words: ["hostname", "-i"]'
-        yield Problem(("site", "master_addr"), f"must be one address or interface:NAME, found {quoted(address)}", hint)
-    elif isinstance(address, list) and not address[0]:
-        yield Problem(("site", "master_addr", 0), 'must be a command, found ""')
 
 
 def _folders(site: Site) -> Iterator[Problem]:

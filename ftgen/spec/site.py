@@ -4,12 +4,13 @@ In: a document (`dict[str, Any]`). Out: a frozen `Site`.
 """
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema
+from pydantic import AfterValidator, Field, PlainValidator, StringConstraints, WithJsonSchema
 
 from ftgen.errors import quoted
-from ftgen.spec.spec import Environment, OneLine, Positive, Table, Walltime
+from ftgen.spec.spec import Environment, OneLine, Positive, Table, Walltime, is_one_line
+from ftgen.validation import show
 
 # A value in a #SBATCH line: one word without quotes and spaces, so that it cannot begin another option.
 Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.,:&|()\[\]*/%+@=-]+$")]
@@ -30,7 +31,23 @@ def _memory(text: str) -> str:
     return text
 
 
+def _address(value: Any) -> str | list[str]:
+    words = value if isinstance(value, list) else [value]
+    good = words and all(isinstance(word, str) and is_one_line(word) for word in words) and words[0]
+    if not good or (isinstance(value, str) and (re.search(r"\s", value) or value == "interface:")):
+        rule = 'must be an address, interface:NAME, or a command as a list of words such as ["hostname", "-i"]'
+        raise ValueError(f"{rule}, found {show(value)}")
+    return words if isinstance(value, list) else str(value)
+
+
 Size = Annotated[str, AfterValidator(_size), WithJsonSchema({"type": "string", "pattern": SIZE})]
+Address = Annotated[
+    str | list[str],
+    PlainValidator(_address),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string", "pattern": r"^\S+$"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
+    ),
+]
 Memory = Annotated[str, AfterValidator(_memory), WithJsonSchema({"type": "string", "pattern": MEMORY})]
 
 
@@ -148,7 +165,7 @@ class Site(Table):
         description="Words of a command to start Python with in each task of the training, such as numactl and "
         "--cpunodebind={local_rank//4}. {rank}, {local_rank} and {node_rank} are replaced, also divided by a number.",
     )
-    master_addr: Annotated[OneLine, Field(min_length=1)] | Annotated[list[OneLine], Field(min_length=1)] | None = Field(
+    master_addr: Address | None = Field(
         None,
         description="Address of the first node for the other nodes: a name or an address, interface:NAME for the address of "
         "a network interface, or a list of words to run that prints it. Default: the name of the first node.",
