@@ -91,6 +91,7 @@ class Gpu(NamedTuple):
     precisions: tuple[str, ...]
     peak_tflops: Mapping[str, float]  # dense peaks, by precision
     source: str
+    gpus_per_node: int = 8  # the usual number; a spec or a site profile can set another
 
     def peak_flops(self, precision: str) -> float | None:
         """Dense peak in FLOP/s; None if the catalogue has no peak for the precision."""

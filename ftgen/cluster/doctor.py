@@ -16,8 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from ftgen.plan.images import is_file
 from ftgen.plan.plan import Plan
 from ftgen.plan.resolve import resolve
+from ftgen.script.paths import path_here
 from ftgen.script.render import render
 from ftgen.spec.site import Site
 from ftgen.spec.spec import Spec
@@ -43,11 +45,12 @@ class Finding(NamedTuple):
 def examine(site: Site, plans: list[Plan]) -> Iterator[Finding]:
     """Run every check. Without plans, the checks are for a LoRA of the recipe on one node."""
     if not plans:
-        spec = Spec.model_validate({"scheme": "lora", "precision": "bf16", "gpus": site.gpus_per_node})
+        spec = Spec.model_validate({"scheme": "lora", "precision": "bf16", "gpus": site.gpus_per_node or 8})
         plans = [resolve(spec, site, name="one_node", spec_file="one_node.toml")]
-    stage = Path(os.environ.get("STAGE_PATH") or site.stage_path or Path.cwd()).absolute()
+    stage = Path(os.environ.get("STAGE_PATH") or path_here(site.stage_path or "", os.environ) or Path.cwd()).absolute()
     reachable = _slurm()
     yield reachable
+    yield from _share_of_a_node(site)
     yield from _stage_path(stage, site, plans)
     with tempfile.TemporaryDirectory(prefix="ftgen-doctor-") as folder:
         for plan in plans:
@@ -61,6 +64,17 @@ def examine(site: Site, plans: list[Plan]) -> Iterator[Finding]:
         (p.model.hf_id, p.checkpoint.gated) for p in plans if p.checkpoint.source == "hub"
     ):
         yield _model(repository, gated)
+
+
+def _share_of_a_node(site: Site) -> Iterator[Finding]:
+    """What a job that shares nodes may not expect. And the folder of Slurm's own output: without it, a job says nothing."""
+    if not site.exclusive and not site.cpus_per_gpu:
+        what = "exclusive = false without cpus_per_gpu: each GPU's task gets as many CPUs as Slurm gives, often one"
+        yield Finding("warn", what, "set cpus_per_gpu in the site profile to the CPUs of a node / its GPUs")
+    folder = site.output_folder
+    if folder and "%" not in folder and not os.access(folder, os.W_OK):
+        hint = "create it: Slurm does not, and a job without its output file ends with no word"
+        yield Finding("FAIL", f"output_folder: {folder} is not a folder that you can write to", hint)
 
 
 def _run(*command: str | Path, **environment: str) -> tuple[int, str]:
@@ -132,7 +146,7 @@ def _stage_path(stage: Path, site: Site, plans: list[Plan]) -> Iterator[Finding]
         else Finding("FAIL", room, "free some space, or export STAGE_PATH=<a larger one>")
     )
     for path in site.shared_paths:
-        if not Path(path).exists():
+        if not Path(path_here(path, {**os.environ, "STAGE_PATH": str(stage)})).exists():
             yield Finding("FAIL", f"shared_paths: {path} does not exist here", "correct the site profile")
 
 
@@ -155,14 +169,15 @@ def _need_bytes(stage: Path, plans: list[Plan]) -> int:
 
 def _python(plan: Plan, folder: Path, stage: Path) -> Finding:
     python = plan.python
-    image = str(python.image).replace("$STAGE_PATH", str(stage)).replace("${STAGE_PATH}", str(stage))
-    if python.image and "/" in image and not image.startswith("docker:") and "#" not in image:
+    here = {**os.environ, "STAGE_PATH": str(stage)}
+    image = path_here(python.image or "", here)
+    if python.image and is_file(image):
         if not Path(image).is_file():
             return Finding("FAIL", f"the image {image} does not exist", SETUP)
         return Finding("ok", f"the image {image} exists; the job checks its packages when it starts")
     if python.image:
         return Finding("warn", f"the image {image} is in a registry: only a job can check it")
-    path = str(python.path or "python3").replace("$STAGE_PATH", str(stage))
+    path = path_here(python.path or "python3", here)
     interpreter = os.environ.get("FTGEN_PYTHON") or (f"{path}/bin/python" if python.kind == "venv" else path)
     _run("bash", folder / f"{plan.name}.sh", "--unpack", folder)
     status, said = _run(interpreter, folder / f"{plan.name}.py", "packages", STAGE_PATH=str(stage))

@@ -85,7 +85,7 @@ def load_site(path: Path) -> Site:
     """The site profile in a file; SpecError with every problem."""
     source = read_source(path)
     site, problems = validate_partly(Site, source.document, {})
-    spec = Spec.model_validate(_PLACEHOLDERS | {"gpus": site.gpus_per_node})
+    spec = Spec.model_validate(_PLACEHOLDERS | {"gpus": site.gpus_per_node or 8})
     rules = broken_rules(spec, site, catalogue.models().get(spec.model), catalogue.gpus().get(spec.gpu))
     problems += [p._replace(where=p.where[1:]) for p in rules if p.where[:1] == ("site",)]
     if problems:

@@ -93,7 +93,7 @@ def _origin(experiment: Experiment, path: KeyPath) -> str:
         return f"catalogue/optimizations.toml [{path[1]}]"
     if path[0] == "environment":
         return "the recipe"
-    if path[0] in ("slurm", "python", "stage_path", "modules") and key not in _SPEC_KEYS:
+    if path[0] in ("slurm", "python", "stage_path", "modules", "setup_lines", "prefix") and key not in _SPEC_KEYS:
         return "site default"
     return "default"
 

@@ -110,15 +110,25 @@ def _slurm(plan: Plan) -> Rows:
     named = ("partition", "account", "qos", "reservation", "constraint")
     said = [f"{key} {getattr(slurm, key)}" for key in named if getattr(slurm, key)]
     request = "no GPU option" if slurm.gpu_request == "none" else f"GPUs with --{slurm.gpu_request}"
-    memory_of_node = {None: "Slurm's default memory", "0": "all memory of a node"}.get(slurm.mem, f"memory {slurm.mem}")
     exclusive = ["exclusive"] if slurm.exclusive else []
+    cpus = [f"{slurm.cpus_per_gpu} CPUs per GPU"] if slurm.cpus_per_gpu else []
     where = python.image or python.path
     return [
-        ("nodes", f"{plan.nodes} x {plan.gpus_per_node} tasks, {', '.join([*exclusive, request, memory_of_node])}"),
+        (
+            "nodes",
+            f"{plan.nodes} x {plan.gpus_per_node} tasks, {', '.join([*exclusive, *cpus, request, _memory_request(plan)])}",
+        ),
         ("time limit", f"{format_walltime(slurm.walltime_s)}; conversion {format_walltime(slurm.convert_walltime_s)}"),
         ("options", ", ".join(said) or "partition and account of the submitting shell"),
         ("Python", f"{python.kind}: {where}" if where else "python3 of the submitting shell"),
     ]
+
+
+def _memory_request(plan: Plan) -> str:
+    slurm = plan.slurm
+    if slurm.mem_per_cpu or slurm.mem_per_gpu:
+        return f"memory {slurm.mem_per_cpu} per CPU" if slurm.mem_per_cpu else f"memory {slurm.mem_per_gpu} per GPU"
+    return {None: "Slurm's default memory", "0": "all memory of a node"}.get(slurm.mem, f"memory {slurm.mem}")
 
 
 def _differences(experiment: Experiment) -> Iterator[tuple[str, str]]:

@@ -116,13 +116,15 @@ class ProfilePlan:
 class PythonPlan:
     """Where the Python of the job comes from."""
 
-    kind: str  # none (python3 of the shell), venv, container, apptainer
+    kind: str  # none (python3 of the shell), venv, container, apptainer, singularity
     path: str | None
-    image: str | None
-    image_from: str | None  # image that `ftgen setup` imports
+    image: str | None  # a file, or a name as pyxis or apptainer wants it
+    image_from: str | None  # image that `ftgen setup` imports, likewise
     mounts: list[str]  # include shared_paths
     writable: bool
     mount_home: bool
+    container_name: bool  # pyxis: one container for all steps of the job
+    container_env: list[str]  # pyxis: variables of the job that replace those of the image
 
 
 @dataclass(frozen=True)
@@ -136,13 +138,23 @@ class SlurmPlan:
     constraint: str | None
     gpu_request: str
     gpu_type: str | None
+    gres: list[str]  # generic resources other than GPUs
+    segment: int | None  # nodes
     mpi: str
     exclusive: bool
-    mem: str | None
+    cpus_per_gpu: int | None
+    mem: str | None  # of a node
+    mem_per_cpu: str | None
+    mem_per_gpu: str | None
     requeue: bool | None
     end_before_limit_s: int
     convert: str  # job, task: what converts a missing checkpoint
     convert_flags: list[str]
+    job_name_prefix: str | None
+    output_folder: str | None
+    master_addr: (
+        str | list[str] | None
+    )  # an address, interface:NAME, or a command that prints it; None: the first node's name
     sbatch_flags: list[str]
     srun_flags: list[str]
     walltime_s: int
@@ -185,6 +197,8 @@ class Plan:
     sources: list[SourcePlan]
     stage_path: str | None
     modules: list[str]
+    setup_lines: list[str]  # bash, before Python
+    prefix: list[str]  # words before Python in each task of the training
     python: PythonPlan
     slurm: SlurmPlan
 

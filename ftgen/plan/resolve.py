@@ -9,6 +9,7 @@ from typing import Any
 from ftgen import __version__, catalogue
 from ftgen.catalogue import Gpu, Model
 from ftgen.errors import SpecError
+from ftgen.plan.images import image_for, import_name
 from ftgen.plan.plan import (
     FORMAT,
     CheckpointPlan,
@@ -24,7 +25,7 @@ from ftgen.plan.plan import (
     SlurmPlan,
     SourcePlan,
 )
-from ftgen.plan.rules import broken_rules, forbids, global_batch_size, is_packed
+from ftgen.plan.rules import broken_rules, forbids, global_batch_size, gpus_of_a_node, is_packed
 from ftgen.spec.site import Site
 from ftgen.spec.spec import Spec
 from ftgen.units import parse_walltime
@@ -61,7 +62,7 @@ def resolve(
     problems = broken_rules(spec, site, model, gpu)
     if problems or not model or not gpu:
         raise SpecError(*problems)
-    gpus_per_node = spec.gpus_per_node or site.gpus_per_node
+    gpus_per_node = gpus_of_a_node(spec, site, gpu)
     return Plan(
         format=FORMAT,
         ftgen_version=__version__,
@@ -97,8 +98,10 @@ def resolve(
         sources=_sources(spec),
         stage_path=site.stage_path,
         modules=site.modules,
-        python=_python(site),
-        slurm=_slurm(spec, site),
+        setup_lines=site.setup_lines,
+        prefix=site.prefix,
+        python=python_of(site),
+        slurm=_slurm(spec, site, gpus_per_node),
     )
 
 
@@ -142,9 +145,29 @@ def _data(spec: Spec) -> DataPlan:
     return DataPlan(spec.data.kind, spec.data.path, spec.data.examples, is_packed(spec))
 
 
-def _python(site: Site) -> PythonPlan:
-    shared = [f"{path}:{path}" for path in site.shared_paths if site.python.image]
-    return PythonPlan(**dict(site.python) | {"mounts": shared + site.python.mounts})
+def python_of(site: Site) -> PythonPlan:
+    """Where the Python of the site's jobs comes from: names of images as the program wants them, mounts, defaults."""
+    python = site.python
+    shared = [f"{path}:{path}" for path in site.shared_paths if python.image]
+    # enroot mounts an image read-only unless its configuration changes that (ENROOT_ROOTFS_WRITABLE); NVIDIA's launchers
+    # therefore always pass --container-writable (Megatron-Bridge, scripts/performance/utils/executors.py)
+    writable = python.kind == "container" if python.writable is None else python.writable
+    return PythonPlan(
+        **dict(python)
+        | {
+            "image": image_for(python.kind, python.image) if python.image else python.image,
+            "image_from": import_name(python.kind, python.image_from) if python.image_from else python.image_from,
+            "mounts": shared + python.mounts,
+            "writable": writable,
+        }
+    )
+
+
+def memory_of_a_node(site: Site) -> str | None:
+    """The value of --mem; None if the job does not request the memory of a node."""
+    if site.mem is None and not site.mem_per_cpu and not site.mem_per_gpu:
+        return "0" if site.exclusive else None
+    return None if site.mem == "none" else site.mem
 
 
 def _optimizations(spec: Spec) -> dict[str, bool]:
@@ -157,11 +180,17 @@ def _optimizations(spec: Spec) -> dict[str, bool]:
     return chosen
 
 
-def _slurm(spec: Spec, site: Site) -> SlurmPlan:
+def _slurm(spec: Spec, site: Site, gpus_per_node: int) -> SlurmPlan:
     given = {key: getattr(site, key) for key in SlurmPlan.__dataclass_fields__ if hasattr(site, key)}
     walltime_s = parse_walltime(spec.walltime)
+    nodes = max(1, spec.gpus // gpus_per_node)
     return SlurmPlan(
-        **given | {"end_before_limit_s": min(site.end_before_limit_s, walltime_s // 4)},
+        **given
+        | {
+            "end_before_limit_s": min(site.end_before_limit_s, walltime_s // 4),
+            "mem": memory_of_a_node(site),
+            "segment": min(site.segment, nodes) if site.segment and nodes > 1 else None,
+        },
         walltime_s=walltime_s,
         convert_walltime_s=parse_walltime(spec.convert_walltime),
     )

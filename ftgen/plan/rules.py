@@ -3,31 +3,27 @@
 In: a `Spec`, a `Site`, and a `Model` and a `Gpu` of the catalogue. Out: `list[Problem]` with every broken rule. Pure.
 """
 
+import re
 from collections.abc import Iterator
 
 from ftgen.catalogue import Gpu, Model, gpus, models
 from ftgen.catalogue import optimizations as catalogue_optimizations
 from ftgen.errors import KeyPath, Problem, closest, quoted
+from ftgen.plan.flags import flag_problems
+from ftgen.plan.site_rules import site_problems
 from ftgen.spec.site import Site
 from ftgen.spec.spec import Spec
 from ftgen.units import parse_walltime
 
-# Variables that the generated script sets in every task. A spec or a site profile must not set them.
-SET_BY_THE_SCRIPT = {"STAGE_PATH", "NEMO_HOME", "HF_HOME", "HF_TOKEN_PATH", "NEMORUN_HOME", "FTGEN_RUN_DIR", "PATH"}
-SET_BY_THE_SCRIPT |= {"RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-# Options that sbatch_flags must not have, and what sets them.
-SITE_OPTIONS = ("partition", "account", "qos", "reservation", "constraint", "mem", "exclusive", "requeue")
-SET_ELSEWHERE = {
-    **{f"--{key}": f"site.{key}" for key in SITE_OPTIONS},
-    **dict.fromkeys(("--gres", "--gpus-per-node"), "site.gpu_request"),
-    **dict.fromkeys(("--nodes", "--ntasks", "--ntasks-per-node", "--gpus"), "gpus in the spec"),
-    **dict.fromkeys(("--job-name", "--dependency", "--output", "--error", "--open-mode", "--array"), "the generated script"),
-    "--no-requeue": "site.requeue",
-    "--signal": "site.end_before_limit_s",
-    "--time": "walltime in the spec",
+# Variables that the generated script sets in every task. A spec or a site profile must not set them. The hints name the key
+# that does what the user may want.
+SET_BY_THE_SCRIPT = {
+    **dict.fromkeys(("NEMO_HOME", "HF_HOME", "HF_TOKEN_PATH", "NEMORUN_HOME", "FTGEN_RUN_DIR", "FTGEN_ENVIRONMENT"), ""),
+    **dict.fromkeys(("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"), ""),
+    "STAGE_PATH": "set stage_path in the site profile",
+    "MASTER_ADDR": "set master_addr in the site profile: an address, interface:NAME, or a command that prints the address",
+    "MASTER_PORT": "leave it out: the script takes a free port",
 }
-SET_BY_SRUN = {"--nodes", "--ntasks", "--ntasks-per-node", "--kill-on-bad-exit", "--mpi", "--export", "--output", "--error"}
-SET_BY_SRUN |= {"--container-image", "--container-mounts", "--label"}
 RECIPE_SEQUENCES_PER_GPU = 4  # per step: GBS = 4 x GPUs
 TP: KeyPath = ("parallelism", "tensor_model_parallel_size")
 PP: KeyPath = ("parallelism", "pipeline_model_parallel_size")
@@ -38,13 +34,17 @@ GBS: KeyPath = ("global_batch_size",)
 
 def broken_rules(spec: Spec, site: Site, model: Model | None, gpu: Gpu | None) -> list[Problem]:
     """Every broken rule. `model` or `gpu` is None if the catalogue does not have it."""
+    nodes = max(1, spec.gpus // gpus_of_a_node(spec, site, gpu))
     problems = [
-        *_whole_nodes(spec, site),
+        *_whole_nodes(spec, gpus_of_a_node(spec, site, gpu)),
         *_split(spec),
         *_data(spec),
         *_optimizations(spec),
         *_profile(spec),
         *_rest(spec, site),
+        *_slurm(spec, site, nodes),
+        *site_problems(site, nodes),
+        *flag_problems(site),
     ]
     if model is None:
         problems.append(Problem(("model",), f"must be in the catalogue, found {spec.model}", closest(spec.model, models())))
@@ -57,9 +57,14 @@ def broken_rules(spec: Spec, site: Site, model: Model | None, gpu: Gpu | None) -
     return problems
 
 
-def _whole_nodes(spec: Spec, site: Site) -> Iterator[Problem]:
+def gpus_of_a_node(spec: Spec, site: Site, gpu: Gpu | None) -> int:
+    """GPUs of each node: as the spec says it, or the site profile, or the catalogue for the GPU."""
+    usual = gpu.gpus_per_node if gpu else Gpu._field_defaults["gpus_per_node"]
+    return spec.gpus_per_node or site.gpus_per_node or usual
+
+
+def _whole_nodes(spec: Spec, node: int) -> Iterator[Problem]:
     key: KeyPath = ("gpus_per_node",) if spec.gpus_per_node else ("site", "gpus_per_node")
-    node = spec.gpus_per_node or site.gpus_per_node
     if spec.gpus > node and spec.gpus % node:
         below = spec.gpus // node * node
         yield Problem(
@@ -191,10 +196,13 @@ def _rest(spec: Spec, site: Site) -> Iterator[Problem]:
     if spec.scheme == "sft" and "lora" in spec.model_fields_set:
         yield Problem(("lora",), 'requires scheme = "lora", found "sft"', also=(("scheme",),))
     for prefix, environment in (((), spec.environment), (("site",), site.environment)):
-        for name in sorted(SET_BY_THE_SCRIPT & environment.keys()):
-            yield Problem((*prefix, "environment", name), "must not be set: the generated script sets it")
-    yield from _python(site)
-    yield from _slurm(spec, site)
+        for name in sorted(SET_BY_THE_SCRIPT.keys() & environment.keys()):
+            where: KeyPath = (*prefix, "environment", name)
+            yield Problem(where, "must not be set: the generated script sets it", SET_BY_THE_SCRIPT[name])
+        path = environment.get("PATH")
+        if path is not None and not re.search(r"\$(PATH\b|\{PATH\})", path):
+            hint = "write /opt/x/bin:$PATH"
+            yield Problem((*prefix, "environment", "PATH"), f"must contain $PATH, found {quoted(path)}", hint)
 
 
 def _profile(spec: Spec) -> Iterator[Problem]:
@@ -215,33 +223,16 @@ def _profile(spec: Spec) -> Iterator[Problem]:
         yield Problem(("profile", "tool"), '"nsys" requires GPUs', 'set profile.tool = "pytorch"', also=(("gpu",),))
 
 
-def _python(site: Site) -> Iterator[Problem]:
-    python = site.python
-    in_image = python.kind in ("container", "apptainer")
-    rule = f'requires python.kind = "container" or "apptainer", found "{python.kind}"'
-    if in_image and not python.image:
-        yield Problem(("site", "python", "image"), f'is required for python.kind = "{python.kind}"')
-    if python.kind == "venv" and not python.path:
-        yield Problem(("site", "python", "path"), 'is required for python.kind = "venv"')
-    if python.image_from and not (python.image and "/" in python.image):
-        yield Problem(("site", "python", "image_from"), "requires python.image to be the path of a file, with a slash")
-    for key in ("image", "image_from", "mounts", "writable", "mount_home"):
-        if getattr(python, key) and not in_image:
-            yield Problem(("site", "python", key), rule)
-
-
-def _slurm(spec: Spec, site: Site) -> Iterator[Problem]:
+def _slurm(spec: Spec, site: Site, nodes: int) -> Iterator[Problem]:
     """Requests that Slurm would refuse, by the limits of the site profile."""
     if site.gpu_type and site.gpu_request == "none":
         yield Problem(("site", "gpu_type"), 'requires a gpu_request, found "none"', 'set gpu_request = "gres"')
-    known = "gpus_per_node" in site.model_fields_set
-    if known and spec.gpus_per_node and spec.gpus_per_node > site.gpus_per_node:
+    if site.gpus_per_node and spec.gpus_per_node and spec.gpus_per_node > site.gpus_per_node:
         yield Problem(
             ("gpus_per_node",),
             f"must not exceed the GPUs of a node: {spec.gpus_per_node} > {site.gpus_per_node} (site.gpus_per_node)",
             also=(("site", "gpus_per_node"),),
         )
-    nodes = max(1, spec.gpus // (spec.gpus_per_node or site.gpus_per_node))
     if site.max_nodes and nodes > site.max_nodes:
         yield Problem(
             ("gpus",),
@@ -255,20 +246,6 @@ def _slurm(spec: Spec, site: Site) -> Iterator[Problem]:
                 f"must fit the partition: {getattr(spec, key)} > {site.max_walltime} (site.max_walltime)",
                 also=(("site", "max_walltime"),),
             )
-    for key in ("sbatch_flags", "srun_flags", "convert_flags"):
-        yield from _flags(key, getattr(site, key))
-
-
-def _flags(key: str, flags: list[str]) -> Iterator[Problem]:
-    for number, flag in enumerate(flags):
-        where: KeyPath = ("site", key, number)
-        option = flag.partition("=")[0]
-        if not option.startswith("--") or option == "--":
-            yield Problem(where, f"must be a long option, --name or --name=value, found {flag!r}")
-        elif key == "sbatch_flags" and option in SET_ELSEWHERE:
-            yield Problem(where, f"must not have {option}: {SET_ELSEWHERE[option]} sets it")
-        elif key == "srun_flags" and option in SET_BY_SRUN:
-            yield Problem(where, f"must not have {option}: the generated script sets it")
 
 
 def _fits_the_model(spec: Spec, model: Model) -> Iterator[Problem]:

@@ -11,7 +11,16 @@ from importlib.metadata import PackageNotFoundError, requires
 from ftgen import __version__
 from ftgen.files import source_file, source_folder
 from ftgen.plan.plan import Plan, SourcePlan
-from ftgen.script.render import END_OF_FILE, bash, default_stage_path, gpu_request
+from ftgen.plan.resolve import memory_of_a_node, python_of
+from ftgen.script.render import (
+    END_OF_FILE,
+    bash,
+    default_stage_path,
+    gpu_request,
+    memory_request,
+    output_file,
+    site_lines,
+)
 from ftgen.spec.site import Site
 
 WALLTIME = "02:00:00"  # enough for an image of 20 GB, or 3 GB of packages
@@ -30,9 +39,13 @@ def render_setup(site: Site, name: str, plans: list[Plan]) -> str:
         .get_template("setup.sh.j2")
         .render(
             site=site,
-            name=name,
+            site_name=name,
             version=__version__,
             sbatch_lines=_sbatch_lines(site),
+            python=python_of(site),
+            in_job=False,
+            site_lines=site_lines(site.modules, site.setup_lines),
+            expands=any("$" in text for text in site.environment.values()),
             stage_path=default_stage_path(site.stage_path),
             sources=sources,
             requirements=requirements("gpu" if on_a_gpu else "runtime"),
@@ -61,7 +74,7 @@ def requirements(extra: str) -> list[str]:
 
 def _sbatch_lines(site: Site) -> list[str]:
     options = {
-        "job-name": "ftgen_setup",
+        "job-name": f"{site.job_name_prefix or ''}ftgen_setup",
         "dependency": "singleton",
         "account": site.account,
         "partition": site.partition,
@@ -70,10 +83,11 @@ def _sbatch_lines(site: Site) -> list[str]:
         "constraint": site.constraint,
         "nodes": 1,
         "ntasks": 1,
-        **gpu_request(site.gpu_request, site.gpu_type, 1),
+        "cpus-per-task": site.cpus_per_gpu,
+        **gpu_request(site, 1),
         "time": WALLTIME,
-        "mem": site.mem,
-        "output": "sbatch_ftgen_setup_%j.out",
+        **memory_request(site, memory_of_a_node(site)),
+        "output": output_file(site.output_folder, "ftgen_setup"),
         "open-mode": "append",
     }
     return [*(f"--{option}={value}" for option, value in options.items() if value is not None), *site.sbatch_flags]

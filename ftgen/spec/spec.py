@@ -20,6 +20,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 SECRET = re.compile(r"TOKEN$|TOKEN_|SECRET|PASSWORD|PASSWD|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
 NOT_SECRET = {"TOKENIZERS_PARALLELISM"}
+OTHER_EXPANSION = re.compile(r"\$\$|(\$\{[A-Za-z_][A-Za-z0-9_]*[^A-Za-z0-9_}].*)")  # $$ is a dollar, ${X:-y} is refused
 
 
 def is_one_line(text: str) -> bool:
@@ -39,13 +40,17 @@ def _walltime(text: str) -> str:
 
 
 def _environment(variables: dict[str, str]) -> dict[str, str]:
-    for name in variables:
+    for name, value in variables.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             rule = "must be a name that a shell can export"
             raise PydanticCustomError("at_key", rule, {"key": name, "hint": "use A-Z, a-z, 0-9 and _; begin with a letter"})
         if SECRET.search(name) and name not in NOT_SECRET:
             rule = "must not be in a file: its name looks like a secret"
             raise PydanticCustomError("at_key", rule, {"key": name, "hint": "export it in the shell that submits the job"})
+        if other := next((found[1] for found in OTHER_EXPANSION.finditer(value) if found[1]), None):
+            hint = "write $NAME: if it is unset, no colon is left over. Use setup_lines of the site profile for all else"
+            rule = "must have no expansions but $NAME and ${NAME}, found {other}"
+            raise PydanticCustomError("at_key", rule, {"key": name, "hint": hint, "other": quoted(other)})
     return variables
 
 
@@ -228,7 +233,9 @@ class Spec(Table):
     window: Window = Field(default_factory=Window, description="The timed steps.")
     profile: Profile | None = Field(None, description="Profiler for some steps. Default: none.")
     environment: Environment = Field(
-        {}, description="Environment variables of the training. They override those of the recipe and of the site profile."
+        {},
+        description="Environment variables of the training. They override those of the recipe and of the site profile. "
+        "$NAME and ${NAME} stand for variables of the job, and $$ for a dollar. Nothing else is expanded.",
     )
     extends: OneLine | None = Field(
         None,

@@ -11,6 +11,7 @@ from typing import Any
 
 from runtime.data.split import split
 from runtime.guard.manifest import sha256_of
+from runtime.job import variables
 from runtime.job.errors import JobError
 
 Plan = dict[str, Any]
@@ -29,7 +30,7 @@ def write(plan: Plan, folder: Path) -> None:
 
 def user_file(plan: Plan) -> Path:
     """Path of the file; a relative data.path is below STAGE_PATH. JobError: the file cannot be read."""
-    path = Path(os.environ.get("STAGE_PATH") or Path.cwd(), plan["data"]["path"])
+    path = Path(os.environ.get("STAGE_PATH") or Path.cwd(), variables.path_with_values("data.path", plan["data"]["path"]))
     if not path.is_file() or not os.access(path, os.R_OK):
         raise JobError(
             f"data.path: the file {path} does not exist or cannot be read",

@@ -68,7 +68,8 @@ def test_values_come_back_unchanged_from_bash(ftgen, tmp_path):
     probe.write_text(functions + "load_environment\nfind_python() { :; }\nenv -0\n")
     printed = subprocess.run(["bash", probe], capture_output=True, check=True, cwd=tmp_path).stdout
     seen = dict(line.split("=", 1) for line in printed.decode().split("\0") if "=" in line)
-    assert {name: seen[name] for name in spec["environment"]} == spec["environment"]
+    dollar = f"{os.environ['HOME']} {os.environ['PATH']} $(id) `id` ${{}} $1 $"
+    assert {name: seen[name] for name in spec["environment"]} == spec["environment"] | {"DOLLAR": dollar}
     subprocess.run(["bash", tmp_path / "spec.sh", "--unpack", tmp_path / "unpacked"], check=True, cwd=tmp_path)
     assert plan_in(tmp_path / "unpacked/spec.py")["data"]["path"] == spec["data"]["path"]
     assert not (tmp_path / "pwned").exists()

@@ -26,6 +26,7 @@ class Cluster:
         self.environment = (
             os.environ
             | {"SLURMLAB_PARTITIONS": "main other", "SLURMLAB_GPU_TYPE": "h100", "SLURMLAB_PREEMPT": "1"}
+            | {"SLURMLAB_GRES": "nvme:2"}
             | settings
         )
         self.environment["SLURM_CONF"] = str(folder / "etc/slurm.conf")
@@ -136,6 +137,11 @@ class Desk:
     def log(self, number: int, restart: int = 0, kind: str = "log") -> str:
         (found,) = self.stage.glob(f"logs/experiments/*/*_{number}/*/{kind}-*_{number}_{restart}.out")
         return found.read_text()
+
+    def shown(self, number: int, name: str) -> list[str]:
+        """The value of a variable in each rank of a job that was submitted with PROGRAM_SHOW, in the order of the ranks."""
+        found = re.findall(rf"^rank (\d+) has {name}=(.*)$", self.log(number), re.MULTILINE)
+        return [value for _, value in sorted(found, key=lambda each: int(each[0]))]
 
     def output(self, number: int) -> str:
         """Slurm's own output file, empty before there is one."""

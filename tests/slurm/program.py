@@ -64,6 +64,8 @@ def train(plan: dict) -> int:
     place = " ".join(env.get(n, "-") for n in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"))
     gpus = len(env.get("CUDA_VISIBLE_DEVICES", "").split(","))
     print(f"rank {rank}: {place} {env['MASTER_PORT']} {socket.gethostname()} {gpus}", flush=True)
+    for name in env.get("PROGRAM_SHOW", "").split():
+        print(f"rank {rank} has {name}={env.get(name)}", flush=True)
     event(f"train:{rank}:{'trusted' if flaw is None else 'PARTIAL'}")
     if MODE == "status" and rank == 3:
         time.sleep(TRAIN_S)
@@ -77,6 +79,12 @@ def train(plan: dict) -> int:
     return 0
 
 
+def started_with(name: str) -> str:
+    """The value of a variable when this process started, which the loader has seen."""
+    pairs = (pair.partition(b"=") for pair in Path("/proc/self/environ").read_bytes().split(b"\0"))
+    return next((value.decode() for key, _, value in pairs if key.decode() == name), "")
+
+
 def replace(package: types.ModuleType, name: str, function: Callable) -> None:
     """Put a module with only this function in the place of `name` of the package."""
     module = types.ModuleType(f"{package.__name__}.{name}")
@@ -87,6 +95,7 @@ def replace(package: types.ModuleType, name: str, function: Callable) -> None:
 
 def main() -> None:
     entrypoint = sys.argv[1]
+    os.environ["PROGRAM_STARTED_WITH"] = started_with("LD_LIBRARY_PATH")
     sys.path.insert(0, str(Path(entrypoint).parent))
     from runtime.engines import nemo
     from runtime.weights import hub

@@ -19,6 +19,7 @@ from typing import Any
 
 from runtime.engines.nemo import imports
 from runtime.guard import manifest, publish
+from runtime.job import variables
 from runtime.job.errors import JobError
 from runtime.job.progress import say, timed
 from runtime.weights import hub, random_llama
@@ -119,7 +120,8 @@ def _need_bytes(plan: Plan) -> int:
 
 def user_directory(plan: Plan) -> Path:
     """Path of a checkpoint of source "directory"; a relative checkpoint.path is below STAGE_PATH."""
-    return Path(os.environ.get("STAGE_PATH") or Path.cwd(), plan["checkpoint"]["path"])
+    path = variables.path_with_values("checkpoint.path", plan["checkpoint"]["path"])
+    return Path(os.environ.get("STAGE_PATH") or Path.cwd(), path)
 
 
 def _refuse_unfit(plan: Plan, weights: Path) -> None:
