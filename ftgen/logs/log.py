@@ -7,8 +7,10 @@ attempts of a run, which go on where the one before stopped or start over, and s
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from copy import copy
 from datetime import datetime
+from itertools import groupby
 from typing import Any
 
 from ftgen.logs import failures, formats, settings
@@ -142,40 +144,40 @@ class Log:
         if words != [nemo_untimed.WORD] and not self._timed:
             self._forget_steps()  # of lines that lost their time, before the first one with a time
             self._timed = True
-        if words == [nemo.WORD] and self._take_alike(text[start:stop], block):
-            start = stop
-        for line in text[start:stop].splitlines(keepends=True):
-            if any(word in line for word in words):
-                self._take_line(line[:LONGEST_LINE], block)
+        alike = words == [nemo.WORD] and self._take_alike(text, start, stop, block)
+        for is_step, lines in _grouped(text[alike or start : stop], words):
+            if is_step and alike:
+                self._step_lines += len(lines)
+            elif is_step:
+                for line in lines:
+                    self._take_line(line[:LONGEST_LINE], block)
+                    self._width = len(line)
             else:
-                self._take_text(line, block)
-            self._width = len(line)
+                self._take_text(b"".join(lines), block)
+            self._width = len(lines[-1])
         self._take_other(text[stop:], block)
 
-    def _take_alike(self, text: bytes, block: Block) -> bool:
-        """Many of NeMo's step lines at once, with whatever stands between them; False where they are not that plain."""
-        count = text.count(nemo.WORD)
-        if count <= NEAR or self._traceback or not text.endswith(b"\n"):
-            return False
-        scanned = nemo.scan(text, count)
-        final = text[text.rfind(b"\n", 0, -1) + 1 :]
-        if not scanned or not nemo.is_plain(final):
-            return False
-        last = _line_after(text, _last(text, NEAR + 1))
-        if count < block.rows and any(failures.find(text[:last], anywhere=True)):
-            return False
-        if not self._goes_on(scanned.numbers[0]) or not self.steps.add_scanned(text, scanned):
-            return False
-        self._last_of[_label(text)] = scanned.numbers[-1]
+    def _take_alike(self, text: bytes, start: int, stop: int, block: Block) -> int:
+        """Many of NeMo's step lines at once, with whatever stands between them; 0 where they are not that plain.
+
+        Else where the last few of them begin: only what stands between those can be near the end of the run.
+        """
+        count = text.count(nemo.WORD, start, stop)
+        if count <= NEAR or self._traceback or text[stop - 1 : stop] != b"\n":
+            return 0
+        scanned = nemo.scan(text, start, stop)
+        final = text[text.rfind(b"\n", start, stop - 1) + 1 : stop]
+        if not scanned or len(scanned.numbers) != count or not nemo.is_plain(final):
+            return 0
+        last = _line_after(text, _last(text, NEAR + 1, stop))
+        if count < block.rows and failures.may_tell(text, start, last):
+            return 0
+        if not self._goes_on(scanned.numbers[0]) or not self.steps.add_scanned(text[start:stop], scanned):
+            return 0
+        self._last_of[_label(text[start:])] = scanned.numbers[-1]
         self.with_loss = scanned.numbers[0] if self.with_loss is None else self.with_loss
         self._step_lines += count - NEAR
-        for line in text[last:].splitlines(keepends=True):
-            if nemo.WORD in line:
-                self._step_lines += 1
-            else:
-                self._take_text(line, block)
-        self._width = len(final)
-        return True
+        return last
 
     def _take_other(self, text: bytes, block: Block) -> None:
         """Text before or behind step lines."""
@@ -330,12 +332,17 @@ def _line_after(text: bytes, at: int) -> int:
     return text.find(b"\n", at) + 1 or len(text)
 
 
-def _last(text: bytes, count: int) -> int:
+def _last(text: bytes, count: int, stop: int) -> int:
     """Where the last but `count` - 1 of NeMo's step lines has its word."""
-    at = len(text)
     for _ in range(count):
-        at = text.rfind(nemo.WORD, 0, at)
-    return at
+        stop = text.rfind(nemo.WORD, 0, stop)
+    return stop
+
+
+def _grouped(text: bytes, words: list[bytes]) -> Iterator[tuple[bool, list[bytes]]]:
+    """Lines that follow each other and are step lines, or are none."""
+    lines = groupby(text.splitlines(keepends=True), lambda line: any(word in line for word in words))
+    return ((is_step, list(lines)) for is_step, lines in lines)
 
 
 def _json(text: bytes) -> dict[str, Any] | None:

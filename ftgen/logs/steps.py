@@ -122,7 +122,7 @@ class Steps(Mapping[int, Step]):
             self._text_bytes -= len(self._texts.pop()[1])
         if self._texts:
             start, text = self._texts.pop()
-            kept = b"".join(_lines(text)[: place - start])
+            kept = b"".join(_step_lines(text)[: place - start])
             self._text_bytes -= len(text) - len(kept)
             self._texts.append((start, kept))
         self._single = {each: step for each, step in self._single.items() if each < number}
@@ -139,15 +139,23 @@ class Steps(Mapping[int, Step]):
             ends = [*[start for start, _ in self._texts][1:], len(self._numbers)]
             for (start, text), end in zip(self._texts, ends, strict=True):
                 if start < last and first < end:
-                    lines = _lines(text)[max(first - start, 0) : last - start]
-                    parsed = map(nemo.parse, lines)
-                    self._known |= {place: read.step for place, read in enumerate(parsed, max(first, start)) if read}
+                    begin = max(first, start)
+                    parsed = map(nemo.parse, _last_lines(text, end - begin)[: last - begin])
+                    self._known |= {place: read.step for place, read in enumerate(parsed, begin) if read}
         for place in range(first, last):
             yield self._known.get(place) or Step(self._times[place], self._losses[place])
 
 
-def _lines(text: bytes) -> list[bytes]:
+def _step_lines(text: bytes) -> list[bytes]:
     return [line for line in text.splitlines(keepends=True) if nemo.WORD in line]
+
+
+def _last_lines(text: bytes, count: int) -> list[bytes]:
+    """The last step lines in the text; most often these are few of many."""
+    at = len(text)
+    for _ in range(count):
+        at = text.rfind(nemo.WORD, 0, at)
+    return _step_lines(text[text.rfind(b"\n", 0, at) + 1 :])
 
 
 def _slower(one: Step, other: Step) -> Step:
