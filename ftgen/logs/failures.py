@@ -46,7 +46,10 @@ EXCEPTION = re.compile(
     rb"(?m)^(?:[^\n]{0,255}?(?:\d: |\]:? ?|/\d{1,6} |\| ))?"
     rb"((?:\w{1,80}\.){0,20}\w{0,80}(?:Error|Exception|Interrupt|Exit|Expired)(?::[^\n]*)?)$"
 )
-RANK = re.compile(rb"\[rank ?(\d{1,6})(?:\]| on )|\[default(\d{1,6})\]|^ *(\d{1,6}): |^[^\s/]{1,120}/(\d{1,6}) ")
+# The labels of torch, torchrun and srun; of torchx and NeMo-Run, unless it is a date: `trainer/3 `, `12/31 `.
+RANK = re.compile(
+    rb"\[rank ?(\d{1,6})(?:\]| on )|\[default(\d{1,6})\]|^ *(\d{1,6}): |^(?=\S*[A-Za-z_])[^\s/]{1,120}/(\d{1,6}) "
+)
 LONGEST_JSON = 1 << 20  # bytes
 LONGEST_TRACEBACK = 1 << 16  # bytes
 LONGEST_NOTE = 200  # bytes kept of a line, on each side of the words
@@ -94,7 +97,7 @@ def find(text: bytes) -> Iterator[Told]:
         number = next((int(digits) for digits in match.groups() if digits), None)
         line = _line(text, match.start(), LONGEST_NOTE, before=LONGEST_NOTE)
         json = _line(text, match.end() - 1, LONGEST_JSON) if kind in {"plan", "environment"} else b""
-        yield Told(kind, _decoded(line), line, number, _rank(line), json)
+        yield Told(kind, _decoded(line), line, number, rank_of(line), json)
         seen = set() if kind == "plan" else seen | {kind}  # a plan begins another attempt
         if kind == "traceback" and (told := exception(text, match.end(), LONGEST_TRACEBACK)):
             yield told
@@ -112,10 +115,11 @@ def exception(text: bytes, start: int, most: int) -> Told | None:
     if not found:
         return None
     line = found.group()[:LONGEST_NOTE]
-    return Told("exception", _decoded(found.group(1)), line, None, _rank(line))
+    return Told("exception", _decoded(found.group(1)), line, None, rank_of(line))
 
 
-def _rank(line: bytes) -> int | None:
+def rank_of(line: bytes) -> int | None:
+    """Whose line it is, by its label; None if it has none."""
     label = RANK.search(line)
     return next((int(digits) for digits in label.groups() if digits), None) if label else None
 

@@ -4,8 +4,11 @@ A look reads what was added since the one before, whatever the size of the log. 
 written anew is read from its beginning, and so is a compressed one.
 """
 
+from copy import copy
+
 from ftgen.logs import identity
 from ftgen.logs.blocks import Block, LogFileError, Place, blocks, is_packed, line_end
+from ftgen.logs.feed import feed
 from ftgen.logs.find import Run
 from ftgen.logs.log import Log
 from ftgen.logs.read import read_log, settle
@@ -35,13 +38,13 @@ class Growing:
             end = line_end(block.raw)
             whole, rest = block.raw[:end], block.raw[end:]
             if whole:
-                log.feed(Block(block.offset, whole))
+                feed(log, Block(block.offset, whole))
                 place = place.after(run.log, whole)
             if rest and end == 0:
                 break  # a line without end
         self._known = log, place
-        now = log.copy()
+        now = copy(log)
         for block in blocks(run.log, place.offset) if rest else ():
-            now.feed(block)
+            feed(now, block)
         settle(run, now)
         return now

@@ -70,12 +70,10 @@ class Steps(Mapping[int, Step]):
             else:
                 yield number, self._times[place], self._losses[place]
 
-    def copy(self) -> "Steps":
+    def __copy__(self) -> "Steps":
         """The same steps; one can be added to without the other."""
-        other = copy(self)
-        other._single, other._of_bars, other._counters = dict(self._single), set(self._of_bars), dict(self._counters)
-        other._numbers, other._losses, other._times = self._numbers[:], self._losses[:], self._times[:]
-        other._texts, other._known = deque(self._texts), dict(self._known)
+        other = Steps()
+        vars(other).update({name: copy(value) for name, value in vars(self).items()})
         return other
 
     def add_scanned(self, text: bytes, scanned: nemo.Scanned) -> bool:

@@ -22,6 +22,7 @@ from ftgen.logs.step import (
 )
 
 WORD = b"train_step_timing in s"
+UNTIMED = b"| reduced_train_loss: "  # of a line without a time, as NeMo writes it without its timing callback
 NUMBER = b"global_step"
 ITERATION = re.compile(rb"\biteration +(\d{1,9})/ *(\d{1,9})$")
 KEYS: Keys = {
@@ -36,9 +37,11 @@ KEYS: Keys = {
 # A line as the recipe's runs have it, by its fields: steps of the epoch, batch, number, memory, loss, time, samples.
 # A tenth of the time that fields_of and step_from take for any line; both say the same.
 PLAIN = re.compile(
-    rb"[^|]*\biteration \d{1,9}/(\d{1,9}) \|(?: lr: [^ |]+ \|)? global_batch_size: ([1-9]\d{0,8}) \| global_step: (\d{1,9}) \|"
-    rb"(?: (?:peak_memory_usage|max_memory_reserved): ([1-9]\d{0,17}) \| (?:max_)?memory_allocated: \d+ \|)?"
-    rb" reduced_train_loss: (-?\d{1,9}\.\d{1,9}) \| train_step_timing in s: (\d{1,5}\.\d{1,9}) \| consumed_samples: (\d{1,15})\n"
+    rb"[^|]*\biteration \d{1,9}/(\d{1,9}) "
+    rb"\|(?: lr: [^ |]+ \|)? global_batch_size: ([1-9]\d{0,8}) \| global_step: (\d{1,9}) "
+    rb"\|(?: (?:peak_memory_usage|max_memory_reserved): ([1-9]\d{0,17}) \| (?:max_)?memory_allocated: \d+ \|)? "
+    rb"reduced_train_loss: (-?\d{1,9}\.\d{1,9}) \| train_step_timing in s: (\d{1,5}\.\d{1,9}) "
+    rb"\| consumed_samples: (\d{1,15})\n"
 )
 # A line as NeMo writes it: its number, loss and time. Lines with a gradient norm are parsed one by one.
 SCAN = re.compile(
@@ -72,6 +75,12 @@ def parse(line: bytes) -> StepLine | None:
     if not can_be_time(fields.get(WORD, b"none")):
         return None
     return step_line(fields)
+
+
+def parse_untimed(line: bytes) -> StepLine | None:
+    """What a line without a time says; None if it counts no iteration or has no end: its time may come."""
+    fields = fields_of(line) if line.endswith(b"\n") else {}
+    return step_line(fields) if b"iteration" in fields and NUMBER in fields else None
 
 
 def step_line(fields: dict[bytes, bytes]) -> StepLine:
