@@ -136,7 +136,7 @@ def _take_other(log: Log, text: bytes, block: Block) -> None:
         return
     _take_text(log, text, block)
     if not log.steps:
-        log.said |= settings.find(text)
+        log.said = dict(sorted((settings.find(text) | log.said).items()))  # what is said first counts
     log.width = len(text) - text.rfind(b"\n", 0, len(text) - 1) - 1
 
 
