@@ -71,27 +71,24 @@ def order(run: Run) -> tuple[str, int, str, str]:
 def find_folders(paths: Iterable[str | Path], tell: Tell = lambda _: None) -> Iterator[Folder]:
     """The directories that the runs are in, as they are found; each log once. LogError as `find_runs`."""
     tops = [os.fspath(Path(path)) for path in paths]
-    missing = [Problem((), f"there is no {top}") for top in tops if not os.path.lexists(top)]
-    if missing:
+    if missing := [Problem((), f"there is no {top}") for top in tops if not os.path.lexists(top)]:
         raise LogError(*missing)
     seen: set[tuple[int, int]] = set()
-    none, left_out = True, [0]
-    for path, names, others in _folders(tops, tell, left_out):
+    none, left_out = True, 0
+    for path, names, others, texts in _folders(tops, tell):
+        left_out += texts
         within = _within(path)
         logs = {name: size for name in names if (size := _size(within + name, seen, tell)) is not None}
         if logs:
             none = False
             yield Folder(path, logs, others)
-    looked = f"{left_out[0]} other file{'' if left_out[0] == 1 else 's'} without step lines"
+    looked = f"{left_out} other file{'' if left_out == 1 else 's'} without step lines"
     if none:
-        where = ", ".join(tops) or "no directory"
-        what = (
-            f"no run found below {where}: no file has step lines or the name log-<account>.<experiment>_<id>_<restart>.out"
-        )
-        raise LogError(
-            Problem((), f"{what} ({looked})" if left_out[0] else what, "runs keep their logs in $STAGE_PATH/logs")
-        )
-    if left_out[0]:
+        what = f"no run found below {', '.join(tops) or 'no directory'}"
+        what += ": no file has step lines or the name log-<account>.<experiment>_<id>_<restart>.out"
+        what += f" ({looked})" if left_out else ""
+        raise LogError(Problem((), what, "runs keep their logs in $STAGE_PATH/logs"))
+    if left_out:
         tell(f"left out: {looked}")
 
 
@@ -113,8 +110,8 @@ def runs_in(folder: Folder) -> Iterator[Run]:
         name, size = found[newest]
         earlier = tuple(place + found[restart][0] for restart in before)
         experiment, number = (_experiment(folder.path, stem), run_id) if run_id else _by_path(folder.path, stem)
-        array = re.search(rf"{re.escape(experiment)}_(\d{{1,18}})$", stem) if run_id else None
-        number = f"{array[1]}_{number}" if array else number
+        array = stem.rpartition(f"{experiment}_")[2]
+        number = f"{array}_{number}" if run_id and array != stem and array.isdecimal() else number
         beside = tuple(Path(place + other) for other in folder.others if _belongs(other, name, number))
         yield Run(experiment, number, place + name, newest, earlier, plan, beside, size)
 
@@ -126,45 +123,43 @@ def _belongs(other: str, log: str, run_id: str) -> bool:
     return other not in {PLAN, log} and (bool(run_id and other.endswith(f"_{run_id}.out")) or other in of_stderr)
 
 
-def _folders(tops: list[str], tell: Tell, left_out: list[int]) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Directories, with the names of the logs there, and of what may belong to them."""
+Found = tuple[str, list[str], list[str], int]  # a directory, names of logs and of what may belong to them, texts left out
+
+
+def _folders(tops: list[str], tell: Tell) -> Iterator[Found]:
     asked: dict[str, list[str]] = {}
     for top in tops:
         if os.path.isdir(top):  # noqa: PTH112
-            yield from _below(top, tell, left_out)
+            yield from _below(top, tell)
         else:
             path, name = os.path.split(top)
-            names = asked.setdefault(path, [])
-            names += [name] if name not in names else []
+            asked.setdefault(path, []).append(name)
     for path, logs in asked.items():  # these count whatever they are called
         looks = ((name, look_at(_within(path) + name)) for name in logs)
         if wrong := [Problem((), f"{_within(path)}{name} is {look.value}", look.hint) for name, look in looks if look.hint]:
             raise LogError(*wrong)
         beside = sorted(os.listdir(path or "."))  # noqa: PTH208
-        yield path, logs, [name for name in beside if name not in logs and _may_belong(name)]
+        yield path, logs, [name for name in beside if name not in logs and _may_belong(name)], 0
 
 
-def _below(top: str, tell: Tell, left_out: list[int]) -> Iterator[tuple[str, list[str], list[str]]]:
-    """The directories with logs in and below one."""
+def _below(top: str, tell: Tell) -> Iterator[Found]:
+    """The directories in and below one."""
     for path, folders, files in os.walk(top, onerror=lambda error: tell(_unreadable(error))):
         folders.sort()
         within = _within(path)
-        logs, others = [], [name for name in files if _may_belong(name)]
+        logs, others, texts = [], [name for name in files if _may_belong(name)], 0
         for name in files:
             if LOG_NAME.fullmatch(name):
                 logs.append(name)
-            elif name not in others and not NO_LOGS.fullmatch(name):
+            elif not (_may_belong(name) or NO_LOGS.fullmatch(name)):
                 look = look_at(within + name)
-                if look is Look.LOG:
-                    logs.append(name)
-                elif look.hint:
+                logs += [name] if look is Look.LOG else []
+                texts += look is Look.TEXT
+                if look.hint:
                     tell(f"{within}{name} is {look.value} and is left out: {look.hint}")
-                elif look is Look.TEXT:
-                    left_out[0] += 1
         if not logs:  # then the batch script's own log may be the run's
             logs = [name for name in others if name.startswith("sbatch_") and look_at(within + name) is Look.LOG]
-        if logs:
-            yield path, logs, others
+        yield path, logs, others, texts
 
 
 def _may_belong(name: str) -> bool:
@@ -200,8 +195,8 @@ def _size(path: str, seen: set[tuple[int, int]], tell: Tell) -> int | None:
 def _experiment(folder: str, stem: str) -> str:
     """The directory's name where the file's ends with it, as the layout has it; else what looks like an experiment."""
     directory = folder.rpartition(os.sep)[2]
-    numbered = re.compile(rf"(?:.*\.)?{re.escape(directory)}(?:_\d+)?", re.DOTALL)  # an array's index stands behind it
-    if directory and numbered.fullmatch(stem):
+    alone = re.sub(r"_\d+$", "", stem)  # an array's index stands behind the name
+    if directory and any(f".{name}".endswith(f".{directory}") for name in (stem, alone)):
         return directory
     return _named((stem, *reversed(Path(folder).parts))) or stem.partition(".")[2] or stem
 

@@ -94,36 +94,24 @@ def from_plan(text: str | bytes, file: str) -> tuple[Identity, dict[str, Any]]:
 @lru_cache
 def from_name(experiment: str, global_batch_size: int | None = None) -> Identity:
     """What the name of an experiment suggests; what the recipe's own names leave out is the recipe's."""
+    named: dict[str, Any]
     if match := RECIPE_NAME.fullmatch(experiment):
-        what = Identity(
-            experiment,
-            model=match["model"],
-            scheme=match["scheme"],
-            precision=match["precision"],
-            gpu=RECIPE_GPU,
-            gpus=int(match["gpus"]),
-            global_batch_size=global_batch_size,
-            seq_length=RECIPE_SEQ_LENGTH,
-            assumed=("gpu", "gpus", "seq_length"),
-        )
-        return _with_peaks(what)
-    match = LONG_NAME.fullmatch(experiment)
-    if not match:
+        named = {"gpu": RECIPE_GPU, "gpus": int(match["gpus"]), "seq_length": RECIPE_SEQ_LENGTH}
+    elif match := LONG_NAME.fullmatch(experiment):
+        batch, gpu = BATCH.search(match["rest"]), GPU.search(match["rest"])
+        named = {"gpu": gpu[1] if gpu else None, "gpus": int(match["gpus"]) if match["gpus"] else None}
+        named["global_batch_size"] = int(batch[1] or batch[2]) if batch and global_batch_size is None else None
+    else:
         return Identity(experiment, global_batch_size=global_batch_size)
+    named = {key: value for key, value in named.items() if value is not None}
     precision = match["precision"] if match["precision"] in PRECISIONS else None
-    batch, gpu = BATCH.search(match["rest"]), GPU.search(match["rest"])
-    named = {"gpus": int(match["gpus"]) if match["gpus"] else None, "gpu": gpu[1] if gpu else None}
-    if batch and global_batch_size is None:
-        global_batch_size = named["global_batch_size"] = int(batch[1] or batch[2])
     what = Identity(
         experiment,
         model=_model_name(match["model"]) if precision else None,  # else nobody knows where the model's name ends
         scheme=SCHEMES.get(match["scheme"], match["scheme"]),
         precision=precision,
-        gpu=gpu[1] if gpu else None,
-        gpus=int(match["gpus"]) if match["gpus"] else None,
-        global_batch_size=global_batch_size,
-        assumed=tuple(sorted(key for key, value in named.items() if value is not None)),
+        assumed=tuple(sorted(named)),
+        **({"global_batch_size": global_batch_size} | named),
     )
     return _with_peaks(what)
 

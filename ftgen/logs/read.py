@@ -8,8 +8,10 @@ from pathlib import Path
 
 from ftgen.errors import LogError
 from ftgen.logs import failures, identity
+from ftgen.logs.attempts import begin_attempt
 from ftgen.logs.blocks import LogFileError, blocks
 from ftgen.logs.failures import Told
+from ftgen.logs.feed import feed
 from ftgen.logs.find import Run
 from ftgen.logs.log import Log
 from ftgen.logs.step import Step
@@ -40,11 +42,11 @@ def _read(run: Run, paths: Iterable[str]) -> Log:
     log = Log(identity.from_name(run.experiment))
     for number, path in enumerate(paths):
         if number:
-            log.begin_attempt()
+            begin_attempt(log)
             log.rows = 0
         try:
             for block in blocks(path):
-                log.feed(block)
+                feed(log, block)
         except LogFileError as error:
             log.unread = str(error)
     return log

@@ -70,10 +70,10 @@ def step_from(fields: Mapping[bytes, bytes], keys: Keys, *, second: float = 1.0,
     time_s = said["time_s"]
     size = said.get("global_batch_size")
     return Step(
-        time_s=_within(time_s and time_s / second, SHORTEST_STEP_S, LONGEST_STEP_S),
+        time_s=within(time_s and time_s / second, SHORTEST_STEP_S, LONGEST_STEP_S),
         loss=said.get("loss"),
         grad_norm=said.get("grad_norm"),
-        peak_memory=_within(said.get("peak_memory"), 0, LARGEST),  # without a GPU it is 0
+        peak_memory=within(said.get("peak_memory"), 0, LARGEST),  # without a GPU it is 0
         tflops_per_gpu=said.get("tflops_per_gpu"),
         global_batch_size=int(size) if size is not None and 1 <= size < 1e9 else None,
         consumed_samples=said.get("consumed_samples"),
@@ -99,5 +99,6 @@ def _first(fields: Mapping[bytes, bytes], keys: Sequence[bytes]) -> float | None
     return value
 
 
-def _within(value: float | None, least: float, most: float) -> float | None:
+def within(value: float | None, least: float, most: float) -> float | None:
+    """The value, if it is between these."""
     return value if value is not None and least < value < most else None

@@ -24,8 +24,9 @@ class Steps(Mapping[int, Step]):
         self._of_bars: set[int] = set()
         self._counters: dict[int, int] = {}  # of bars, where they accumulate gradients
         self._numbers, self._losses, self._times = array("q"), array("d"), array("d")  # scanned, ascending
-        self._texts: deque[tuple[int, bytes]] = deque()  # lines, behind the place of the first of them in the arrays
-        self._text_bytes = 0
+        self._texts: deque[tuple[int, int, bytes]] = (
+            deque()
+        )  # their lines, behind the places of the first and after the last
         self._known: dict[int, Step] = {}  # scanned steps that have been parsed, by their place
         self.last = max(self._single, default=-1)  # the highest number; -1 where there is no step
 
@@ -57,7 +58,7 @@ class Steps(Mapping[int, Step]):
     def between(self, start: int, stop: int) -> dict[int, Step]:
         """The steps from `start` to before `stop` that are there, in ascending order, with all that their lines say."""
         first, last = bisect_left(self._numbers, start), bisect_left(self._numbers, stop)
-        found = {self._numbers[first + at]: step for at, step in enumerate(self._parsed(first, last))}
+        found = dict(zip(self._numbers[first:last], self._parsed(first, last), strict=True))
         single = {number: step for number, step in self._single.items() if start <= number < stop}
         return dict(sorted({**found, **single}.items())) if single else found
 
@@ -70,12 +71,10 @@ class Steps(Mapping[int, Step]):
             else:
                 yield number, self._times[place], self._losses[place]
 
-    def copy(self) -> "Steps":
+    def __copy__(self) -> "Steps":
         """The same steps; one can be added to without the other."""
-        other = copy(self)
-        other._single, other._of_bars, other._counters = dict(self._single), set(self._of_bars), dict(self._counters)
-        other._numbers, other._losses, other._times = self._numbers[:], self._losses[:], self._times[:]
-        other._texts, other._known = deque(self._texts), dict(self._known)
+        other = Steps()
+        vars(other).update({name: copy(value) for name, value in vars(self).items()})
         return other
 
     def add_scanned(self, text: bytes, scanned: nemo.Scanned) -> bool:
@@ -83,10 +82,9 @@ class Steps(Mapping[int, Step]):
         first, count = scanned.numbers[0], len(scanned.numbers)
         if first <= self.last or scanned.numbers != list(range(first, first + count)):
             return False
-        self._texts.append((len(self._numbers), text))
-        self._text_bytes += len(text)
-        while self._text_bytes > KEPT and len(self._texts) > 1:
-            self._text_bytes -= len(self._texts.popleft()[1])
+        self._texts.append((len(self._numbers), len(self._numbers) + count, text))
+        while len(self._texts) > 1 and sum(len(text) for *_, text in self._texts) > KEPT:
+            self._texts.popleft()
         self._numbers.extend(scanned.numbers)
         self._losses.extend(scanned.losses)
         self._times.extend(scanned.times_s)
@@ -116,15 +114,10 @@ class Steps(Mapping[int, Step]):
     def cut(self, number: int) -> None:
         """Forget the steps from this one on: a resumed run makes them again."""
         place = bisect_left(self._numbers, number)
+        self._parse(0, place)
+        self._known = {each: step for each, step in self._known.items() if each < place}
+        self._texts.clear()
         del self._numbers[place:], self._losses[place:], self._times[place:]
-        self._known = {}
-        while self._texts and self._texts[-1][0] >= place:
-            self._text_bytes -= len(self._texts.pop()[1])
-        if self._texts:
-            start, text = self._texts.pop()
-            kept = b"".join(_lines(text)[: place - start])
-            self._text_bytes -= len(text) - len(kept)
-            self._texts.append((start, kept))
         self._single = {each: step for each, step in self._single.items() if each < number}
         self.last = max((*self._single, *self._numbers[-1:]), default=-1)
 
@@ -136,18 +129,24 @@ class Steps(Mapping[int, Step]):
     def _parsed(self, first: int, last: int) -> Iterator[Step]:
         """The scanned steps from one place to before another; only number, time and loss of those whose lines are gone."""
         if not all(place in self._known for place in range(first, last)):
-            ends = [*[start for start, _ in self._texts][1:], len(self._numbers)]
-            for (start, text), end in zip(self._texts, ends, strict=True):
-                if start < last and first < end:
-                    lines = _lines(text)[max(first - start, 0) : last - start]
-                    parsed = map(nemo.parse, lines)
-                    self._known |= {place: read.step for place, read in enumerate(parsed, max(first, start)) if read}
-        for place in range(first, last):
-            yield self._known.get(place) or Step(self._times[place], self._losses[place])
+            self._parse(first, last)
+        return (self._known.get(place) or Step(self._times[place], self._losses[place]) for place in range(first, last))
+
+    def _parse(self, first: int, last: int) -> None:
+        for start, end, text in self._texts:
+            begin = max(first, start)
+            if begin < min(last, end):
+                lines = _last_lines(text, end - begin)[: last - begin]
+                self._known |= {place: read.step for place, read in enumerate(map(nemo.parse, lines), begin) if read}
 
 
-def _lines(text: bytes) -> list[bytes]:
-    return [line for line in text.splitlines(keepends=True) if nemo.WORD in line]
+def _last_lines(text: bytes, count: int) -> list[bytes]:
+    """So many step lines, the last ones in the text: most often these are few of many."""
+    at = len(text)
+    for _ in range(count):
+        at = text.rfind(nemo.WORD, 0, at)
+    lines = text[text.rfind(b"\n", 0, at) + 1 :].splitlines(keepends=True)
+    return [line for line in lines if nemo.WORD in line]
 
 
 def _slower(one: Step, other: Step) -> Step:

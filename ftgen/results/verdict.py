@@ -37,7 +37,7 @@ class Verdict(NamedTuple):
 def verdict_of(run: Run, log: Log, planned: int | None, lines: Logged) -> Verdict:
     """Invalid comes before all others. Complete needs every planned step and no failure."""
     not_finite = log.survived.get("not finite") or log.at_end.get("not finite")
-    left_out = log.without_loss if log.with_loss is not None else None
+    left_out = log.left_out if log.has_losses else None
     if log.invalid or left_out is not None or not_finite:
         lost = f"the loss is left out at step {left_out}, as Megatron does with NaN" if left_out is not None else None
         return Verdict("invalid", log.invalid or lost or (_told(not_finite) if not_finite else None))

@@ -8,9 +8,21 @@ import re
 from array import array
 from typing import NamedTuple
 
-from ftgen.logs.step import LONGEST_STEP_S, SHORTEST_STEP_S, Keys, StepLine, can_be_time, not_finite, number, step_from
+from ftgen.logs.step import (
+    LONGEST_STEP_S,
+    SHORTEST_STEP_S,
+    Keys,
+    Step,
+    StepLine,
+    can_be_time,
+    not_finite,
+    number,
+    step_from,
+    within,
+)
 
 WORD = b"train_step_timing in s"
+UNTIMED = b"| reduced_train_loss: "  # of a line without a time, as NeMo writes it without its timing callback
 NUMBER = b"global_step"
 ITERATION = re.compile(rb"\biteration +(\d{1,9})/ *(\d{1,9})$")
 KEYS: Keys = {
@@ -22,10 +34,19 @@ KEYS: Keys = {
     "consumed_samples": (b"consumed_samples",),
     "peak_memory": (b"peak_memory_usage", b"max_memory_reserved", b"max_memory_allocated"),  # bytes
 }
+# A line as the recipe's runs have it, by its fields: steps of the epoch, batch, number, memory, loss, time, samples.
+# A tenth of the time that fields_of and step_from take for any line; both say the same.
+PLAIN = re.compile(
+    rb"[^|]*\biteration \d{1,9}/(\d{1,9}) "
+    rb"\|(?: lr: [^ |]+ \|)? global_batch_size: ([1-9]\d{0,8}) \| global_step: (\d{1,9}) "
+    rb"\|(?: (?:peak_memory_usage|max_memory_reserved): ([1-9]\d{0,17}) \| (?:max_)?memory_allocated: \d+ \|)? "
+    rb"reduced_train_loss: (-?\d{1,9}\.\d{1,9}) \| train_step_timing in s: (\d{1,5}\.\d{1,9}) "
+    rb"\| consumed_samples: (\d{1,15})\n"
+)
 # A line as NeMo writes it: its number, loss and time. Lines with a gradient norm are parsed one by one.
 SCAN = re.compile(
-    rb"\| global_step: (\d{1,9}) \|.*\| reduced_train_loss: (-?[\d.]+(?:e[-+]\d\d)?) "
-    rb"\| train_step_timing in s: ([\d.]+(?:e[-+]\d\d)?)(?= \||\n)"
+    rb"\| global_step: (\d{1,9}) \|.*\| reduced_train_loss: ([-+\d.e]+) "
+    rb"\| train_step_timing in s: ([-+\d.e]+)(?= \||\n)"
 )
 
 
@@ -39,26 +60,46 @@ class Scanned(NamedTuple):
 
 def parse(line: bytes) -> StepLine | None:
     """What a step line says; None if it is not as NeMo wrote it."""
+    if match := PLAIN.fullmatch(line):
+        last, size, number_, memory, loss, time_s, samples = match.groups()
+        step = Step(
+            time_s=within(float(time_s), SHORTEST_STEP_S, LONGEST_STEP_S),
+            loss=float(loss),
+            peak_memory=float(memory) if memory else None,
+            global_batch_size=int(size),
+            consumed_samples=float(samples),
+            planned=planned_steps(int(last), int(number_)),
+        )
+        return StepLine(int(number_), step)
     fields = fields_of(line)
     if not can_be_time(fields.get(WORD, b"none")):
         return None
     return step_line(fields)
 
 
+def parse_untimed(line: bytes) -> StepLine | None:
+    """What a line without a time says; None if it counts no iteration or has no end: its time may come."""
+    fields = fields_of(line) if line.endswith(b"\n") else {}
+    return step_line(fields) if b"iteration" in fields and NUMBER in fields else None
+
+
 def step_line(fields: dict[bytes, bytes]) -> StepLine:
     """The step that the fields of a line tell of."""
     number_ = _step_number(fields)
-    planned = int(fields[b"last iteration"]) + 1 if b"last iteration" in fields else 0
-    step = step_from(
-        fields, KEYS, planned=planned if planned > (number_ or 0) else None
-    )  # an epoch's steps, after the first
+    planned = planned_steps(int(fields.get(b"last iteration", -1)), number_ or 0)
+    step = step_from(fields, KEYS, planned=planned)
     return StepLine(number_, step, not_finite(fields, (*KEYS["loss"], *KEYS["grad_norm"])))
 
 
-def scan(text: bytes, count: int) -> Scanned | None:
-    """The steps of the `count` step lines in a text; None unless all are plain, with a finite loss and a possible time."""
-    found = SCAN.findall(text)
-    if len(found) != count:
+def planned_steps(last: int, number_: int) -> int | None:
+    """Steps of the run, if this can be the number of its last one: in later epochs it is not."""
+    return last + 1 if last + 1 > number_ else None
+
+
+def scan(text: bytes, start: int, stop: int) -> Scanned | None:
+    """The steps of the plain step lines in a part of a text; None if there are none, or a loss or a time is impossible."""
+    found = SCAN.findall(text, start, stop)
+    if not found:
         return None
     numbers, losses, times = zip(*found, strict=True)
     try:
@@ -66,7 +107,7 @@ def scan(text: bytes, count: int) -> Scanned | None:
     except ValueError:  # 2.6.9
         return None
     possible = min(scanned.times_s) > SHORTEST_STEP_S and max(scanned.times_s) < LONGEST_STEP_S
-    return scanned if possible and max(scanned.losses) < math.inf else None
+    return scanned if possible and math.isfinite(sum(scanned.losses)) else None
 
 
 def is_plain(line: bytes) -> bool:
