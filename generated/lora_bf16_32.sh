@@ -29,7 +29,7 @@ readonly name=lora_bf16_32
 readonly experiment=lora_nemo_llama3_8b_bf16_32
 readonly nodes=4 tasks_per_node=8 tasks=32
 # Variables that this script sets. A job that it submits must not inherit them.
-readonly ours=(STAGE_PATH FTGEN_RUN_DIR MASTER_ADDR MASTER_PORT PYTHONUNBUFFERED NCCL_NVLS_ENABLE NVTE_ASYNC_AMAX_REDUCTION NVTE_DP_AMAX_REDUCE_INTERVAL NVTE_FLASH_ATTN NVTE_FUSED_ATTN TOKENIZERS_PARALLELISM TORCH_NCCL_AVOID_RECORD_STREAMS)
+readonly ours=(STAGE_PATH FTGEN_RUN_DIR FTGEN_ENVIRONMENT MASTER_ADDR MASTER_PORT FTGEN_MASTER_ADDR FTGEN_MASTER_PORT PYTHONUNBUFFERED NCCL_NVLS_ENABLE NVTE_ASYNC_AMAX_REDUCTION NVTE_DP_AMAX_REDUCE_INTERVAL NVTE_FLASH_ATTN NVTE_FUSED_ATTN TOKENIZERS_PARALLELISM TORCH_NCCL_AVOID_RECORD_STREAMS)
 
 main() {
     local mode=finetune
@@ -149,8 +149,8 @@ header() { sed -n -e '/^set /q' -e "s/^#SBATCH --$2=//p" "$1" 2>/dev/null; }
 # The converted checkpoint does not exist: submit a small job that converts it, and a copy of this job that runs after it.
 hand_over() {
     local job copy script=$code/convert.sh
-    sed -E '1,/^set /{/^#SBATCH --(dependency|exclusive|gres|gpus-per-node|ntasks-per-node)(=|$)/d}' "$0" >"$script"
-    if ! job=$(submit "$0" --job-name=ftgen_llama3_8b_convert --dependency=singleton --nodes=1 --ntasks=1 --time=02:00:00 "$script" --convert); then
+    sed -E '1,/^set /{/^#SBATCH --(dependency|exclusive|gres|gpus-per-node|ntasks-per-node|segment|mem(-per-[cg]pu)?)(=|$)/d}' "$0" >"$script"
+    if ! job=$(submit "$0" --job-name=ftgen_llama3_8b_convert --dependency=singleton --nodes=1 --ntasks=1 --time=02:00:00 --mem=0 "$script" --convert); then
         say "cannot submit a job for the conversion: this job converts the checkpoint itself"
         return 1
     fi
@@ -270,6 +270,7 @@ wait_for() {
     return "$stopping"
 }
 
+
 load_environment() {
     export NCCL_NVLS_ENABLE=0
     export NVTE_ASYNC_AMAX_REDUCTION=1
@@ -278,6 +279,7 @@ load_environment() {
     export NVTE_FUSED_ATTN=1
     export TOKENIZERS_PARALLELISM=False
     export TORCH_NCCL_AVOID_RECORD_STREAMS=1
+    export FTGEN_ENVIRONMENT=set # the entrypoint must not expand them again
     export PYTHONUNBUFFERED=1
     MASTER_ADDR=127.0.0.1
     MASTER_PORT=$((20000 + RANDOM % 10000))
@@ -294,6 +296,8 @@ load_environment() {
     # a batch script runs on the first node, where another program may use the port
     while (: <"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do ((MASTER_PORT += 1)); done
     export MASTER_ADDR MASTER_PORT
+    # an image may have its own: the entrypoint takes these
+    export FTGEN_MASTER_ADDR=$MASTER_ADDR FTGEN_MASTER_PORT=$MASTER_PORT
 }
 
 # SBATCH_ variables of the shell that submits override this script's header.
@@ -307,6 +311,7 @@ warn_of_variables() {
 SBATCH_ARRAY_INX 
 SBATCH_CLUSTERS 
 SBATCH_CORE_SPEC 
+SBATCH_CPUS_PER_GPU 
 SBATCH_EXCLUSIVE 
 SBATCH_GPUS 
 SBATCH_GPUS_PER_NODE 
@@ -531,6 +536,8 @@ PLAN = json.loads(r"""
   "sources": [],
   "stage_path": null,
   "modules": [],
+  "setup_lines": [],
+  "prefix": [],
   "python": {
     "kind": "none",
     "path": null,
@@ -538,7 +545,9 @@ PLAN = json.loads(r"""
     "image_from": null,
     "mounts": [],
     "writable": false,
-    "mount_home": false
+    "mount_home": false,
+    "container_name": false,
+    "container_env": []
   },
   "slurm": {
     "partition": null,
@@ -548,13 +557,21 @@ PLAN = json.loads(r"""
     "constraint": null,
     "gpu_request": "none",
     "gpu_type": null,
+    "gres": [],
+    "segment": null,
     "mpi": "pmix",
     "exclusive": true,
+    "cpus_per_gpu": null,
     "mem": "0",
+    "mem_per_cpu": null,
+    "mem_per_gpu": null,
     "requeue": null,
     "end_before_limit_s": 120,
     "convert": "job",
     "convert_flags": [],
+    "job_name_prefix": null,
+    "output_folder": null,
+    "master_addr": null,
     "sbatch_flags": [],
     "srun_flags": [],
     "walltime_s": 1800,
@@ -587,6 +604,8 @@ def find_sources() -> None:
 
 def set_environment() -> None:
     """Set the plan's variables again: in a container, those of the image override those of the script."""
+    from runtime.job import variables
+
     env = os.environ
     stage = env.setdefault("STAGE_PATH", str(Path.cwd()))
     env.setdefault("FTGEN_RUN_DIR", str(Path(stage, "logs", "by_hand", PLAN["experiment"])))
@@ -594,7 +613,10 @@ def set_environment() -> None:
     env.setdefault("HF_TOKEN_PATH", str(hugging_face / "token"))
     env["NEMO_HOME"] = env["HF_HOME"] = str(Path(stage, "HF_ckpt"))
     env["NEMORUN_HOME"] = str(Path(stage, "logs"))
-    env.update(PLAN["environment"])
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if f"FTGEN_{name}" in env:
+            env[name] = env[f"FTGEN_{name}"]
+    variables.set_variables(PLAN["environment"])
 
 
 def set_ranks() -> None:
@@ -610,9 +632,12 @@ def set_ranks() -> None:
 def finetune() -> int:
     """Train. With several ranks, each line of an error starts with its rank and host, because many can fail at once."""
     from runtime.engines.nemo import train
+    from runtime.job import caches, prefix
     from runtime.job.errors import JobError
 
     try:
+        prefix.enter(PLAN)
+        caches.set_places()
         return train.train(PLAN)
     except Exception as error:
         if os.environ.get("WORLD_SIZE", "1") == "1":
@@ -821,6 +846,7 @@ from typing import Any
 
 from runtime.data.split import split
 from runtime.guard.manifest import sha256_of
+from runtime.job import variables
 from runtime.job.errors import JobError
 
 Plan = dict[str, Any]
@@ -839,7 +865,7 @@ def write(plan: Plan, folder: Path) -> None:
 
 def user_file(plan: Plan) -> Path:
     """Path of the file; a relative data.path is below STAGE_PATH. JobError: the file cannot be read."""
-    path = Path(os.environ.get("STAGE_PATH") or Path.cwd(), plan["data"]["path"])
+    path = Path(os.environ.get("STAGE_PATH") or Path.cwd(), variables.path_with_values("data.path", plan["data"]["path"]))
     if not path.is_file() or not os.access(path, os.R_OK):
         raise JobError(
             f"data.path: the file {path} does not exist or cannot be read",
@@ -1210,6 +1236,7 @@ from typing import Any
 
 from runtime.engines.nemo import imports
 from runtime.guard import manifest, publish
+from runtime.job import variables
 from runtime.job.errors import JobError
 from runtime.job.progress import say, timed
 from runtime.weights import hub, random_llama
@@ -1310,7 +1337,8 @@ def _need_bytes(plan: Plan) -> int:
 
 def user_directory(plan: Plan) -> Path:
     """Path of a checkpoint of source "directory"; a relative checkpoint.path is below STAGE_PATH."""
-    return Path(os.environ.get("STAGE_PATH") or Path.cwd(), plan["checkpoint"]["path"])
+    path = variables.path_with_values("checkpoint.path", plan["checkpoint"]["path"])
+    return Path(os.environ.get("STAGE_PATH") or Path.cwd(), path)
 
 
 def _refuse_unfit(plan: Plan, weights: Path) -> None:
@@ -3140,6 +3168,42 @@ END_OF_FTGEN_FILE
 In: a plan and the process environment. Out: lines in the log. Start with `progress.py` and `errors.py`.
 """
 END_OF_FTGEN_FILE
+    cat >"$1"/runtime/job/caches.py <<'END_OF_FTGEN_FILE'
+"""Give Triton and TorchInductor a folder for the kernels that they compile, unless the user has set one.
+
+In: the environment. Out: TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR, and their folders.
+
+Triton's default is in the home directory: in an image it may not be there, and on many clusters all ranks share it over a
+network.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+FOLDERS = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "torchinductor"}
+
+
+def set_places() -> None:
+    """Set the variables that are not set. The ranks of a node share the folders, which both programs allow."""
+    missing = {variable: folder for variable, folder in FOLDERS.items() if not os.environ.get(variable)}
+    if missing:
+        place = _place()
+        for variable, folder in missing.items():
+            os.environ[variable] = str(place / folder)
+
+
+def _place() -> Path:
+    """A folder of this user on the node; without one, a folder of the run."""
+    mine = Path(tempfile.gettempdir(), f"ftgen-{os.getuid()}")
+    try:
+        mine.mkdir(mode=0o700, exist_ok=True)
+        if not mine.is_symlink() and mine.stat().st_uid == os.getuid() and os.access(mine, os.W_OK):
+            return mine
+    except OSError:  # the folder for temporary files is full, or read-only
+        pass
+    return Path(os.environ.get("FTGEN_RUN_DIR") or Path.cwd(), "cache", os.environ.get("SLURM_NODEID", "0"))
+END_OF_FTGEN_FILE
     cat >"$1"/runtime/job/environment.py <<'END_OF_FTGEN_FILE'
 """Write the environment of a training into its log: versions, machine, Slurm job. `ftgen report` shows it.
 
@@ -3215,6 +3279,47 @@ class JobError(Exception):
     def __str__(self) -> str:
         """What is wrong, then the hint."""
         return self.what + (f"\n  hint: {self.hint}" if self.hint else "")
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/job/prefix.py <<'END_OF_FTGEN_FILE'
+"""Start a task of the training again with a command in front of it, such as numactl.
+
+In: plan["prefix"], and the ranks of this task. Out: this process becomes the command, which starts Python again.
+"""
+
+import os
+import re
+import shutil
+import sys
+from typing import Any
+
+from runtime.job.errors import JobError
+from runtime.job.progress import say
+
+BEHIND = "FTGEN_BEHIND_PREFIX"  # set for the process that the command starts
+
+
+def enter(plan: dict[str, Any]) -> None:
+    """Become the command of the site profile, once. JobError: there is no such program."""
+    if not plan["prefix"] or BEHIND in os.environ:
+        return
+    words = [with_ranks(word) for word in plan["prefix"]]
+    program = shutil.which(words[0])
+    if not program:
+        raise JobError(f"prefix: {words[0]} is not installed here", "correct prefix in the site profile, or install it")
+    os.environ[BEHIND] = "1"
+    command = [*words, sys.executable, *sys.orig_argv[1:]]
+    say("prefix: " + " ".join(words))
+    sys.stdout.flush()
+    os.execv(program, command)  # noqa: S606 - it starts this program again
+
+
+def with_ranks(word: str) -> str:
+    """The word with {rank}, {local_rank}, {node_rank} and, for example, {local_rank//4} replaced by numbers."""
+
+    def number(found: re.Match[str]) -> str:
+        return str(int(os.environ.get(found[1].upper(), "0")) // int(found[2] or 1))
+
+    return re.sub(r"\{(rank|local_rank|node_rank)(?://([1-9][0-9]*))?\}", number, word)
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/job/profile.py <<'END_OF_FTGEN_FILE'
 """Profile some steps of some ranks.
@@ -3360,6 +3465,69 @@ def timed(what: str) -> Iterator[None]:
     begin = time.monotonic()
     yield
     say(f"{what}: done in {time.monotonic() - begin:.1f} s")
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/job/variables.py <<'END_OF_FTGEN_FILE'
+"""Set the variables of [environment]. Their texts may refer to the variables that are there.
+
+In: names and texts. Out: os.environ; perhaps a new start of Python, because it reads some variables only when it starts.
+
+Outside of images, the job's script has expanded the texts before Python starts, and FTGEN_ENVIRONMENT says so. An image
+has variables of its own, such as LD_LIBRARY_PATH, so there only this module can do it.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+
+from runtime.job.errors import JobError
+
+MARK = "FTGEN_ENVIRONMENT"
+READ_AT_THE_START = ("LD_", "PYTHON")  # beginnings of the names that the loader and Python read only once
+REFERENCE = re.compile(r"\$(?:\$|\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
+
+
+def set_variables(texts: Mapping[str, str]) -> None:
+    """Set each variable, in this order; start Python again if that makes a difference to its start."""
+    env, before = os.environ, dict(os.environ)
+    for name, text in texts.items():
+        if MARK not in before or "$" not in text:
+            env[name] = expanded(name, text, env)
+    env[MARK] = "set"
+    changed = {name for name in texts if env[name] != before.get(name)}
+    if MARK not in before and any(name.startswith(READ_AT_THE_START) for name in changed):
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - this program again
+
+
+def expanded(name: str, text: str, environment: Mapping[str, str]) -> str:
+    """The text with the values of $X and ${X}, and $$ as a dollar. Nothing in it is executed.
+
+    An element of a list with colons that is empty only because its variables are not set is left out: in a search path,
+    an empty element is the current folder.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        reference = found[1] or found[2]
+        if reference and reference not in environment and reference != name and environment.get("SLURM_PROCID", "0") == "0":
+            print(f"ftgen: warning: {name} refers to ${reference}, which is not set", file=sys.stderr, flush=True)
+        return environment.get(reference, "") if reference else "$"
+
+    elements = [(element, REFERENCE.sub(value, element)) for element in text.split(":")]
+    return ":".join(after for element, after in elements if after or not element)
+
+
+def path_with_values(key: str, path: str) -> str:
+    """A path of the spec with the values of ~ and variables such as $HOME. JobError: a variable is not set."""
+
+    def value(found: re.Match[str]) -> str:
+        reference = found[1] or found[2]
+        if not reference:
+            return "$"
+        if reference not in os.environ:
+            raise JobError(f"{key}: {path} refers to ${reference}, which is not set", "export it, or write the whole path")
+        return os.environ[reference]
+
+    return REFERENCE.sub(value, f"$HOME{path[1:]}" if path == "~" or path.startswith("~/") else path)
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/weights/__init__.py <<'END_OF_FTGEN_FILE'
 """Get weights in Hugging Face format: download them, or generate random ones; and read a checkpoint ahead.

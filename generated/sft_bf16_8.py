@@ -120,6 +120,8 @@ PLAN = json.loads(r"""
   "sources": [],
   "stage_path": null,
   "modules": [],
+  "setup_lines": [],
+  "prefix": [],
   "python": {
     "kind": "none",
     "path": null,
@@ -127,7 +129,9 @@ PLAN = json.loads(r"""
     "image_from": null,
     "mounts": [],
     "writable": false,
-    "mount_home": false
+    "mount_home": false,
+    "container_name": false,
+    "container_env": []
   },
   "slurm": {
     "partition": null,
@@ -137,13 +141,21 @@ PLAN = json.loads(r"""
     "constraint": null,
     "gpu_request": "none",
     "gpu_type": null,
+    "gres": [],
+    "segment": null,
     "mpi": "pmix",
     "exclusive": true,
+    "cpus_per_gpu": null,
     "mem": "0",
+    "mem_per_cpu": null,
+    "mem_per_gpu": null,
     "requeue": null,
     "end_before_limit_s": 120,
     "convert": "job",
     "convert_flags": [],
+    "job_name_prefix": null,
+    "output_folder": null,
+    "master_addr": null,
     "sbatch_flags": [],
     "srun_flags": [],
     "walltime_s": 1800,
@@ -176,6 +188,8 @@ def find_sources() -> None:
 
 def set_environment() -> None:
     """Set the plan's variables again: in a container, those of the image override those of the script."""
+    from runtime.job import variables
+
     env = os.environ
     stage = env.setdefault("STAGE_PATH", str(Path.cwd()))
     env.setdefault("FTGEN_RUN_DIR", str(Path(stage, "logs", "by_hand", PLAN["experiment"])))
@@ -183,7 +197,10 @@ def set_environment() -> None:
     env.setdefault("HF_TOKEN_PATH", str(hugging_face / "token"))
     env["NEMO_HOME"] = env["HF_HOME"] = str(Path(stage, "HF_ckpt"))
     env["NEMORUN_HOME"] = str(Path(stage, "logs"))
-    env.update(PLAN["environment"])
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if f"FTGEN_{name}" in env:
+            env[name] = env[f"FTGEN_{name}"]
+    variables.set_variables(PLAN["environment"])
 
 
 def set_ranks() -> None:
@@ -199,9 +216,12 @@ def set_ranks() -> None:
 def finetune() -> int:
     """Train. With several ranks, each line of an error starts with its rank and host, because many can fail at once."""
     from runtime.engines.nemo import train
+    from runtime.job import caches, prefix
     from runtime.job.errors import JobError
 
     try:
+        prefix.enter(PLAN)
+        caches.set_places()
         return train.train(PLAN)
     except Exception as error:
         if os.environ.get("WORLD_SIZE", "1") == "1":

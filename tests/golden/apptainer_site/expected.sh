@@ -33,7 +33,7 @@ readonly name=spec
 readonly experiment=lora_nemo_llama3_8b_bf16_4
 readonly nodes=1 tasks_per_node=4 tasks=4
 # Variables that this script sets. A job that it submits must not inherit them.
-readonly ours=(STAGE_PATH FTGEN_RUN_DIR MASTER_ADDR MASTER_PORT PYTHONUNBUFFERED NCCL_NVLS_ENABLE NVTE_ASYNC_AMAX_REDUCTION NVTE_DP_AMAX_REDUCE_INTERVAL NVTE_FLASH_ATTN NVTE_FUSED_ATTN TOKENIZERS_PARALLELISM TORCH_NCCL_AVOID_RECORD_STREAMS)
+readonly ours=(STAGE_PATH FTGEN_RUN_DIR FTGEN_ENVIRONMENT MASTER_ADDR MASTER_PORT FTGEN_MASTER_ADDR FTGEN_MASTER_PORT PYTHONUNBUFFERED NCCL_NVLS_ENABLE NVTE_ASYNC_AMAX_REDUCTION NVTE_DP_AMAX_REDUCE_INTERVAL NVTE_FLASH_ATTN NVTE_FUSED_ATTN TOKENIZERS_PARALLELISM TORCH_NCCL_AVOID_RECORD_STREAMS)
 
 main() {
     local mode=finetune
@@ -247,6 +247,7 @@ wait_for() {
     return "$stopping"
 }
 
+
 load_environment() {
     export NCCL_NVLS_ENABLE=0
     export NVTE_ASYNC_AMAX_REDUCTION=1
@@ -255,6 +256,7 @@ load_environment() {
     export NVTE_FUSED_ATTN=1
     export TOKENIZERS_PARALLELISM=False
     export TORCH_NCCL_AVOID_RECORD_STREAMS=1
+    unset FTGEN_ENVIRONMENT # the entrypoint expands variables inside the image
     export PYTHONUNBUFFERED=1
     MASTER_ADDR=127.0.0.1
     MASTER_PORT=$((20000 + RANDOM % 10000))
@@ -271,6 +273,8 @@ load_environment() {
     # a batch script runs on the first node, where another program may use the port
     while (: <"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do ((MASTER_PORT += 1)); done
     export MASTER_ADDR MASTER_PORT
+    # an image may have its own: the entrypoint takes these
+    export FTGEN_MASTER_ADDR=$MASTER_ADDR FTGEN_MASTER_PORT=$MASTER_PORT
 }
 
 # SBATCH_ variables of the shell that submits override this script's header.
@@ -284,6 +288,7 @@ warn_of_variables() {
 SBATCH_ARRAY_INX 
 SBATCH_CLUSTERS 
 SBATCH_CORE_SPEC 
+SBATCH_CPUS_PER_GPU 
 SBATCH_EXCLUSIVE 
 SBATCH_GPUS 
 SBATCH_GPUS_PER_NODE 

@@ -32,7 +32,7 @@ readonly name=spec
 readonly experiment=sft_nemo_llama3_8b_bf16_32
 readonly nodes=4 tasks_per_node=8 tasks=32
 # Variables that this script sets. A job that it submits must not inherit them.
-readonly ours=(STAGE_PATH FTGEN_RUN_DIR MASTER_ADDR MASTER_PORT PYTHONUNBUFFERED NCCL_IB_HCA NCCL_NVLS_ENABLE NVTE_ASYNC_AMAX_REDUCTION NVTE_DP_AMAX_REDUCE_INTERVAL NVTE_FLASH_ATTN NVTE_FUSED_ATTN TOKENIZERS_PARALLELISM TORCH_NCCL_AVOID_RECORD_STREAMS)
+readonly ours=(STAGE_PATH FTGEN_RUN_DIR FTGEN_ENVIRONMENT MASTER_ADDR MASTER_PORT FTGEN_MASTER_ADDR FTGEN_MASTER_PORT PYTHONUNBUFFERED NCCL_IB_HCA NCCL_NVLS_ENABLE NVTE_ASYNC_AMAX_REDUCTION NVTE_DP_AMAX_REDUCE_INTERVAL NVTE_FLASH_ATTN NVTE_FUSED_ATTN TOKENIZERS_PARALLELISM TORCH_NCCL_AVOID_RECORD_STREAMS)
 
 main() {
     local mode=finetune
@@ -137,7 +137,7 @@ submit() (
         fi
     done
     # restore the environment of the user; SLURM_ variables of this job would change the new job
-    unset "${ours[@]}"
+    unset "${ours[@]}" "${site_variables[@]}"
     eval "$inherited"
     for variable in $(compgen -e SLURM_); do
         if [[ $variable != SLURM_CONF ]]; then unset "$variable"; fi
@@ -152,8 +152,8 @@ header() { sed -n -e '/^set /q' -e "s/^#SBATCH --$2=//p" "$1" 2>/dev/null; }
 # The converted checkpoint does not exist: submit a small job that converts it, and a copy of this job that runs after it.
 hand_over() {
     local job copy script=$code/convert.sh
-    sed -E '1,/^set /{/^#SBATCH --(dependency|exclusive|gres|gpus-per-node|ntasks-per-node)(=|$)/d}' "$0" >"$script"
-    if ! job=$(submit "$0" --job-name=ftgen_llama3_8b_convert --dependency=singleton --nodes=1 --ntasks=1 --gpus-per-node=1 --time=02:00:00 "$script" --convert); then
+    sed -E '1,/^set /{/^#SBATCH --(dependency|exclusive|gres|gpus-per-node|ntasks-per-node|segment|mem(-per-[cg]pu)?)(=|$)/d}' "$0" >"$script"
+    if ! job=$(submit "$0" --job-name=ftgen_llama3_8b_convert --dependency=singleton --nodes=1 --ntasks=1 --gpus-per-node=1 --time=02:00:00 --mem=0 "$script" --convert); then
         say "cannot submit a job for the conversion: this job converts the checkpoint itself"
         return 1
     fi
@@ -273,10 +273,79 @@ wait_for() {
     return "$stopping"
 }
 
+# run_site_lines LINE...: runs lines of the site profile in a bash of their own, one after the other. There, a line may read
+# variables that are not set, and define any variable, function or trap: it does not meet those of this script. This script
+# then takes over the environment, the limits and the umask. They come through a pipe, because no file may have a secret.
+run_site_lines() {
+    local record line="" complete=""
+    exec 4>&1
+    while IFS= read -r -d '' record; do
+        case $record in
+            "line "*) line=${record#line } ;;
+            "limit "*) ulimit -S "-${record:6:1}" "${record:8}" 2>/dev/null || true ;;
+            "umask "*) umask "${record#umask }" ;;
+            "names "*) drop_variables_except "${record#names }" ;;
+            "export "*) take_variable "${record#export }" ;;
+            "failed "*) break ;;
+            complete) complete=yes && break ;; # not at the end of the pipe: a daemon that a line started may keep it open
+        esac
+    done < <(bash -c "$site_shell" site "$@")
+    exec 4>&-
+    if [[ -z $complete ]]; then
+        die "this line of the site profile failed: $line" "correct it, or append || true to it if the job can run without it"
+    fi
+}
+
+# Prints the records that run_site_lines reads: the line that runs, and at the end what all lines leave.
+readonly site_shell='
+for ftgen_line; do
+    printf "line %s\0" "$ftgen_line"
+    eval "$ftgen_line" >&4 3>&- 4>&- || { printf "failed %s\0" "$?"; exit 1; }
+done
+set +eux
+IFS=" "
+for ftgen_flag in c d e f i l m n q r s t u v x; do
+    printf "limit %s %s\0" "$ftgen_flag" "$(ulimit -S "-$ftgen_flag" 2>/dev/null)"
+done
+printf "umask %s\0" "$(umask)"
+mapfile -t ftgen_names < <(compgen -e)
+printf "names %s\0" "${ftgen_names[*]}"
+for ftgen_name in "${ftgen_names[@]}"; do printf "export %s=%s\0" "$ftgen_name" "${!ftgen_name}"; done
+printf "complete\0"
+'
+
+# take_variable NAME=VALUE: exports a variable. Those of bash stay, and those of this script, which are not exported.
+take_variable() {
+    local variable=${1%%=*} now
+    case $variable in _ | SHLVL | PWD | OLDPWD | PPID | UID | EUID | BASH* | SHELLOPTS) return ;; esac
+    if [[ -n ${!variable+set} && ${!variable} == "${1#*=}" ]]; then return; fi
+    now=$(declare -p "$variable" 2>/dev/null) || now=
+    if [[ -n $now && $now != "declare -x "* ]]; then return; fi
+    remember_variable "$variable"
+    export "$variable=${1#*=}"
+}
+
+# drop_variables_except NAMES: unsets the exported variables that the lines have unset.
+drop_variables_except() {
+    local variable
+    for variable in $(compgen -e); do
+        if [[ " $1 " == *" $variable "* ]]; then continue; fi
+        remember_variable "$variable"
+        unset "$variable" 2>/dev/null || true
+    done
+}
+
+# A job that this one submits runs the lines itself: it must not inherit what they have changed here.
+remember_variable() {
+    if [[ " ${ours[*]} " == *" $1 "* ]]; then return; fi
+    site_variables+=("$1")
+    inherited+=$'\n'$(declare -p "$1" 2>/dev/null) || true
+}
+site_variables=()
+
+
 load_environment() {
-    module load slurm
-    module load cuda/12.6
-    export NCCL_IB_HCA=mlx5
+    run_site_lines 'module load slurm' 'module load cuda/12.6'
     export NCCL_NVLS_ENABLE=0
     export NVTE_ASYNC_AMAX_REDUCTION=1
     export NVTE_DP_AMAX_REDUCE_INTERVAL=0
@@ -284,6 +353,8 @@ load_environment() {
     export NVTE_FUSED_ATTN=1
     export TOKENIZERS_PARALLELISM=False
     export TORCH_NCCL_AVOID_RECORD_STREAMS=1
+    export NCCL_IB_HCA=mlx5
+    unset FTGEN_ENVIRONMENT # the entrypoint expands variables inside the image
     export PYTHONUNBUFFERED=1
     MASTER_ADDR=127.0.0.1
     MASTER_PORT=$((20000 + RANDOM % 10000))
@@ -300,6 +371,8 @@ load_environment() {
     # a batch script runs on the first node, where another program may use the port
     while (: <"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do ((MASTER_PORT += 1)); done
     export MASTER_ADDR MASTER_PORT
+    # an image may have its own: the entrypoint takes these
+    export FTGEN_MASTER_ADDR=$MASTER_ADDR FTGEN_MASTER_PORT=$MASTER_PORT
 }
 
 # SBATCH_ variables of the shell that submits override this script's header.
@@ -314,6 +387,7 @@ SBATCH_ACCOUNT coreai
 SBATCH_ARRAY_INX 
 SBATCH_CLUSTERS 
 SBATCH_CORE_SPEC 
+SBATCH_CPUS_PER_GPU 
 SBATCH_EXCLUSIVE 
 SBATCH_GPUS 
 SBATCH_GPUS_PER_NODE 8
@@ -354,6 +428,7 @@ find_python() {
         --container-image="${STAGE_PATH}/nvidia+nemo+24.12.sqsh"
         --container-mounts="$(IFS=, && printf %s "${mounts[*]}")"
         --no-container-mount-home
+        --container-writable
     )
 }
 

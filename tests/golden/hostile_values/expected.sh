@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # lora_nemo_llama3_8b_bf16_8: LoRA BF16 fine-tuning of llama3_8b on 1 node of 8 h100
-# Written by ftgen 0.1.0 from spec.toml (sha256 353b52b9307bc218609a6839fe2255d8e6713189ae2a8c107108b07015c19948).
+# Written by ftgen 0.1.0 from spec.toml (sha256 b6959b6ae904a2ed19bb666c5f8a8f39223ae55c9576c85839dbbbcaaad112a3).
 # Do not change this file: change the spec and compile it again.
 #
 #   sbatch spec.sh           on a Slurm cluster; if you name several scripts, they run one after the other
@@ -29,7 +29,7 @@ readonly name=spec
 readonly experiment=lora_nemo_llama3_8b_bf16_8
 readonly nodes=1 tasks_per_node=8 tasks=8
 # Variables that this script sets. A job that it submits must not inherit them.
-readonly ours=(STAGE_PATH FTGEN_RUN_DIR MASTER_ADDR MASTER_PORT PYTHONUNBUFFERED DOLLAR EMPTY NCCL_NVLS_ENABLE NVTE_ASYNC_AMAX_REDUCTION NVTE_DP_AMAX_REDUCE_INTERVAL NVTE_FLASH_ATTN NVTE_FUSED_ATTN PLAIN QUOTES TOKENIZERS_PARALLELISM TORCH_NCCL_AVOID_RECORD_STREAMS UNICODE)
+readonly ours=(STAGE_PATH FTGEN_RUN_DIR FTGEN_ENVIRONMENT MASTER_ADDR MASTER_PORT FTGEN_MASTER_ADDR FTGEN_MASTER_PORT PYTHONUNBUFFERED DOLLAR EMPTY NCCL_NVLS_ENABLE NVTE_ASYNC_AMAX_REDUCTION NVTE_DP_AMAX_REDUCE_INTERVAL NVTE_FLASH_ATTN NVTE_FUSED_ATTN PLAIN QUOTES TOKENIZERS_PARALLELISM TORCH_NCCL_AVOID_RECORD_STREAMS UNICODE)
 
 main() {
     local mode=finetune
@@ -149,8 +149,8 @@ header() { sed -n -e '/^set /q' -e "s/^#SBATCH --$2=//p" "$1" 2>/dev/null; }
 # The converted checkpoint does not exist: submit a small job that converts it, and a copy of this job that runs after it.
 hand_over() {
     local job copy script=$code/convert.sh
-    sed -E '1,/^set /{/^#SBATCH --(dependency|exclusive|gres|gpus-per-node|ntasks-per-node)(=|$)/d}' "$0" >"$script"
-    if ! job=$(submit "$0" --job-name=ftgen_llama3_8b_convert --dependency=singleton --nodes=1 --ntasks=1 --time=02:00:00 "$script" --convert); then
+    sed -E '1,/^set /{/^#SBATCH --(dependency|exclusive|gres|gpus-per-node|ntasks-per-node|segment|mem(-per-[cg]pu)?)(=|$)/d}' "$0" >"$script"
+    if ! job=$(submit "$0" --job-name=ftgen_llama3_8b_convert --dependency=singleton --nodes=1 --ntasks=1 --time=02:00:00 --mem=0 "$script" --convert); then
         say "cannot submit a job for the conversion: this job converts the checkpoint itself"
         return 1
     fi
@@ -270,19 +270,51 @@ wait_for() {
     return "$stopping"
 }
 
+# expanded NAME TEXT: prints TEXT, the value of variable NAME, with $X and ${X} replaced by environment variables and $$ by $.
+# Nothing in TEXT is executed. An element of a list with colons that is empty only because its variables are not set is left
+# out: in a search path, an empty element is the current folder.
+expanded() {
+    local left=$2: element value result="" colon=""
+    while [[ -n $left ]]; do
+        element=${left%%:*} left=${left#*:}
+        value=$(with_values "$1" "$element")
+        if [[ -z $value && -n $element ]]; then continue; fi
+        result+=$colon$value colon=:
+    done
+    printf %s "$result"
+}
+
+with_values() {
+    # no ranges: in some locales, [a-z] has other letters too
+    local left=$2 result="" variable letters=ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz_
+    local word="[$letters][${letters}0123456789]*"
+    local reference="^([^\$]*)\\\$(\\\$|\\{($word)\\}|($word))?(.*)\$"
+    while [[ $left =~ $reference ]]; do
+        result+=${BASH_REMATCH[1]} variable=${BASH_REMATCH[3]}${BASH_REMATCH[4]} left=${BASH_REMATCH[5]}
+        if [[ -z $variable ]]; then
+            result+=$
+        elif ! result+=$(printenv "$variable") && [[ $variable != "$1" ]]; then
+            say "warning: $1 refers to \$$variable, which is not set" >&2
+        fi
+    done
+    printf %s "$result$left"
+}
+
 load_environment() {
-    export DOLLAR='$HOME ${PATH} $(id)'
-    export EMPTY=''
     export NCCL_NVLS_ENABLE=0
     export NVTE_ASYNC_AMAX_REDUCTION=1
     export NVTE_DP_AMAX_REDUCE_INTERVAL=0
     export NVTE_FLASH_ATTN=1
     export NVTE_FUSED_ATTN=1
-    export PLAIN='a b'
-    export QUOTES=''"'"' " ` \ ! * ? ~ # ; | & < > ( ) { } [ ]'
     export TOKENIZERS_PARALLELISM=False
     export TORCH_NCCL_AVOID_RECORD_STREAMS=1
+    export PLAIN='a b'
+    DOLLAR=$(expanded DOLLAR '$HOME ${PATH} $(id) `id` ${} $1 $$')
+    export DOLLAR
+    export QUOTES=''"'"' " ` \ ! * ? ~ # ; | & < > ( ) { } [ ]'
     export UNICODE='größer ≥ 1 – 日本'
+    export EMPTY=''
+    export FTGEN_ENVIRONMENT=set # the entrypoint must not expand them again
     export PYTHONUNBUFFERED=1
     MASTER_ADDR=127.0.0.1
     MASTER_PORT=$((20000 + RANDOM % 10000))
@@ -299,6 +331,8 @@ load_environment() {
     # a batch script runs on the first node, where another program may use the port
     while (: <"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do ((MASTER_PORT += 1)); done
     export MASTER_ADDR MASTER_PORT
+    # an image may have its own: the entrypoint takes these
+    export FTGEN_MASTER_ADDR=$MASTER_ADDR FTGEN_MASTER_PORT=$MASTER_PORT
 }
 
 # SBATCH_ variables of the shell that submits override this script's header.
@@ -312,6 +346,7 @@ warn_of_variables() {
 SBATCH_ARRAY_INX 
 SBATCH_CLUSTERS 
 SBATCH_CORE_SPEC 
+SBATCH_CPUS_PER_GPU 
 SBATCH_EXCLUSIVE 
 SBATCH_GPUS 
 SBATCH_GPUS_PER_NODE 

@@ -29,7 +29,7 @@ readonly name=spec
 readonly experiment=lora_nemo_llama3_8b_fp8_16
 readonly nodes=2 tasks_per_node=8 tasks=16
 # Variables that this script sets. A job that it submits must not inherit them.
-readonly ours=(STAGE_PATH FTGEN_RUN_DIR MASTER_ADDR MASTER_PORT PYTHONUNBUFFERED NCCL_NVLS_ENABLE NVTE_ASYNC_AMAX_REDUCTION NVTE_DP_AMAX_REDUCE_INTERVAL NVTE_FLASH_ATTN NVTE_FUSED_ATTN TOKENIZERS_PARALLELISM TORCH_NCCL_AVOID_RECORD_STREAMS)
+readonly ours=(STAGE_PATH FTGEN_RUN_DIR FTGEN_ENVIRONMENT MASTER_ADDR MASTER_PORT FTGEN_MASTER_ADDR FTGEN_MASTER_PORT PYTHONUNBUFFERED NCCL_NVLS_ENABLE NVTE_ASYNC_AMAX_REDUCTION NVTE_DP_AMAX_REDUCE_INTERVAL NVTE_FLASH_ATTN NVTE_FUSED_ATTN TOKENIZERS_PARALLELISM TORCH_NCCL_AVOID_RECORD_STREAMS)
 
 main() {
     local mode=finetune
@@ -149,8 +149,8 @@ header() { sed -n -e '/^set /q' -e "s/^#SBATCH --$2=//p" "$1" 2>/dev/null; }
 # The converted checkpoint does not exist: submit a small job that converts it, and a copy of this job that runs after it.
 hand_over() {
     local job copy script=$code/convert.sh
-    sed -E '1,/^set /{/^#SBATCH --(dependency|exclusive|gres|gpus-per-node|ntasks-per-node)(=|$)/d}' "$0" >"$script"
-    if ! job=$(submit "$0" --job-name=ftgen_llama3_8b_convert --dependency=singleton --nodes=1 --ntasks=1 --time=02:00:00 "$script" --convert); then
+    sed -E '1,/^set /{/^#SBATCH --(dependency|exclusive|gres|gpus-per-node|ntasks-per-node|segment|mem(-per-[cg]pu)?)(=|$)/d}' "$0" >"$script"
+    if ! job=$(submit "$0" --job-name=ftgen_llama3_8b_convert --dependency=singleton --nodes=1 --ntasks=1 --time=02:00:00 --mem=0 "$script" --convert); then
         say "cannot submit a job for the conversion: this job converts the checkpoint itself"
         return 1
     fi
@@ -270,6 +270,7 @@ wait_for() {
     return "$stopping"
 }
 
+
 load_environment() {
     export NCCL_NVLS_ENABLE=0
     export NVTE_ASYNC_AMAX_REDUCTION=1
@@ -278,6 +279,7 @@ load_environment() {
     export NVTE_FUSED_ATTN=1
     export TOKENIZERS_PARALLELISM=False
     export TORCH_NCCL_AVOID_RECORD_STREAMS=1
+    export FTGEN_ENVIRONMENT=set # the entrypoint must not expand them again
     export PYTHONUNBUFFERED=1
     MASTER_ADDR=127.0.0.1
     MASTER_PORT=$((20000 + RANDOM % 10000))
@@ -294,6 +296,8 @@ load_environment() {
     # a batch script runs on the first node, where another program may use the port
     while (: <"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do ((MASTER_PORT += 1)); done
     export MASTER_ADDR MASTER_PORT
+    # an image may have its own: the entrypoint takes these
+    export FTGEN_MASTER_ADDR=$MASTER_ADDR FTGEN_MASTER_PORT=$MASTER_PORT
 }
 
 # SBATCH_ variables of the shell that submits override this script's header.
@@ -307,6 +311,7 @@ warn_of_variables() {
 SBATCH_ARRAY_INX 
 SBATCH_CLUSTERS 
 SBATCH_CORE_SPEC 
+SBATCH_CPUS_PER_GPU 
 SBATCH_EXCLUSIVE 
 SBATCH_GPUS 
 SBATCH_GPUS_PER_NODE 

@@ -18,7 +18,6 @@
 #SBATCH --gres=gpu:h100:4
 #SBATCH --time=00:30:00
 #SBATCH --signal=B:USR1@120
-#SBATCH --mem=0
 #SBATCH --output=sbatch_lora_nemo_llama3_8b_bf16_4_%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
@@ -31,7 +30,7 @@ readonly name=spec
 readonly experiment=lora_nemo_llama3_8b_bf16_4
 readonly nodes=1 tasks_per_node=4 tasks=4
 # Variables that this script sets. A job that it submits must not inherit them.
-readonly ours=(STAGE_PATH FTGEN_RUN_DIR MASTER_ADDR MASTER_PORT PYTHONUNBUFFERED NCCL_NVLS_ENABLE NVTE_ASYNC_AMAX_REDUCTION NVTE_DP_AMAX_REDUCE_INTERVAL NVTE_FLASH_ATTN NVTE_FUSED_ATTN TOKENIZERS_PARALLELISM TORCH_NCCL_AVOID_RECORD_STREAMS)
+readonly ours=(STAGE_PATH FTGEN_RUN_DIR FTGEN_ENVIRONMENT MASTER_ADDR MASTER_PORT FTGEN_MASTER_ADDR FTGEN_MASTER_PORT PYTHONUNBUFFERED NCCL_NVLS_ENABLE NVTE_ASYNC_AMAX_REDUCTION NVTE_DP_AMAX_REDUCE_INTERVAL NVTE_FLASH_ATTN NVTE_FUSED_ATTN TOKENIZERS_PARALLELISM TORCH_NCCL_AVOID_RECORD_STREAMS)
 
 main() {
     local mode=finetune
@@ -151,7 +150,7 @@ header() { sed -n -e '/^set /q' -e "s/^#SBATCH --$2=//p" "$1" 2>/dev/null; }
 # The converted checkpoint does not exist: submit a small job that converts it, and a copy of this job that runs after it.
 hand_over() {
     local job copy script=$code/convert.sh
-    sed -E '1,/^set /{/^#SBATCH --(dependency|exclusive|gres|gpus-per-node|ntasks-per-node)(=|$)/d}' "$0" >"$script"
+    sed -E '1,/^set /{/^#SBATCH --(dependency|exclusive|gres|gpus-per-node|ntasks-per-node|segment|mem(-per-[cg]pu)?)(=|$)/d}' "$0" >"$script"
     if ! job=$(submit "$0" --job-name=ftgen_llama3_8b_convert --dependency=singleton --nodes=1 --ntasks=1 --gres=gpu:h100:1 --time=02:00:00 "$script" --convert); then
         say "cannot submit a job for the conversion: this job converts the checkpoint itself"
         return 1
@@ -272,6 +271,7 @@ wait_for() {
     return "$stopping"
 }
 
+
 load_environment() {
     export NCCL_NVLS_ENABLE=0
     export NVTE_ASYNC_AMAX_REDUCTION=1
@@ -280,6 +280,7 @@ load_environment() {
     export NVTE_FUSED_ATTN=1
     export TOKENIZERS_PARALLELISM=False
     export TORCH_NCCL_AVOID_RECORD_STREAMS=1
+    export FTGEN_ENVIRONMENT=set # the entrypoint must not expand them again
     export PYTHONUNBUFFERED=1
     MASTER_ADDR=127.0.0.1
     MASTER_PORT=$((20000 + RANDOM % 10000))
@@ -296,6 +297,8 @@ load_environment() {
     # a batch script runs on the first node, where another program may use the port
     while (: <"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do ((MASTER_PORT += 1)); done
     export MASTER_ADDR MASTER_PORT
+    # an image may have its own: the entrypoint takes these
+    export FTGEN_MASTER_ADDR=$MASTER_ADDR FTGEN_MASTER_PORT=$MASTER_PORT
 }
 
 # SBATCH_ variables of the shell that submits override this script's header.
@@ -309,6 +312,7 @@ warn_of_variables() {
 SBATCH_ARRAY_INX 
 SBATCH_CLUSTERS 
 SBATCH_CORE_SPEC 
+SBATCH_CPUS_PER_GPU 
 SBATCH_GPUS 
 SBATCH_GPUS_PER_NODE 
 SBATCH_GPUS_PER_TASK 
@@ -316,7 +320,6 @@ SBATCH_GRES gpu:h100:4
 SBATCH_JOB_NAME ftgen_llama3_8b
 SBATCH_MEM_PER_CPU 
 SBATCH_MEM_PER_GPU 
-SBATCH_MEM_PER_NODE 0
 SBATCH_NO_REQUEUE 
 SBATCH_OPEN_MODE append
 SBATCH_OUTPUT sbatch_lora_nemo_llama3_8b_bf16_4_%j.out
