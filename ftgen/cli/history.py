@@ -81,7 +81,7 @@ def show(run_id: str, history: Path | None) -> None:
 @history_option
 @click.option("--fail-on-change", is_flag=True, help="Exit with code 1 if a work became slower.")
 def trend(conditions: tuple[str, ...], history: Path | None, fail_on_change: bool) -> None:
-    """Find when the step time of a work changed, how much, and which versions changed there.
+    """Find when a step time changed, and what changed there.
 
     Conditions select runs, for example model=llama3_8b.
     """
