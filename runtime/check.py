@@ -5,10 +5,12 @@ In: a plan and the environment. Out: an exit code, and on stderr one error for e
 The check takes about a second, because it imports no framework: it reads versions from the metadata of the packages,
 and counts the GPUs of this host by its driver.
 
-Environment: STAGE_PATH, NEMO_HOME, HF_TOKEN, HF_TOKEN_PATH, HF_HOME, CUDA_VISIBLE_DEVICES.
+Environment: STAGE_PATH, NEMO_HOME, HF_TOKEN, HF_TOKEN_PATH, HF_HOME, CUDA_VISIBLE_DEVICES,
+SLURM_JOB_CPUS_PER_NODE.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,6 +45,7 @@ def check(plan: Plan) -> int:
         print(f"ftgen: error: {problem}", file=sys.stderr, flush=True)
     if not problems:
         say(f"nothing is missing for {plan['experiment']}")
+    _warn_of_few_cpus(plan)
     return 1 if problems else 0
 
 
@@ -116,6 +119,13 @@ def _gpus(plan: Plan) -> Iterator[JobError]:
             f"the plan needs {plan['gpus_per_node']} GPUs on each node, but this process can use only {count}",
             'set gpu_request in the site profile, or set gpus in the spec; gpu = "cpu" needs no GPU',
         )
+
+
+def _warn_of_few_cpus(plan: Plan) -> None:
+    """A job on a part of a node often gets one CPU for each task, unless it asks for more."""
+    found = re.match("[0-9]+", os.environ.get("SLURM_JOB_CPUS_PER_NODE", ""))
+    if found and plan["gpu"]["name"] != "cpu" and int(found[0]) < 2 * plan["gpus_per_node"]:
+        say(f"warning: {found[0]} CPUs for {plan['gpus_per_node']} GPUs of a node: set cpus_per_gpu in the site profile")
 
 
 def gpu_count() -> int | None:

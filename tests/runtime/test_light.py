@@ -73,6 +73,13 @@ def test_check_knows_a_missing_package_and_a_wrong_version(stage: Stage, tmp_pat
     assert "megatron-core 0.16.1 is installed, 0.15.x is needed" in output
 
 
+@pytest.mark.parametrize(("cpus", "warned"), [("8", True), ("15(x2)", True), ("16", False), ("", False)])
+def test_check_warns_of_a_part_of_a_node_with_too_few_cpus(cpus: str, warned: bool, stage: Stage) -> None:
+    eight = plan(gpu="h100", precision="bf16", gpus=8, global_batch_size=32)
+    _, output = stage.run(eight, "check", SLURM_JOB_CPUS_PER_NODE=cpus)
+    assert ("CPUs for 8 GPUs of a node: set cpus_per_gpu in the site profile\n" in output) == warned
+
+
 # --- refusals before anything heavy is imported
 
 
@@ -94,6 +101,21 @@ def test_what_cannot_be_done_is_one_line_and_a_hint(changes: dict[str, Any], com
     assert error in said[0]
     assert said[1].startswith("  hint: ")
     assert not list(stage.path.rglob(".*.staging-*"))
+
+
+@pytest.mark.parametrize("path", ["~/here/x.jsonl", "$HOME/here/x.jsonl", "${WHERE}/x.jsonl", "here/x.jsonl"])
+def test_a_path_of_the_spec_has_its_variables_expanded_on_the_node(path: str, stage: Stage) -> None:
+    (stage.path / "here").mkdir()
+    (stage.path / "here/x.jsonl").write_text("")
+    places = {"HOME": str(stage.path), "WHERE": str(stage.path / "here")}
+    status, output = stage.run(plan(data={"kind": "jsonl", "path": path}), "check", **places)
+    assert (status, output) == (0, "ftgen: nothing is missing for sft_nemo_tiny_llama_fp32_1\n")
+
+
+def test_a_path_with_a_variable_that_is_not_set_is_named(stage: Stage) -> None:
+    status, output = stage.run(plan(checkpoint={"source": "directory", "path": "$NOT_THERE/x"}), "convert")
+    assert status == 1
+    assert "ftgen: error: checkpoint.path: $NOT_THERE/x refers to $NOT_THERE, which is not set\n  hint: export it" in output
 
 
 def test_a_directory_of_another_shape_or_with_a_missing_shard_is_refused(stage: Stage) -> None:

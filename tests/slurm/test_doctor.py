@@ -73,6 +73,16 @@ def test_a_request_that_slurm_refuses_is_told_before_it_is_queued(desk, profile,
     assert hint in said
 
 
+def test_a_share_of_a_node_without_its_cpus_and_a_missing_output_folder_are_told(desk):
+    status, said = doctor(desk, 'exclusive = false\noutput_folder = "/no/such folder"\n')
+    assert status == 1
+    assert "warn   exclusive = false without cpus_per_gpu: " in said
+    assert "FAIL   output_folder: /no/such folder is not a folder that you can write to\n       hint: create it" in said
+    said = doctor(desk, f'exclusive = false\ncpus_per_gpu = 2\noutput_folder = "{desk.folder}"\n')[1]
+    assert "cpus_per_gpu" not in said
+    assert "output_folder" not in said
+
+
 def test_a_gated_model_is_explained(desk, hub):
     status, said = doctor(desk, "", HF_TOKEN=TOKEN, HF_ENDPOINT=hub)
     assert status == 1
@@ -94,3 +104,7 @@ def test_what_is_missing_has_a_line_and_a_hint_each(desk):
     assert "the package nemo_toolkit is not installed" in said
     image = '[python]\nkind = "container"\nimage = "$STAGE_PATH/nemo.sqsh"\n'
     assert f"FAIL   the image {desk.stage}/nemo.sqsh does not exist" in doctor(desk, image)[1]
+    image = '[python]\nkind = "container"\nimage = "~/nemo.sqsh"\n'
+    assert "FAIL   the image /home/of-me/nemo.sqsh does not exist" in doctor(desk, image, HOME="/home/of-me")[1]
+    image = '[python]\nkind = "container"\nimage = "docker://nvcr.io/nvidia/nemo:24.12"\n'
+    assert "warn   the image nvcr.io#nvidia/nemo:24.12 is in a registry: only a job can check it" in doctor(desk, image)[1]
