@@ -6,6 +6,8 @@ Runs with different options are no repeats of each other, even if their work is 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ftgen.documents import get
+
 SIZES = {
     "MBS": ("micro_batch_size",),
     "TP": ("parallelism", "tensor_model_parallel_size"),
@@ -27,7 +29,7 @@ def options(plan: Mapping[str, Any] | None) -> tuple[str, ...]:
 
 def sizes(plan: Mapping[str, Any]) -> list[str]:
     """`MBS 2`, `TP 2`, `PP 2`, `CP 2`: those that are more than 1."""
-    found = ((short, at(plan, path)) for short, path in SIZES.items())
+    found = ((short, get(plan, path)) for short, path in SIZES.items())
     return [f"{short} {size}" for short, size in found if isinstance(size, int) and size > 1]
 
 
@@ -37,11 +39,3 @@ def shortly(words: Iterable[str]) -> str:
     rest = sum(word.partition(" ")[0] not in SIZES for word in words)
     count = [f"{rest} optimization{'s' if rest > 1 else ''}"] if rest else []
     return ", ".join(large + count)
-
-
-def at(plan: Mapping[str, Any], path: tuple[str, ...]) -> Any:
-    """The value at a path of keys; None where there is none."""
-    value: Any = plan
-    for key in path:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
