@@ -53,7 +53,8 @@ RANK = re.compile(
 LONGEST_JSON = 1 << 20  # bytes
 LONGEST_TRACEBACK = 1 << 16  # bytes
 LONGEST_NOTE = 200  # bytes kept of a line, on each side of the words
-RARE = b"{`*("  # looking for one byte takes a tenth of the time that looking for a word takes
+# The rarest first, in what stands between the step lines of tests/logs. To look for a byte takes a tenth of the time.
+RARE = b"*{EOCD`(I"
 
 
 class Told(NamedTuple):
@@ -71,9 +72,9 @@ class Told(NamedTuple):
 
 
 def _words(kinds: Iterable[str]) -> list[tuple[bytes, bytes]]:
-    """The words of these kinds, each behind a rare byte in it or nothing."""
+    """The words of these kinds, each behind the rarest byte in it or nothing."""
     words = dict.fromkeys(word for kind in kinds for word in KINDS[kind][0])
-    return [(next((bytes([byte]) for byte in RARE if byte in word), b""), word) for word in words]
+    return [(next((bytes([rare]) for rare in RARE if rare in word), b""), word) for word in words]
 
 
 PATTERNS = {kind: re.compile(pattern) for kind, (_, pattern) in KINDS.items()}
