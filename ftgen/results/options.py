@@ -6,6 +6,8 @@ Runs with different options are no repeats of each other, even if their work is 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ftgen.documents import get
+
 SIZES = {
     "MBS": ("micro_batch_size",),
     "TP": ("parallelism", "tensor_model_parallel_size"),
@@ -28,14 +30,14 @@ def options(plan: Mapping[str, Any] | None) -> tuple[str, ...]:
 
 def sizes(plan: Mapping[str, Any]) -> list[str]:
     """`MBS 2`, `TP 2`, `PP 2`, `CP 2`: those that are more than 1."""
-    found = ((short, at(plan, path)) for short, path in SIZES.items())
+    found = ((short, get(plan, path)) for short, path in SIZES.items())
     return [f"{short} {size}" for short, size in found if isinstance(size, int) and size > 1]
 
 
 def other_work(plan: Mapping[str, Any]) -> list[str]:
     """`not packed`, `LoRA on linear_qkv+linear_fc1`: what makes it other work than the recipe's."""
-    found = ["not packed"] if at(plan, ("data", "packed")) is False else []
-    targets = at(plan, ("lora", "targets"))
+    found = ["not packed"] if get(plan, ("data", "packed")) is False else []
+    targets = get(plan, ("lora", "targets"))
     if isinstance(targets, list) and targets != RECIPE_TARGETS:
         found.append(f"LoRA on {'+'.join(map(str, targets))}")
     return found
@@ -52,11 +54,3 @@ def shortly(words: Iterable[str]) -> str:
     rest = sum(map(is_optimization, words))
     count = [f"{rest} optimization{'s' if rest > 1 else ''}"] if rest else []
     return ", ".join(large + count)
-
-
-def at(plan: Mapping[str, Any], path: tuple[str, ...]) -> Any:
-    """The value at a path of keys; None where there is none."""
-    value: Any = plan
-    for key in path:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ftgen import catalogue
 from ftgen.catalogue import Published
-from ftgen.logs.find import Folder, Run
+from ftgen.logs.find import Run
 from ftgen.logs.identity import Identity
 from ftgen.logs.log import Log
 from ftgen.logs.many import Progress, read_all
@@ -76,7 +76,7 @@ def summarize(run: Run, *, window: Window | None = None) -> Summary:
 
 
 def summarize_all(
-    folders: Iterable[Folder],
+    runs: Iterable[Run],
     *,
     window: Window | None = None,
     progress: Progress = lambda _: None,
@@ -85,7 +85,7 @@ def summarize_all(
     """A summary of each run, in the order of `find_runs`."""
     if window is not None:
         checked(window)
-    return read_all(folders, partial(judge, window=window), progress=progress, processes=processes)
+    return read_all(runs, partial(judge, window=window), progress=progress, processes=processes)
 
 
 def judge(run: Run, log: Log, *, window: Window | None = None) -> Summary:

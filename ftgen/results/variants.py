@@ -11,7 +11,8 @@ from datetime import datetime
 from typing import Any
 
 from ftgen import catalogue
-from ftgen.results.options import at, other_work, sizes
+from ftgen.documents import get
+from ftgen.results.options import other_work, sizes
 from ftgen.results.repeats import kind, size
 from ftgen.results.summary import Summary
 
@@ -55,22 +56,22 @@ def _way(plan: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
 
 def _defaults(plan: Mapping[str, Any]) -> list[str]:
     """What the catalogue puts on for the run's scheme, precision and GPU."""
-    what = [str(at(plan, path)) for path in (("scheme",), ("precision",), ("gpu", "name"))]
+    what = [str(get(plan, path)) for path in (("scheme",), ("precision",), ("gpu", "name"))]
     return [name for name, known in catalogue.optimizations().items() if known.is_default(*what)]
 
 
 def _is_possible(name: str, plan: Mapping[str, Any]) -> bool:
     """Whether a run can have a default optimization; a test compares this with what the compiler allows."""
-    split = [at(plan, ("parallelism", f"{which}_parallel_size")) for which in ("tensor_model", "pipeline_model", "context")]
+    split = [get(plan, ("parallelism", f"{which}_parallel_size")) for which in ("tensor_model", "pipeline_model", "context")]
     tp, pp, cp = (size if isinstance(size, int) else 1 for size in split)
-    packed = at(plan, ("data", "packed")) is not False
-    targets = at(plan, ("lora", "targets"))
+    packed = get(plan, ("data", "packed")) is not False
+    targets = get(plan, ("lora", "targets"))
     adapted = set(map(str, targets)) if isinstance(targets, list) else set()
     possible = {
         "cuda_graphs": packed and pp * cp == 1,
-        "fused_cross_entropy": at(plan, ("micro_batch_size",)) in (1, None),
+        "fused_cross_entropy": get(plan, ("micro_batch_size",)) in (1, None),
         "loss_tokens_only": tp * pp * cp == 1,
-        "scale_small_tensor": tp == 1 and not at(plan, ("lora", "dropout")),
+        "scale_small_tensor": tp == 1 and not get(plan, ("lora", "dropout")),
         "short_padding": packed and cp == 1,
         "fused_swiglu": tp == 1 and not {"linear_fc1", "linear_fc2"} & adapted,
     }
