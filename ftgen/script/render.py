@@ -57,6 +57,9 @@ SBATCH_ADDS = (
     "SBATCH_REQUEUE",
     "SBATCH_THREADS_PER_CORE",
 )
+# Options that tell how a step uses its nodes. The training's srun gets those of sbatch_flags: an srun in a job does not read
+# --cpus-per-task of the job since Slurm 22.05 (its release notes), and the script drops the variables for the others.
+STEP_OPTIONS = ("--cpus-per-task", "--hint", "--threads-per-core", "--cpu-freq", "--mem-bind", "--network", "--profile")
 
 
 # Options of the header that the conversion job must not have: it has one task. sbatch refuses two ways to request memory.
@@ -88,7 +91,7 @@ def render(plan: Plan) -> dict[str, str]:
             stage_path=default_stage_path(plan.stage_path),
             interpreter=_interpreter(plan),
             srun_flags=plan.slurm.srun_flags,
-            step_flags=[f"--cpus-per-task={plan.slurm.cpus_per_gpu}"] if plan.slurm.cpus_per_gpu else [],
+            step_flags=_step_flags(plan.slurm),
             in_job=True,
             in_image=plan.python.kind in IN_AN_IMAGE,
             site_lines=site_lines(plan.modules, plan.setup_lines),
@@ -151,6 +154,12 @@ def sbatch_lines(plan: Plan) -> list[str]:
     }
     lines = [f"--{option}={value}" for option, value in options.items() if value is not None]
     return [*lines, *(["--exclusive"] if slurm.exclusive else []), *requeue, *slurm.sbatch_flags]
+
+
+def _step_flags(slurm: SlurmPlan) -> list[str]:
+    """Options of the training's srun that the header has too."""
+    flags = [f"--cpus-per-task={slurm.cpus_per_gpu}"] if slurm.cpus_per_gpu else []
+    return flags + [flag for flag in slurm.sbatch_flags if flag.partition("=")[0] in STEP_OPTIONS]
 
 
 def site_lines(modules: list[str], setup_lines: list[str]) -> list[str]:
