@@ -118,6 +118,7 @@ class Desk:
         said = self.call(*session, *words, **environment)
         number = int(re.findall(r"ftgen: log: .*_(\d+)_\d+\.out", said)[0])
         self.jobs.append(number)
+        self.ended(number)
         return number
 
     def call(self, *words: object, **environment: str) -> str:
