@@ -64,6 +64,7 @@ STEP_OPTIONS = ("--cpus-per-task", "--hint", "--threads-per-core", "--cpu-freq",
 
 # Options of the header that the conversion job must not have: it has one task. sbatch refuses two ways to request memory.
 ONLY_OF_RUNS = ("dependency", "exclusive", "gres", "gpus-per-node", "ntasks-per-node", "segment", "mem(-per-[cg]pu)?")
+ONLY_OF_RUNS += ("contiguous", "spread-job", "switches")
 
 
 class Verbatim(str):
@@ -186,10 +187,9 @@ def output_file(folder: str | None, name: str) -> str:
 
 
 def _convert_options(plan: Plan) -> list[str]:
-    """sbatch options of the conversion job: one task and at most one GPU. Its script lacks the options ONLY_OF_RUNS."""
+    """sbatch options of the conversion job: one task, at most one GPU. Its script lacks ONLY_OF_RUNS; the user's words win."""
     slurm = plan.slurm
     options = {
-        "job-name": f"{job_name(plan)}_convert",
         "dependency": "singleton",
         "nodes": 1,
         "ntasks": 1,
@@ -198,8 +198,7 @@ def _convert_options(plan: Plan) -> list[str]:
     }
     if not any(flag.startswith("--mem") for flag in slurm.convert_flags):
         options |= memory_request(slurm, slurm.mem)
-    lines = [f"--{option}={value}" for option, value in options.items() if value is not None]
-    return [*lines, *slurm.convert_flags]
+    return [f"--{option}={value}" for option, value in options.items() if value is not None]
 
 
 def _sbatch_variables(plan: Plan) -> list[tuple[str, str]]:
