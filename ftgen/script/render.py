@@ -63,8 +63,13 @@ STEP_OPTIONS = ("--cpus-per-task", "--hint", "--threads-per-core", "--cpu-freq",
 
 
 # Options of the header that the conversion job must not have: it has one task. sbatch refuses two ways to request memory.
-ONLY_OF_RUNS = ("dependency", "exclusive", "gres", "gpus-per-node", "ntasks-per-node", "segment", "mem(-per-[cg]pu)?")
-ONLY_OF_RUNS += ("contiguous", "spread-job", "switches")
+ONLY_OF_RUNS = ["dependency", "exclusive", "gres", "gpus-per-node", "ntasks-per-node", "segment", "mem(-per-[cg]pu)?"]
+ONLY_OF_RUNS += ["contiguous", "spread-job", "switches"]
+# A shell that is not a login shell may lack the function `module`: these files of Lmod and Environment Modules define it.
+FIND_MODULE = (
+    'for init in "$LMOD_PKG/init/bash" "$MODULESHOME/init/bash" /etc/profile.d/{lmod,z00_lmod,modules}.sh; do '
+    'type -t module >/dev/null && break; [[ ! -r $init ]] || . "$init"; done; true'
+)
 
 
 class Verbatim(str):
@@ -165,7 +170,7 @@ def _step_flags(slurm: SlurmPlan) -> list[str]:
 
 def site_lines(modules: list[str], setup_lines: list[str]) -> list[str]:
     """The lines of bash that a job runs before Python."""
-    return [*(f"module load {shlex.quote(module)}" for module in modules), *setup_lines]
+    return [*([FIND_MODULE] if modules else []), *(f"module load {shlex.quote(module)}" for module in modules), *setup_lines]
 
 
 def gpu_request(site: Site | SlurmPlan, count: int) -> dict[str, str]:
@@ -187,7 +192,7 @@ def output_file(folder: str | None, name: str) -> str:
 
 
 def _convert_options(plan: Plan) -> list[str]:
-    """sbatch options of the conversion job: one task, at most one GPU. Its script lacks ONLY_OF_RUNS; the user's words win."""
+    """sbatch options of the conversion job, which the user's override. Its script lacks the options ONLY_OF_RUNS."""
     slurm = plan.slurm
     options = {
         "dependency": "singleton",
