@@ -8,6 +8,7 @@ Environment: STAGE_PATH, FTGEN_PYTHON, HF_TOKEN, HF_TOKEN_PATH, HF_HOME, HF_ENDP
 
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 import urllib.error
@@ -51,6 +52,8 @@ def examine(site: Site, plans: list[Plan]) -> Iterator[Finding]:
     reachable = _slurm()
     yield reachable
     yield from _share_of_a_node(site)
+    if not site.output_folder:
+        yield _submit_folder(Path.cwd())
     yield from _stage_path(stage, site, plans)
     with tempfile.TemporaryDirectory(prefix="ftgen-doctor-") as folder:
         for plan in plans:
@@ -126,6 +129,18 @@ def _request_hint(said: str) -> str:
     return found[0] if found else "compare the #SBATCH lines of the compiled script with the manual of the cluster"
 
 
+def _submit_folder(folder: Path) -> Finding:
+    """Whether Slurm can write the jobs' output files, sbatch_*.out, into the folder of the submission."""
+    hint = "call sbatch in a folder that all nodes share and that you can write to, or set output_folder in the site profile"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        what = f"you cannot write to {folder}: jobs submitted here end with JobLaunchFailure, and without any output"
+        return Finding("FAIL", what, hint)
+    kind = _file_system(folder)
+    if kind in LOCAL:
+        return Finding("warn", f"jobs submitted in {folder} write sbatch_*.out there: it is on {kind}", hint)
+    return Finding("ok", f"jobs submitted in {folder} write sbatch_*.out there")
+
+
 def _stage_path(stage: Path, site: Site, plans: list[Plan]) -> Iterator[Finding]:
     hint = "create it with mkdir -p, or export STAGE_PATH=<a folder that all nodes share>"
     if not os.environ.get("STAGE_PATH") and not site.stage_path:
@@ -138,6 +153,8 @@ def _stage_path(stage: Path, site: Site, plans: list[Plan]) -> Iterator[Finding]
         yield Finding("warn", f"STAGE_PATH: {stage} is on {kind}, which other nodes usually do not see", hint)
     else:
         yield Finding("ok", f"STAGE_PATH: you can write to {stage}, which is on {kind}")
+    if (problem := _group_problem(stage)) is not None:
+        yield problem
     need, free = _need_bytes(stage, plans), shutil.disk_usage(stage).free
     room = f"STAGE_PATH: {free / GIB:.0f} GiB are free, checkpoints need {need / GIB:.0f} GiB"
     yield (
@@ -148,6 +165,15 @@ def _stage_path(stage: Path, site: Site, plans: list[Plan]) -> Iterator[Finding]
     for path in site.shared_paths:
         if not Path(path_here(path, {**os.environ, "STAGE_PATH": str(stage)})).exists():
             yield Finding("FAIL", f"shared_paths: {path} does not exist here", "correct the site profile")
+
+
+def _group_problem(stage: Path) -> Finding | None:
+    """A folder that its group may write needs setgid, or what jobs make there belongs to another group."""
+    mode, gid = stage.stat().st_mode, stage.stat().st_gid
+    if not mode & stat.S_IWGRP or mode & stat.S_ISGID or gid == os.getgid():
+        return None
+    what = f"STAGE_PATH: what jobs make in {stage} does not get the folder's group, so other members cannot write to it"
+    return Finding("warn", what, f"chmod g+s {stage}")
 
 
 def _file_system(path: Path) -> str:

@@ -22,8 +22,11 @@ from ftgen.script.render import (
     site_lines,
 )
 from ftgen.spec.site import Site
+from ftgen.units import parse_walltime
 
-WALLTIME = "02:00:00"  # enough for an image of 20 GB, or 3 GB of packages
+WALLTIME = "02:00:00"  # enough for an image of 20 GB, or 3 GB of packages; submitted again, the job continues
+# Options of sbatch_flags that are about the nodes and tasks of a run. The set-up job has one node and one task.
+OF_SEVERAL_NODES = {"--contiguous", "--segment", "--spread-job", "--switches", "--ntasks-per-socket", "--ntasks-per-core"}
 STACK = ("torch", "lightning", "transformers", "megatron.core", "nemo.collections.llm")
 ON_A_GPU = ("transformer_engine.pytorch",)
 
@@ -85,9 +88,15 @@ def _sbatch_lines(site: Site) -> list[str]:
         "ntasks": 1,
         "cpus-per-task": site.cpus_per_gpu,
         **gpu_request(site, 1),
-        "time": WALLTIME,
+        "time": min(WALLTIME, site.max_walltime or WALLTIME, key=parse_walltime),
         **memory_request(site, memory_of_a_node(site)),
         "output": output_file(site.output_folder, "ftgen_setup"),
         "open-mode": "append",
     }
-    return [*(f"--{option}={value}" for option, value in options.items() if value is not None), *site.sbatch_flags]
+    flags = [flag for flag in site.sbatch_flags if _fits_one_node(flag)]
+    return [*(f"--{option}={value}" for option, value in options.items() if value is not None), *flags]
+
+
+def _fits_one_node(flag: str) -> bool:
+    option, _, value = flag.partition("=")
+    return option not in OF_SEVERAL_NODES and not (option == "--nodelist" and set(value) & set(",["))

@@ -113,7 +113,7 @@ class Site(Table):
         description="Nodes of a segment, which Slurm places in one block, such as an NVL72 rack (--segment, Slurm 24.05 and "
         "later). A job with fewer nodes is one segment.",
     )
-    mpi: Word = Field("pmix", description="Value of srun's option --mpi.")
+    mpi: Word = Field("none", description="Value of srun's option --mpi. The ranks find each other without MPI.")
     exclusive: bool = Field(True, description="Request whole nodes. false: share nodes; then set cpus_per_gpu.")
     cpus_per_gpu: Positive | None = Field(
         None,

@@ -4,6 +4,7 @@ The entrypoint, the checkpoint's code and the guard are the real ones; NeMo, the
 write a line into $STAGE_PATH/events each and take a moment. Environment: what they do, as the constants below say.
 """
 
+import ctypes
 import os
 import runpy
 import signal
@@ -74,6 +75,8 @@ def train(plan: dict) -> int:
         os.kill(os.getpid(), signal.SIGSEGV)
     if MODE == "raise":
         raise RuntimeError(f"CUDA error on device {rank}")
+    if MODE == "locked":
+        ctypes.PyDLL(None).sleep(int(TRAIN_S))  # in C, without releasing Python's lock
     time.sleep(60 if MODE in {"status", "segfault"} and int(env["WORLD_SIZE"]) > 3 else TRAIN_S)
     event(f"trained:{rank}")
     return 0

@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 from cluster import ROOT, Desk
@@ -34,11 +35,11 @@ def hub() -> Iterator[str]:
     server.shutdown()
 
 
-def doctor(desk: Desk, profile: str, *specs: str, **environment: str) -> tuple[int, str]:
+def doctor(desk: Desk, profile: str, *specs: str, cwd: Path = ROOT, **environment: str) -> tuple[int, str]:
     (desk.folder / "site.toml").write_text(profile)
     env = desk.cluster.environment | {"STAGE_PATH": str(desk.stage), "FTGEN_PYTHON": sys.executable} | BARE | environment
     command = [sys.executable, "-m", "ftgen", "doctor", "--site", str(desk.folder / "site.toml"), *specs]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=cwd)
     assert TOKEN not in done.stdout + done.stderr
     return done.returncode, done.stdout
 
@@ -108,3 +109,26 @@ def test_what_is_missing_has_a_line_and_a_hint_each(desk):
     assert "FAIL   the image /home/of-me/nemo.sqsh does not exist" in doctor(desk, image, HOME="/home/of-me")[1]
     image = '[python]\nkind = "container"\nimage = "docker://nvcr.io/nvidia/nemo:24.12"\n'
     assert "warn   the image nvcr.io#nvidia/nemo:24.12 is in a registry: only a job can check it" in doctor(desk, image)[1]
+
+
+def test_a_folder_that_slurm_cannot_write_output_to_fails(desk):
+    """Root may write anywhere, but not to a file system that is read-only."""
+    closed = desk.folder / "closed"
+    closed.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", closed], check=True)
+    try:
+        status, said = doctor(desk, "", cwd=closed, PYTHONPATH=str(ROOT))
+    finally:
+        subprocess.run(["umount", closed], check=True)
+    assert status == 1
+    assert f"FAIL   you cannot write to {closed}: jobs submitted here end with JobLaunchFailure, and without any out" in said
+    assert "hint: call sbatch in a folder that all nodes share" in said
+
+
+def test_a_group_s_folder_without_setgid_is_warned_of(desk):
+    desk.stage.chmod(0o775)
+    subprocess.run(["chgrp", "games", desk.stage], check=True)
+    warning = "warn   STAGE_PATH: what jobs make in"
+    assert warning in doctor(desk, "")[1]
+    desk.stage.chmod(0o2775)
+    assert warning not in doctor(desk, "")[1]
