@@ -27,7 +27,7 @@ from typing import Any
 from runtime.guard import manifest
 from runtime.guard.claim import Claim, Watch
 from runtime.guard.manifest import Source
-from runtime.job.errors import JobError
+from runtime.job.errors import JobError, causes
 from runtime.job.progress import say
 
 REMIND_S = 60.0  # between two progress lines of a waiting process
@@ -204,15 +204,9 @@ def _plain_disk_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not any(isinstance(cause, OSError) and cause.errno in FULL for cause in _causes(error)):
+        if not any(isinstance(cause, OSError) and cause.errno in FULL for cause in causes(error)):
             raise
         raise JobError(
             f"the disk of {directory} is full, or your quota is used up",
             "free some space there, or set STAGE_PATH to a directory on a larger file system",
         ) from error
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
