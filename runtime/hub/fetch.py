@@ -63,7 +63,9 @@ def fetch(repository: Repository, script: str, *, into_home: bool = False) -> Pa
         return found
     place = find.place(repository)
     if found:
-        publish.ensure(place, find.source(repository), lambda staging: _copy(found, staging), need_bytes=_size(found))
+        files = [path for path in found.rglob("*") if repository.wants(path.relative_to(found).as_posix())]
+        need = sum(path.stat().st_size for path in files)
+        publish.ensure(place, find.source(repository), lambda staging: _copy(found, files, staging), need_bytes=need)
         return place
     if find.is_offline():
         raise errors.offline(repository, script)
@@ -209,10 +211,8 @@ def _download_file(repository: Repository, script: str, commit: str, file: File,
     if target.is_file():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    there = part.stat().st_size if file.sha256 and file.size and part.is_file() else 0
-    with part.open("r+b" if there else "wb") as opened, errors.plain_errors(repository, script):
-        opened.seek(there)
-        _get(repository, commit, file, opened, there)
+    while not _get(repository, script, commit, file, part):
+        say(f"the connection broke: {file.path} goes on from {_bytes(part) / GB:.2f} GB", any_rank=True)
     if flaw := _flaw(part, file):
         part.unlink()
         raise JobError(
@@ -222,13 +222,23 @@ def _download_file(repository: Repository, script: str, commit: str, file: File,
     part.rename(target)
 
 
-def _get(repository: Repository, commit: str, file: File, opened: Any, there: int) -> None:
+def _get(repository: Repository, script: str, commit: str, file: File, part: Path) -> bool:
+    """Download the file, or what comes after the bytes that are there. False: the connection broke, after more bytes."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
     url = hf_hub_url(repository.name, file.path, repo_type=repository.kind, revision=commit)
-    http_get(url, opened, resume_size=there, headers=build_hf_headers(), expected_size=file.size)
+    there = _bytes(part) if file.sha256 and file.size else 0
+    try:
+        with part.open("r+b" if there else "wb") as opened, errors.plain_errors(repository, script):
+            opened.seek(there)
+            http_get(url, opened, resume_size=there, headers=build_hf_headers(), expected_size=file.size)
+    except JobError:
+        if file.sha256 and file.size and there < _bytes(part) < file.size:
+            return False
+        raise
+    return True
 
 
 def _flaw(path: Path, file: File) -> str | None:
@@ -255,9 +265,13 @@ def _link(source: Path, target: Path) -> None:
         source.rename(target)
 
 
-def _copy(snapshot: Path, staging: Path) -> dict[str, Any]:
+def _copy(snapshot: Path, files: list[Path], staging: Path) -> dict[str, Any]:
+    """Copy files of a hub cache, where they are links."""
     with timed(f"copying {snapshot}"):
-        shutil.copytree(snapshot, staging, dirs_exist_ok=True)  # follows the links of the hub cache
+        for file in files:
+            target = staging / file.relative_to(snapshot)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
     return {"commit": snapshot.name}
 
 
@@ -270,7 +284,7 @@ def _partials(place: Path) -> list[Path]:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the files in the folder, and of those that its links lead to."""
+    """Bytes of the files in the folder."""
     return sum(_bytes(path) for path in folder.rglob("*"))
 
 
