@@ -8,9 +8,13 @@ A gated repository can be listed by all; its files give 401 without a token and 
 import hashlib
 import http.client
 import json
+import select
+import socket
+import ssl
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -31,7 +35,7 @@ class Asked(NamedTuple):
 class Server:
     """A server in a thread. `asked` is what it was asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, certificate: Path | None = None) -> None:
         self.asked: list[Asked] = []
         outer = self
 
@@ -47,6 +51,10 @@ class Server:
             def do_HEAD(self) -> None:
                 self.do_GET()
 
+            def do_CONNECT(self) -> None:
+                outer.asked.append(Asked("CONNECT", self.path, self.headers.get("Authorization", ""), "", ""))
+                tunnel(self)
+
             def log_message(self, *_: object) -> None:
                 pass
 
@@ -57,8 +65,13 @@ class Server:
                 """A client that was killed is no error of the server."""
 
         self.server = Quiet(("127.0.0.1", 0), Handler)
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.scheme = "https" if certificate else "http"
+        self.url = f"{self.scheme}://127.0.0.1:{self.server.server_port}"
 
     def answer(self, handler: BaseHTTPRequestHandler, asked: Asked) -> None:
         raise NotImplementedError
@@ -77,11 +90,27 @@ def send(handler: BaseHTTPRequestHandler, status: int, body: bytes = b"", header
         handler.wfile.write(body)
 
 
+def tunnel(handler: BaseHTTPRequestHandler) -> None:
+    """Pass bytes both ways until one side ends, as a proxy does for https."""
+    host, _, port = handler.path.partition(":")
+    with socket.create_connection((host, int(port))) as there:
+        handler.send_response(200)
+        handler.end_headers()
+        here = handler.connection
+        while ready := select.select([here, there], [], [], 30)[0]:
+            for side in ready:
+                data = side.recv(CHUNK)
+                if not data:
+                    handler.close_connection = True
+                    return
+                (there if side is here else here).sendall(data)
+
+
 class Hub(Server):
     """The hub. Its attributes say what it has and how it misbehaves."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, certificate: Path | None = None) -> None:
+        super().__init__(certificate)
         self.files: dict[str, dict[str, bytes]] = {}  # by "models/org/name" or "datasets/org/name"
         self.gated: set[str] = set()
         self.tokens: dict[str, set[str]] = {}  # the gated repositories that each token may read
@@ -130,14 +159,8 @@ class Hub(Server):
             send(handler, 404, headers={"X-Error-Code": "RevisionNotFound"})
             return
         siblings = [self.sibling(name, content) for name, content in self.files[key].items()]
-        document = {
-            "id": key.partition("/")[2],
-            "sha": COMMIT,
-            "siblings": siblings,
-            "private": False,
-            "tags": [],
-            "downloads": 0,
-        }
+        about = {"private": False, "tags": [], "downloads": 0, "likes": 0}  # old versions of huggingface_hub insist on these
+        document = {"id": key.partition("/")[2], "sha": COMMIT, "siblings": siblings, **about}
         send(handler, 200, json.dumps(document).encode(), {"Content-Type": "application/json"})
 
     def sibling(self, name: str, content: bytes) -> dict[str, Any]:
@@ -158,7 +181,7 @@ class Hub(Server):
             return
         about = {"X-Repo-Commit": COMMIT, "ETag": f'"{git_sha1(content)}"', "Accept-Ranges": "bytes"}
         if is_large(name):
-            digest, host = hashlib.sha256(content).hexdigest(), f"http://localhost:{self.server.server_port}"
+            digest, host = hashlib.sha256(content).hexdigest(), f"{self.scheme}://localhost:{self.server.server_port}"
             large = {"Location": f"{host}/cdn/{digest}?Signature=a-secret", "X-Linked-Etag": f'"{digest}"'}
             send(handler, 302, headers=about | large | {"X-Linked-Size": str(len(content))})
             return
@@ -184,7 +207,7 @@ class Hub(Server):
 
 
 class Proxy(Server):
-    """An HTTP proxy for http:// addresses. With `password`, it wants one."""
+    """A proxy for http:// and https:// addresses. With `password`, it wants one for http://."""
 
     def __init__(self, password: str = "") -> None:
         super().__init__()

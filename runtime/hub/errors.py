@@ -14,7 +14,7 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
-from urllib.request import getproxies
+from urllib.request import getproxies, proxy_bypass
 
 from runtime.guard.publish import FULL
 from runtime.hub import find
@@ -123,7 +123,9 @@ def _refused(repository: Repository, status: int) -> JobError:
     if status == 404:
         return JobError(f"{repository.name}: {_endpoint()} does not have it (404)", "correct HF_ENDPOINT")
     if status == 407:
-        return JobError(f"{repository.name}: the proxy {_proxy()} wants a password (407)", "export it in HTTPS_PROXY")
+        return JobError(
+            f"{repository.name}: the proxy {_proxy(_endpoint())} wants a password (407)", "export it in HTTPS_PROXY"
+        )
     if status == 429:
         return JobError(f"{repository.name}: too many requests to the hub (429)", f"wait some minutes, then {AGAIN}")
     return JobError(f"{repository.name}: the hub answers {status}", AGAIN)
@@ -131,39 +133,45 @@ def _refused(repository: Repository, status: int) -> JobError:
 
 def _reason(error: BaseException) -> str:
     """Which host does not answer, and why."""
-    host, chain = _host(error), list(causes(error))
-    if any("Proxy" in type(cause).__name__ for cause in chain):
-        return f"the proxy {_proxy()} gives no way to {host}"
-    if any(isinstance(cause, ssl.SSLError) for cause in chain):
-        return f"the certificate of {host} is not accepted (a proxy's own certificate: see SSL_CERT_FILE)"
+    url, chain = _url(error), list(causes(error))
+    host, proxy = _host(url), _proxy(url)
+    refused = any(isinstance(cause, ConnectionRefusedError | socket.gaierror) for cause in chain)
+    if any("Proxy" in type(cause).__name__ for cause in chain) or (proxy and refused):
+        return f"the proxy {proxy} gives no way to {host}"
+    if any(isinstance(cause, ssl.SSLError) or type(cause).__name__ == "SSLError" for cause in chain):
+        return f"the certificate of {host} is not accepted; for a proxy's own, see SSL_CERT_FILE and REQUESTS_CA_BUNDLE"
     if any(isinstance(cause, socket.gaierror) for cause in chain):
         return f"the name {host} cannot be resolved"
-    if any(isinstance(cause, ConnectionRefusedError) for cause in chain):
+    if refused:
         return f"{host} refuses the connection"
+    through = f" through the proxy {proxy}" if proxy else ""
     if any(isinstance(cause, TimeoutError) or "Timeout" in type(cause).__name__ for cause in chain):
-        return f"{host} does not answer"
-    return f"the connection to {host} fails"
+        return f"{host} does not answer{through}"
+    return f"the connection to {host}{through} fails"
 
 
-def _host(error: BaseException) -> str:
-    """The host of the request that failed: the hub, or the host to which the hub redirects for large files."""
+def _url(error: BaseException) -> str:
+    """The address of the request that failed: of the hub, or where the hub redirects to for large files."""
     for cause in causes(error):
         try:
-            return _host_of(str(cause.request.url))  # type: ignore[attr-defined]
+            return str(cause.request.url)  # type: ignore[attr-defined]
         except (AttributeError, RuntimeError):  # httpx raises the latter if an exception has no request
             continue
-    return _host_of(_endpoint())
+    return _endpoint()
 
 
 def _endpoint() -> str:
     return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
 
-def _proxy() -> str:
+def _proxy(url: str) -> str:
+    """The proxy for an address, or an empty text."""
     proxies = getproxies()
-    return _host_of(proxies.get(urlsplit(_endpoint()).scheme) or proxies.get("all") or "")
+    if proxy_bypass(urlsplit(url).hostname or ""):
+        return ""
+    return _host(proxies.get(urlsplit(url).scheme) or proxies.get("all") or "")
 
 
-def _host_of(url: str) -> str:
-    """Host and port, without the user and password that the URL of a proxy can have."""
+def _host(url: str) -> str:
+    """Host and port, without the user and password that the address of a proxy can have."""
     return urlsplit(url).netloc.rpartition("@")[2]
