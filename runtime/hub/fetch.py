@@ -67,8 +67,6 @@ def fetch(repository: Repository, script: str, *, into_home: bool = False) -> Pa
         need = sum(path.stat().st_size for path in files)
         publish.ensure(place, find.source(repository), lambda staging: _copy(found, files, staging), need_bytes=need)
         return place
-    if find.is_offline():
-        raise errors.offline(repository, script)
     publish.ensure(
         place,
         find.source(repository),
@@ -93,6 +91,8 @@ def bytes_to_download(repository: Repository, script: str) -> int:
 @cache
 def _listing(repository: Repository, script: str) -> Listing:
     """Ask the hub for the commit and the files. It is asked once: a commit that comes meanwhile must not matter."""
+    if find.is_offline():
+        raise errors.offline(repository, script)
     hub = _huggingface_hub()
     with errors.plain_errors(repository, script):
         info = _within(

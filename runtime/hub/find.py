@@ -76,10 +76,10 @@ def snapshots(repository: Repository) -> list[Path]:
     for cache in caches():
         folder = cache / f"{repository.kind}s--{repository.name.replace('/', '--')}"
         try:
-            commit = (folder / "refs" / repository.revision).read_text().strip()
+            name = (folder / "refs" / repository.revision).read_text().strip()
         except OSError:
-            commit = repository.revision
-        if commit and (snapshot := folder / "snapshots" / commit).is_dir():
+            name = repository.revision
+        if name and (snapshot := folder / "snapshots" / name).is_dir():
             found.append(snapshot)
     return found
 
