@@ -15,8 +15,9 @@ from runtime.data import prepare
 from runtime.engines.nemo import convert
 from runtime.guard import manifest
 from runtime.hub import find
-from runtime.hub.fetch import GB, fetch
+from runtime.hub.fetch import fetch
 from runtime.hub.repository import Repository
+from runtime.hub.transfer import GB
 from runtime.job.progress import say
 from runtime.weights import hub
 

@@ -24,7 +24,7 @@ class Repository(NamedTuple):
 
     def wants(self, file: str) -> bool:
         """Whether the file at this path in the repository is downloaded."""
-        return any(_matches(file, pattern) for pattern in self.wanted)
+        return ".." not in file.split("/") and any(_matches(file, pattern) for pattern in self.wanted)
 
     def missing(self, folder: Path) -> list[str]:
         """Patterns of `needed` that no file in the folder matches, and shards of the weights that their index names."""
