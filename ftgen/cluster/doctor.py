@@ -133,8 +133,11 @@ def _file_system(path: Path) -> str:
 
 def _need_bytes(stage: Path, plans: list[Plan]) -> int:
     """Bytes that download and conversion of missing checkpoints write: two per parameter each."""
-    missing = {p.checkpoint.place: p for p in plans if not (stage / "HF_ckpt/models" / p.checkpoint.place).exists()}
-    return sum(2 * p.model.parameters * (1 if p.checkpoint.source == "directory" else 2) for p in missing.values())
+    home = stage / "HF_ckpt"
+    missing = {p.checkpoint.place: p for p in plans if not (home / "models" / p.checkpoint.place).exists()}
+    there = {p.checkpoint.place for p in plans if any((home / "downloads/models").glob(f"{p.model.hf_id}@*"))}
+    once = {p.checkpoint.place for p in plans if p.checkpoint.source == "directory"} | there
+    return sum(2 * p.model.parameters * (1 if place in once else 2) for place, p in missing.items())
 
 
 def _python(plan: Plan, folder: Path, stage: Path) -> Finding:

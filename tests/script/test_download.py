@@ -211,6 +211,18 @@ def test_a_mirror_that_lists_only_names_is_enough(desk: Desk) -> None:
     assert (desk.model / SHARDS[0]).read_bytes() == files_of_a_model()[SHARDS[0]]
 
 
+def test_the_doctor_downloads_for_specs_and_wants_one(desk: Desk, ftgen_process: Any) -> None:
+    desk.compile()
+    environment = os.environ | desk.environment(HF_TOKEN=TOKEN)
+    done = ftgen_process("doctor", "--download", desk.folder / "lora.toml", env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (desk.model / SHARDS[1]).is_file()
+    assert (desk.data / "manifest.json").is_file()
+    done = ftgen_process("doctor", "--download", env=environment)
+    assert done.returncode == 2
+    assert "--download needs a SPEC" in done.stderr
+
+
 # --- interrupted, repeated, at the same time
 
 
