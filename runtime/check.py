@@ -91,7 +91,7 @@ def _weights(plan: Plan) -> Iterator[JobError]:
 def _hub(plan: Plan) -> Iterator[JobError]:
     """What a job cannot get from the hub: it is offline, or there is no token. Whether it answers, the download shows."""
     for repository in download.missing(plan):
-        if find.is_offline():
+        if find.offline_variable():
             yield errors.offline(repository, plan["name"])
         elif repository.kind == "model" and plan["checkpoint"]["gated"] and not has_token():
             yield errors.no_token(repository, plan["name"])

@@ -22,14 +22,13 @@ from runtime.job.progress import say
 from runtime.weights import hub
 
 Plan = dict[str, Any]
-OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # what huggingface_hub takes for the wish to be offline
 
 
 def download(plan: Plan) -> int:
     """Download what is missing; exit code 0. JobError: no access, no network, no room."""
-    for name in OFFLINE:
-        if os.environ.pop(name, "0") not in {"", "0"}:
-            say(f"{name} is set: that holds for jobs, not for a download")
+    while variable := find.offline_variable():
+        say(f"{variable} is set: that holds for jobs, not for a download")
+        del os.environ[variable]
     lines = [*_weights(plan), *_data(plan)]
     for line in lines:
         say(line)

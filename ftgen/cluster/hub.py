@@ -57,7 +57,7 @@ def findings(plans: list[Plan], lacking: dict[str, list[str] | str]) -> Iterator
         if not lines:
             yield Finding("ok", f"{plan.name}: weights and data are here: its job needs neither a token nor a network")
         for line in lines:
-            if plan.environment.get("HF_HUB_OFFLINE", os.environ.get("HF_HUB_OFFLINE", "0")) not in {"", "0"}:
+            if (os.environ | plan.environment).get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
                 what = f"{plan.name}: HF_HUB_OFFLINE is set, and this is missing: {line}"
                 yield Finding("FAIL", what, _download_hint(plan))
             elif line not in asked:

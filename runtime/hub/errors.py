@@ -70,8 +70,8 @@ def explain(error: Exception, repository: Repository, script: str) -> JobError:
 
 
 def offline(repository: Repository, script: str) -> JobError:
-    """The error for a repository that is not on this machine, where HF_HUB_OFFLINE forbids the hub."""
-    what = f"HF_HUB_OFFLINE is set, and {repository} is not on this machine: {find.what_is_missing(repository)}"
+    """The error for a repository that is not on this machine, where a variable forbids the hub."""
+    what = f"{find.offline_variable()} is set, and {repository} is not on this machine: {find.what_is_missing(repository)}"
     return JobError(what, command(script))
 
 

@@ -74,7 +74,7 @@ def bytes_to_download(repository: Repository, script: str) -> int:
 @cache
 def _listing(repository: Repository, script: str) -> Listing:
     """Ask the hub for the commit and the files. It is asked once: a commit that comes meanwhile must not matter."""
-    if find.is_offline():
+    if find.offline_variable():
         raise errors.offline(repository, script)
     hub = _huggingface_hub()
     with errors.plain_errors(repository, script):

@@ -7,7 +7,7 @@ documents as <cache>/models--org--name/{refs/<revision>,snapshots/<commit>/<file
 all that a job reads, because an interrupted download leaves a snapshot with some of the files.
 
 Environment: HF_HOME (in a job $STAGE_PATH/HF_ckpt), STAGE_PATH, HF_HUB_CACHE; FTGEN_HUB_CACHE, the hub cache of the
-user who submitted the job; HF_HUB_OFFLINE.
+user who submitted the job; HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE.
 """
 
 import json
@@ -92,13 +92,14 @@ def what_is_missing(repository: Repository) -> str:
     return f"{folder} lacks {', '.join(names[:SHOWN])}{more}"
 
 
-def is_offline() -> bool:
-    """Whether the user forbids the hub: HF_HUB_OFFLINE has a value that huggingface_hub takes for true."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+def offline_variable() -> str:
+    """The variable by which the user forbids the hub, or an empty text. These two count for huggingface_hub."""
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return next((name for name in names if os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}), "")
 
 
 def go_offline() -> None:
     """Forbid the hub from now on, unless HF_HUB_OFFLINE is set: libraries must not wait for a network that is not there."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if "huggingface_hub.constants" in sys.modules:
-        sys.modules["huggingface_hub.constants"].HF_HUB_OFFLINE = is_offline()  # type: ignore[attr-defined]
+        sys.modules["huggingface_hub.constants"].HF_HUB_OFFLINE = bool(offline_variable())  # type: ignore[attr-defined]
