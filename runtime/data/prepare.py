@@ -64,9 +64,12 @@ def repositories(plan: Plan) -> list[Repository]:
 
 
 def download(plan: Plan) -> None:
-    """Download what the examples are made of. A job does this in one task, so that not every rank waits for the hub."""
+    """Have in STAGE_PATH what the examples are made of. A job does this in one task, before its ranks prepare the data.
+
+    So not every rank waits for the hub, and no rank needs a hub cache that its node does not see.
+    """
     for repository in repositories(plan):
-        fetch(repository, plan["name"])
+        fetch(repository, plan["name"], into_home=True)
 
 
 def identity(plan: Plan) -> dict[str, Any]:

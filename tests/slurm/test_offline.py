@@ -28,6 +28,7 @@ source = "made for this test"
 """
 OFFLINE = 'convert = "task"\nexclusive = false\nmem = "1000"\ngpu_request = "gres"\nmpi = "none"\n'
 SITE = OFFLINE + '[environment]\nHF_HUB_OFFLINE = "1"\n'
+CONTAINER = OFFLINE + '[python]\nkind = "container"\nimage = "$STAGE_PATH/nemo.sqsh"\n'
 # srun with pyxis, as far as a home goes: the container sees of the home only what is mounted, and has another HOME.
 PYXIS = """#!/usr/bin/env bash
 options=() mounts=
@@ -40,6 +41,7 @@ while (($#)); do
     esac
     shift
 done
+echo "${!#} has the mounts $mounts"
 inside='
     IFS=, read -ra mounts <<<"$0"
     stash=$(mktemp -d) number=0
@@ -133,13 +135,8 @@ def test_the_token_file_is_read_in_a_container_that_has_another_home(desk, hub, 
     token_file.parent.mkdir(parents=True)
     token_file.write_text(TOKEN)
     hub.files[MODEL]["config.json"] = b'{"hidden_size": 64}'  # the job ends after the download
-    srun = subprocess.run(["which", "srun"], capture_output=True, text=True, check=True).stdout.strip()
-    (desk.folder / "bin").mkdir()
-    (desk.folder / "bin/srun").write_text(PYXIS.replace("SRUN", srun))
-    (desk.folder / "bin/srun").chmod(0o755)
-    site = OFFLINE + '[python]\nkind = "container"\nimage = "$STAGE_PATH/nemo.sqsh"\n'
     user = {"HOME": str(home), "HF_ENDPOINT": hub.url, "FTGEN_PYTHON": sys.executable}
-    job = desk.submit(compile_gated(desk, site), PATH=f"{desk.folder}/bin:{os.environ['PATH']}", **user)
+    job = desk.submit(compile_gated(desk, CONTAINER), PATH=pyxis(desk), **user)
     seen: list[str] = []
 
     def over() -> bool:
@@ -153,6 +150,27 @@ def test_the_token_file_is_read_in_a_container_that_has_another_home(desk, hub, 
     assert f",{token_file}:{token_file}:ro" in "\n".join(seen)  # the look was in time
     assert TOKEN not in "\n".join(seen)
     assert files_with_the_token(desk) == [token_file]
+
+
+def test_only_what_runs_once_gets_the_token_file(desk, home):
+    token_file = home / ".cache/huggingface/token"
+    token_file.parent.mkdir(parents=True)
+    token_file.write_text(TOKEN)
+    job = desk.submit(compile_gated(desk, CONTAINER), PATH=pyxis(desk), HOME=str(home))
+    assert desk.ended(job).state == "COMPLETED", desk.everything()
+    stage = f"{desk.stage}:{desk.stage}"
+    for command in ("check", "convert"):
+        assert f"{command} has the mounts {stage},{token_file}:{token_file}:ro\n" in desk.log(job)
+    assert f"finetune has the mounts {stage}\n" in desk.log(job)
+
+
+def pyxis(desk: Desk) -> str:
+    """PATH with PYXIS for srun."""
+    srun = subprocess.run(["which", "srun"], capture_output=True, text=True, check=True).stdout.strip()
+    (desk.folder / "bin").mkdir()
+    (desk.folder / "bin/srun").write_text(PYXIS.replace("SRUN", srun))
+    (desk.folder / "bin/srun").chmod(0o755)
+    return f"{desk.folder}/bin:{os.environ['PATH']}"
 
 
 def command_lines() -> Iterator[str]:
