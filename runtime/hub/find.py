@@ -13,6 +13,7 @@ user who submitted the job; HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE.
 import json
 import os
 import sys
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,16 @@ def commit(folder: Path) -> str:
 
 
 def place(repository: Repository) -> Path:
-    """The folder that `fetch` publishes."""
+    """The folder that `fetch` publishes. Its name has a hash of `needed`: two plans may read other files of a data set."""
     revision = repository.revision.replace("/", "--")
-    return home() / "downloads" / f"{repository.kind}s" / f"{repository.name}@{revision}"
+    files = sha256(json.dumps(repository.needed).encode()).hexdigest()[:6]
+    return home() / "downloads" / f"{repository.kind}s" / f"{repository.name}@{revision}-{files}"
 
 
 def source(repository: Repository) -> dict[str, Any]:
-    """What identifies the published folder."""
-    return {"kind": "download", **repository._asdict()}
+    """What identifies the published folder. Without `wanted`: a new ftgen must not download 100 GB for a small file."""
+    asked = {"repository": repository.name, "type": repository.kind, "revision": repository.revision}
+    return {"kind": "download", **asked, "needed": repository.needed}
 
 
 def home() -> Path:

@@ -28,7 +28,7 @@ TINY = 'scheme = "sft"\nprecision = "fp32"\ngpus = 1\ngpu = "cpu"\nmodel = "tiny
 
 
 def made_up(size: int, seed: int) -> bytes:
-    return random.Random(seed).randbytes(size)  # noqa: S311
+    return random.Random(seed).randbytes(size)
 
 
 def files_of_a_model() -> dict[str, bytes]:
@@ -109,11 +109,11 @@ class Desk:
 
     @property
     def model(self) -> Path:
-        return self.stage / "HF_ckpt/downloads/models/meta-llama/Meta-Llama-3-8B@main"
+        return self.stage / "HF_ckpt/downloads/models/meta-llama/Meta-Llama-3-8B@main-3d28c8"
 
     @property
     def data(self) -> Path:
-        return self.stage / "HF_ckpt/downloads/datasets/rajpurkar/squad@main"
+        return self.stage / "HF_ckpt/downloads/datasets/rajpurkar/squad@main-59758f"
 
     def files(self) -> list[Path]:
         return [path for path in self.folder.rglob("*") if path.is_file()]
@@ -166,7 +166,7 @@ def test_the_scripts_that_are_named_after_it_are_downloaded_too(desk: Desk) -> N
     assert status == 0, output
     assert "jobs of lora.sh need neither" in output
     assert "jobs of tiny.sh need neither" in output
-    assert (desk.stage / "HF_ckpt/downloads/models/ftgen/tiny-llama@main/config.json").is_file()
+    assert (desk.stage / "HF_ckpt/downloads/models/ftgen/tiny-llama@main-3d28c8/config.json").is_file()
 
 
 MADE = 'checkpoint = { source = "random" }\ndata = { kind = "synthetic" }\n'
@@ -201,7 +201,7 @@ def test_a_revision_has_its_own_folder(desk: Desk) -> None:
     script = desk.compile(GATED + f'checkpoint = {{ revision = "{COMMIT}" }}\n')
     status, output = desk.download(script, HF_TOKEN=TOKEN)
     assert status == 0, output
-    assert (desk.model.parent / f"Meta-Llama-3-8B@{COMMIT}" / "config.json").is_file()
+    assert (desk.model.parent / f"Meta-Llama-3-8B@{COMMIT}-3d28c8" / "config.json").is_file()
 
 
 def test_a_mirror_that_lists_only_names_is_enough(desk: Desk) -> None:

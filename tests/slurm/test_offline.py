@@ -102,7 +102,7 @@ def test_an_offline_job_names_what_is_missing_and_runs_after_a_download_without_
     assert desk.ended(refused).exit_code == 1
     assert (
         f"ftgen: error: HF_HUB_OFFLINE is set, and org/gated is not on this machine: "
-        f"{desk.stage}/HF_ckpt/downloads/models/org/gated@main lacks config.json, tokenizer.*, model*.safetensors\n"
+        f"{desk.stage}/HF_ckpt/downloads/models/org/gated@main-3d28c8 lacks config.json, tokenizer.*, model*.safetensors\n"
         "  hint: where there is a network: bash gated.sh --download\n"
     ) in desk.log(refused)
     assert hub.asked == []
