@@ -5,7 +5,7 @@ In: a plan and the environment. Out: an exit code, and on stderr one error for e
 The check takes about a second, because it imports no framework: it reads versions from the metadata of the packages,
 and counts the GPUs of this host by its driver.
 
-Environment: STAGE_PATH, NEMO_HOME, HF_TOKEN, HF_TOKEN_PATH, HF_HOME, CUDA_VISIBLE_DEVICES,
+Environment: STAGE_PATH, NEMO_HOME, HF_TOKEN, HF_TOKEN_PATH, HF_HOME, HF_HUB_OFFLINE, CUDA_VISIBLE_DEVICES,
 SLURM_JOB_CPUS_PER_NODE.
 """
 
@@ -19,8 +19,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from runtime import download
 from runtime.data import jsonl
 from runtime.engines.nemo import convert
+from runtime.hub import errors, find
+from runtime.hub.token import has_token
 from runtime.job.errors import JobError
 from runtime.job.progress import say
 
@@ -40,7 +43,7 @@ DRIVER = Path("/proc/driver/nvidia/gpus")
 
 def check(plan: Plan) -> int:
     """Exit code 0 if the job can start. Otherwise 1, and on stderr an error and a hint for each thing that is missing."""
-    problems = [*_stage_path(), *_packages(plan), *_weights(plan), *_data(plan), *_gpus(plan)]
+    problems = [*_stage_path(), *_packages(plan), *_weights(plan), *_data(plan), *_hub(plan), *_gpus(plan)]
     for problem in problems:
         print(f"ftgen: error: {problem}", file=sys.stderr, flush=True)
     if not problems:
@@ -86,20 +89,15 @@ def _weights(plan: Plan) -> Iterator[JobError]:
         return
     if asked["source"] == "directory" and not (folder := convert.user_directory(plan)).is_dir():
         yield JobError(f"checkpoint.path: the folder {folder} does not exist", "give the path of a Hugging Face checkpoint")
-    if asked["gated"] and not _has_token():
-        yield JobError(
-            f"{plan['model']['hf_id']} is gated, and there is no Hugging Face token",
-            "export HF_TOKEN=<your token>, or run huggingface-cli login",
-        )
 
 
-def _has_token() -> bool:
-    """Whether huggingface_hub will find a token. The token itself is not read here."""
-    if os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"):
-        return True
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    file = Path(os.environ.get("HF_TOKEN_PATH") or Path(home, "token"))
-    return file.is_file() and file.stat().st_size > 0
+def _hub(plan: Plan) -> Iterator[JobError]:
+    """What a job cannot get from the hub: it is offline, or there is no token. Whether it answers, the download shows."""
+    for repository in download.missing(plan):
+        if find.offline_variable():
+            yield errors.offline(repository, plan["name"])
+        elif repository.kind == "model" and plan["checkpoint"]["gated"] and not has_token():
+            yield errors.no_token(repository, plan["name"])
 
 
 def _data(plan: Plan) -> Iterator[JobError]:

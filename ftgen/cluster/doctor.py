@@ -1,22 +1,19 @@
 """Checks on a login node whether jobs will run, before they wait in the queue.
 
-In: a `Site` and `Plan`s. Out: `Finding`s. The checks write only a temporary folder, and submit no job. They send the token
-only to the Hugging Face hub.
+In: a `Site` and `Plan`s. Out: `Finding`s. The checks write only a temporary folder, and submit no job.
 
-Environment: STAGE_PATH, FTGEN_PYTHON, HF_TOKEN, HF_TOKEN_PATH, HF_HOME, HF_ENDPOINT.
+Environment: STAGE_PATH, FTGEN_PYTHON; hub.py has those of the Hugging Face hub.
 """
 
 import os
 import shutil
 import stat
-import subprocess
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
+from ftgen.cluster import hub
+from ftgen.cluster.finding import Finding, run
 from ftgen.plan.images import is_file
 from ftgen.plan.plan import Plan
 from ftgen.plan.resolve import resolve
@@ -26,21 +23,9 @@ from ftgen.spec.site import Site
 from ftgen.spec.spec import Spec
 
 GIB = 1 << 30
-TIMEOUT_S = 30.0
 SETUP = "submit the script of `ftgen setup --site FILE SPEC`"
 # Types of file systems in /proc/mounts that other nodes do not see.
 LOCAL = {"btrfs", "ext2", "ext3", "ext4", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}
-
-
-class Finding(NamedTuple):
-    """The result of one check."""
-
-    verdict: str  # "ok", "warn" (the job may run), "FAIL"
-    what: str
-    hint: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.verdict:5}  {self.what}" + (f"\n       hint: {self.hint}" if self.hint else "")
 
 
 def examine(site: Site, plans: list[Plan]) -> Iterator[Finding]:
@@ -62,11 +47,9 @@ def examine(site: Site, plans: list[Plan]) -> Iterator[Finding]:
             if reachable.verdict == "ok":
                 yield _request(plan, Path(folder, f"{plan.name}.sh"))
         yield _python(plans[0], Path(folder), stage)
+        missing = {plan.name: hub.missing(plan, Path(folder), stage) for plan in plans}
     yield from _sources(plans, stage)
-    for repository, gated in dict.fromkeys(
-        (p.model.hf_id, p.checkpoint.gated) for p in plans if p.checkpoint.source == "hub"
-    ):
-        yield _model(repository, gated)
+    yield from hub.findings(plans, missing)
 
 
 def _share_of_a_node(site: Site) -> Iterator[Finding]:
@@ -80,23 +63,10 @@ def _share_of_a_node(site: Site) -> Iterator[Finding]:
         yield Finding("FAIL", f"output_folder: {folder} is not a folder that you can write to", hint)
 
 
-def _run(*command: str | Path, **environment: str) -> tuple[int, str]:
-    """Exit code and output of a command. The exit code is 127 if there is no such program, and 124 after TIMEOUT_S."""
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=os.environ | environment
-        )
-    except subprocess.TimeoutExpired:
-        return 124, f"{command[0]}: no answer for {TIMEOUT_S:.0f} s"
-    except OSError as error:
-        return 127, f"{command[0]}: {error.strerror}"
-    return done.returncode, (done.stdout + done.stderr).strip()
-
-
 def _slurm() -> Finding:
-    status, said = _run("scontrol", "ping")
+    status, said = run("scontrol", "ping")
     if status == 0 and "is UP" in said:
-        return Finding("ok", f"Slurm answers: {_run('sinfo', '--version')[1]}")
+        return Finding("ok", f"Slurm answers: {run('sinfo', '--version')[1]}")
     hint = "run this on a login node of the cluster" if status == 127 else "ask the operators of the cluster"
     return Finding("FAIL", f"Slurm does not answer: {_last_line(said)}", hint)
 
@@ -104,7 +74,7 @@ def _slurm() -> Finding:
 def _request(plan: Plan, script: Path) -> Finding:
     """Whether Slurm would accept the job. Nothing is submitted."""
     what = f"{plan.name}: {plan.nodes} x {plan.gpus_per_node} GPUs"
-    status, said = _run("sbatch", "--test-only", script)
+    status, said = run("sbatch", "--test-only", script)
     if status == 0:
         return Finding("ok", f"{what}: Slurm accepts the job ({_last_line(said).removeprefix('sbatch: ')})")
     return Finding("FAIL", f"{what}: Slurm refuses the job: {_reason(said)}", _request_hint(said))
@@ -189,8 +159,11 @@ def _file_system(path: Path) -> str:
 
 def _need_bytes(stage: Path, plans: list[Plan]) -> int:
     """Bytes that download and conversion of missing checkpoints write: two per parameter each."""
-    missing = {p.checkpoint.place: p for p in plans if not (stage / "HF_ckpt/models" / p.checkpoint.place).exists()}
-    return sum(2 * p.model.parameters * (1 if p.checkpoint.source == "directory" else 2) for p in missing.values())
+    home = stage / "HF_ckpt"
+    missing = {p.checkpoint.place: p for p in plans if not (home / "models" / p.checkpoint.place).exists()}
+    there = {p.checkpoint.place for p in plans if any((home / "downloads/models").glob(f"{p.model.hf_id}@*"))}
+    once = {p.checkpoint.place for p in plans if p.checkpoint.source == "directory"} | there
+    return sum(2 * p.model.parameters * (1 if place in once else 2) for place, p in missing.items())
 
 
 def _python(plan: Plan, folder: Path, stage: Path) -> Finding:
@@ -205,8 +178,8 @@ def _python(plan: Plan, folder: Path, stage: Path) -> Finding:
         return Finding("warn", f"the image {image} is in a registry: only a job can check it")
     path = path_here(python.path or "python3", here)
     interpreter = os.environ.get("FTGEN_PYTHON") or (f"{path}/bin/python" if python.kind == "venv" else path)
-    _run("bash", folder / f"{plan.name}.sh", "--unpack", folder)
-    status, said = _run(interpreter, folder / f"{plan.name}.py", "packages", STAGE_PATH=str(stage))
+    run("bash", folder / f"{plan.name}.sh", "--unpack", folder)
+    status, said = run(interpreter, folder / f"{plan.name}.py", "packages", STAGE_PATH=str(stage))
     if status == 0:
         return Finding("ok", f"{interpreter} has the packages that the job needs")
     hint = SETUP if python.kind == "venv" else "activate the environment that has NeMo"
@@ -220,52 +193,6 @@ def _sources(plans: list[Plan], stage: Path) -> Iterator[Finding]:
             yield Finding("ok", f"{stage / source.folder} exists")
         else:
             yield Finding("FAIL", f"{source.url} at {source.commit[:12]} is not in {stage / source.folder}", SETUP)
-
-
-def _token() -> str:
-    """The token that huggingface_hub finds; "" if there is none."""
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    file = Path(os.environ.get("HF_TOKEN_PATH") or Path(home, "token"))
-    given = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN")
-    return (given or (file.read_text(encoding="utf-8") if file.is_file() else "")).strip()
-
-
-def _model(repository: str, gated: bool) -> Finding:
-    """Whether the token can read the model: asks the hub for a small file of it."""
-    token, hub = _token(), (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    if gated and not token:
-        what = f"{repository} is gated, and there is no Hugging Face token"
-        return Finding("FAIL", what, "export HF_TOKEN=<your token>, or run hf auth login")
-    request = urllib.request.Request(f"{hub}/{repository}/resolve/main/config.json", method="HEAD")  # noqa: S310
-    if token:
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S):  # noqa: S310 - https, or HF_ENDPOINT
-            return Finding("ok", f"the hub gives access to {repository}" + (" with your token" if token else ""))
-    except urllib.error.HTTPError as error:
-        return _refusal(repository, error.code, bool(token), error.headers.get("X-Error-Code", ""))
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-        hint = "convert on a node with network, unless the nodes of the jobs have it"
-        return Finding("warn", f"{hub} cannot be reached from this machine ({reason})", hint)
-
-
-def _refusal(repository: str, status: int, token: bool, code: str) -> Finding:
-    page = f"https://huggingface.co/{repository}"
-    if status in (401, 403) and (code == "GatedRepo" or status == 403):
-        return Finding(
-            "FAIL",
-            f"{repository} is gated, and the account of this token has no access ({status})",
-            f"log in with the account of the token, request access on {page} and wait until you have it; "
-            "a fine-grained token also needs the permission to read gated repositories",
-        )
-    if status == 401:
-        what = "the hub does not accept the token" if token else "it is not public, and there is no token"
-        hint = "create a token on https://huggingface.co/settings/tokens and export HF_TOKEN"
-        return Finding("FAIL", f"{repository}: {what} (401)", hint)
-    if status == 404:
-        return Finding("FAIL", f"{repository} is not on the hub, or this token has no access to it (404)", f"look at {page}")
-    return Finding("warn", f"{repository}: the hub answers {status}", "try again later")
 
 
 def _last_line(text: str) -> str:

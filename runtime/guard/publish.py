@@ -28,7 +28,7 @@ from runtime.guard import manifest
 from runtime.guard.claim import Claim, Watch
 from runtime.guard.manifest import Source
 from runtime.job import sharing
-from runtime.job.errors import JobError
+from runtime.job.errors import JobError, causes
 from runtime.job.progress import say
 
 REMIND_S = 60.0  # between two progress lines of a waiting process
@@ -218,19 +218,13 @@ def _plain_disk_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        causes = [cause for cause in _causes(error) if isinstance(cause, OSError)]
-        if any(cause.errno in FULL for cause in causes):
+        failed = [cause for cause in causes(error) if isinstance(cause, OSError)]
+        if any(cause.errno in FULL for cause in failed):
             raise JobError(
                 f"the disk of {directory} is full, or your quota is used up",
                 "free some space there, or set STAGE_PATH to a directory on a larger file system",
             ) from error
-        denied = [cause for cause in causes if cause.errno in DENIED and str(cause.filename).startswith(str(directory))]
+        denied = [cause for cause in failed if cause.errno in DENIED and str(cause.filename).startswith(str(directory))]
         if denied:
             raise _cannot_create(Path(denied[0].filename), denied[0]) from error
         raise
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

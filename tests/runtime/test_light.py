@@ -88,7 +88,7 @@ def test_check_warns_of_a_part_of_a_node_with_too_few_cpus(cpus: str, warned: bo
     [
         ({}, "finetune", "there is no converted checkpoint in "),
         ({"gpus": 2, "gpus_per_node": 2}, "finetune", "1 processes train, but the plan has 2 GPUs"),
-        ({"checkpoint": {"source": "hub"}}, "convert", "ftgen/tiny-llama is not in the cache, and the Hugging Face hub"),
+        ({"checkpoint": {"source": "hub"}}, "convert", "HF_HUB_OFFLINE is set, and ftgen/tiny-llama is not on this machine"),
         ({"checkpoint": {"source": "directory", "path": "none"}}, "convert", "none is not a Hugging Face checkpoint"),
     ],
 )

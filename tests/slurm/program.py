@@ -29,7 +29,7 @@ def event(what: str) -> None:
         file.write(line)
 
 
-def download(_repository: str, _revision: str | None) -> Path:
+def fetch(_repository: object, _script: str) -> Path:
     event("download")
     folder = STAGE / "HF_ckpt" / "downloaded"
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,9 +101,9 @@ def main() -> None:
     os.environ["PROGRAM_STARTED_WITH"] = started_with("LD_LIBRARY_PATH")
     sys.path.insert(0, str(Path(entrypoint).parent))
     from runtime.engines import nemo
-    from runtime.weights import hub
+    from runtime.hub import fetch as hub
 
-    hub.download = download
+    hub.fetch = fetch
     hub.bytes_to_download = lambda *_: 0
     replace(sys.modules["runtime"], "check", check)
     replace(nemo, "importer", import_directory)

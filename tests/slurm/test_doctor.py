@@ -93,6 +93,25 @@ def test_a_gated_model_is_explained(desk, hub):
     assert "meta-llama/Meta-Llama-3-8B is gated, and there is no Hugging Face token\n       hint: export HF_TOKEN=" in said
 
 
+def test_what_a_job_has_to_download_is_asked_of_its_entrypoint(desk, hub):
+    offline = '[environment]\nHF_HUB_OFFLINE = "1"\n'
+    status, said = doctor(desk, offline, "specs/lora_bf16_8.toml", HF_ENDPOINT=hub)
+    assert status == 1
+    for repository in ("model meta-llama/Meta-Llama-3-8B", "dataset rajpurkar/squad"):
+        assert (
+            f"FAIL   lora_bf16_8: HF_HUB_OFFLINE is set, and this is missing: {repository} main: {desk.stage}/HF_ckpt/"
+            in said
+        )
+    assert said.count("hint: where there is a network: bash lora_bf16_8.sh --download") == 2
+    status, said = doctor(desk, "", "specs/lora_bf16_8.toml", HF_TOKEN=TOKEN, HF_ENDPOINT=hub)
+    assert "ok     the hub gives access to rajpurkar/squad with your token" in said
+    status, said = doctor(desk, "", "specs/lora_bf16_8.toml", HF_TOKEN=TOKEN, HF_ENDPOINT="http://127.0.0.1:9")
+    assert "warn   http://127.0.0.1:9 cannot be reached from this machine" in said
+    assert "hint: where there is a network: bash lora_bf16_8.sh --download" in said
+    desk.compile("here", source="random")
+    assert "ok     here: weights and data are here" in doctor(desk, "", str(desk.folder / "here.toml"), HF_ENDPOINT=hub)[1]
+
+
 def test_what_is_missing_has_a_line_and_a_hint_each(desk):
     profile = 'shared_paths = ["/no/data"]\n[python]\nkind = "venv"\npath = "$STAGE_PATH/venv"\n'
     status, said = doctor(desk, profile, STAGE_PATH="/no/stage", FTGEN_PYTHON="", PATH="/nonexistent")
