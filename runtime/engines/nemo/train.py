@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.data.prepare import prepare
-from runtime.engines.nemo import convert, imports
+from runtime.engines.nemo import compatibility, convert, imports
 from runtime.engines.nemo.optimizations import switch
 from runtime.job import environment, profile
 from runtime.job.errors import JobError
@@ -38,6 +38,8 @@ def train(plan: Plan) -> int:
         import torch
 
         from runtime.engines.nemo import recipe
+
+        compatibility.after_imports()
     if plan["gpu"]["name"] == "cpu":
         from runtime.engines.nemo import cpu
 
