@@ -15,10 +15,11 @@ DRIVER = Path("/sys/module/nvidia/version")
 JOB = {"job": "SLURM_JOB_ID", "nodes": "SLURM_JOB_NODELIST", "partition": "SLURM_JOB_PARTITION"}
 
 
-def tell(plan: dict[str, Any]) -> None:
-    """Print the line; only rank 0 does."""
+def tell(plan: dict[str, Any], off: dict[str, str] | None = None) -> None:
+    """Print the line; only rank 0 does. `off`: optimizations of the plan that these packages cannot do, and why."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"ftgen environment: {json.dumps(found(plan))}", flush=True)
+        facts = found(plan) | ({"optimizations_off": off} if off else {})
+        print(f"ftgen environment: {json.dumps(facts)}", flush=True)
 
 
 def found(plan: dict[str, Any]) -> dict[str, Any]:

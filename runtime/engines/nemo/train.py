@@ -46,10 +46,11 @@ def train(plan: Plan) -> int:
         cpu.stand_in()
     elif not torch.cuda.is_available():
         raise JobError("PyTorch finds no GPU in this process", 'see nvidia-smi; gpu = "cpu" in the spec needs no GPU')
-    environment.tell(plan)
+    off = switch.unavailable(recipe.stock(plan, _log_directory()), plan)
+    environment.tell(plan, off)
     files = prepare(plan, weights / "context" / "nemo_tokenizer")
     recipe_of_run = recipe.build(plan, weights, files, _log_directory())
-    switch.apply(recipe_of_run, plan)
+    switch.apply(recipe_of_run, plan, off)
     profile.add(recipe_of_run, plan)
     training = fiddle.build(recipe_of_run)
     say(f"training: {plan['experiment']}, {plan['max_steps']} steps")
