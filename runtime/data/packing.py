@@ -11,7 +11,10 @@ from runtime.job.progress import timed
 
 def index(folder: Path) -> None:
     """Write NeMo's line index of each .jsonl file. If trainings wrote it, several jobs could write one file at once."""
-    from nemo.collections.llm.gpt.data.utils import build_index_files
+    try:
+        from nemo.collections.llm.gpt.data.utils import build_index_files
+    except ImportError:  # before NeMo 2.2
+        from nemo.collections.nlp.data.language_modeling.text_memmap_dataset import build_index_files
 
     build_index_files([str(path) for path in sorted(folder.glob("*.jsonl"))], newline_int=ord("\n"), workers=1)
 

@@ -53,10 +53,10 @@ class SavesHere:
     def schedule_async_request(self, request: Any) -> None:
         """Save and finish."""
         arguments = list(request.async_fn_args)
-        if request.preload_fn:
-            arguments[1] = request.preload_fn()  # the tensors, on the CPU
+        if preload := getattr(request, "preload_fn", None):
+            arguments[1] = preload()  # the tensors, on the CPU
         if request.async_fn:
-            request.async_fn(*arguments, **request.async_fn_kwargs)
+            request.async_fn(*arguments, **getattr(request, "async_fn_kwargs", {}))
         torch.distributed.barrier()
         for finish in request.finalize_fns:
             finish()
