@@ -1,4 +1,4 @@
-"""Make NeMo work with versions of Megatron-Core that it was not written for.
+"""Make older and newer versions of NeMo and Megatron-Core work together, and with this runtime.
 
 In: the installed packages. Out: stand-ins for what NeMo asks of Megatron-Core and Megatron-Core no longer has.
 
@@ -9,8 +9,9 @@ import functools
 import importlib.util
 import inspect
 import sys
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 # The reader of checkpoints in zarr, which Megatron-Core has up to 0.15. NeMo 2.7 cannot be imported without it. No
@@ -20,6 +21,10 @@ ZARR_READER = "megatron.core.dist_checkpointing.strategies.tensorstore"
 # config_overrides in their place. Without it, it exempts biases and norms from weight decay, as it did before.
 NOTHING_ASKED = {"no_weight_decay_cond": None, "scale_lr_cond": None, "lr_mult": 1.0}
 
+# Modules in which NeMo up to 2.4 reads its indices of examples, in a pool of forked processes. The pool ends its processes
+# by SIGTERM. They have inherited Lightning's handler, which ignores it, so that the training waits for ever.
+INDICES = ("nemo.collections.llm.gpt.data.utils", "nemo.collections.nlp.data.language_modeling.text_memmap_dataset")
+
 
 def before_imports() -> None:
     """Stand in for modules. Call it before NeMo is imported."""
@@ -28,12 +33,15 @@ def before_imports() -> None:
 
 
 def after_imports() -> None:
-    """Change functions of Megatron-Core. Call it once, after NeMo was imported."""
+    """Change functions of NeMo and Megatron-Core. Call it once, after NeMo was imported."""
     from megatron.core import optimizer
 
     known = inspect.signature(optimizer.get_megatron_optimizer).parameters
     if gone := NOTHING_ASKED.keys() - known.keys():
         optimizer.get_megatron_optimizer = _without(gone, optimizer.get_megatron_optimizer)
+    for module in filter(None, map(sys.modules.get, INDICES)):
+        if not hasattr(module, "safe_map"):  # which has its own way to end its processes
+            module.mp = SimpleNamespace(get_context=lambda _method: SimpleNamespace(Pool=ThreadPool))  # type: ignore[attr-defined]
 
 
 def source(module: str) -> str:

@@ -48,7 +48,7 @@ class OneDirectory:
 
 
 class SavesHere:
-    """Stands in for Megatron-Core's queue of asynchronous saves. Before 0.15, that forks a process for any other save too."""
+    """Stands in for Megatron-Core's queue of asynchronous saves. Before 0.15, it forks a process for every save."""
 
     def schedule_async_request(self, request: Any) -> None:
         """Save and finish."""

@@ -61,7 +61,7 @@ def stock(plan: Plan, log_directory: Path) -> Any:
         "performance_mode": True,
     }
     accepted = inspect.signature(library.finetune_recipe).parameters
-    library.default_finetune_recipe = _with_a_list_of_callbacks(library.default_finetune_recipe)
+    vars(library)["default_finetune_recipe"] = _with_a_list_of_callbacks(library.default_finetune_recipe)
     return library.finetune_recipe(**{key: value for key, value in arguments.items() if key in accepted})
 
 
@@ -159,8 +159,9 @@ def _set_data(recipe: Any, plan: Plan, files: Files) -> None:
             packed_sequence_size=plan["seq_length"],
             packed_train_data_path=str(files.packed / "training.npy"),
             packed_val_data_path=str(files.packed / "validation.npy"),
-            packed_metadata_path=str(files.packed / "metadata.json"),
         )
+        if (files.packed / "metadata.json").is_file():  # since NeMo 2.2
+            recipe.data.packed_sequence_specs.packed_metadata_path = str(files.packed / "metadata.json")
 
 
 def _set_trainer(recipe: Any, plan: Plan) -> None:
