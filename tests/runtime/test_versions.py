@@ -74,6 +74,11 @@ def losses(output: str) -> list[float]:
     return [float(loss) for loss in re.findall(r"^Training epoch .* reduced_train_loss: (\S+)", output, re.MULTILINE)]
 
 
+def test_the_check_finds_nothing_missing(run: Run) -> None:
+    status, output = run.outputs["check"]
+    assert (status, output.splitlines()[-1]) == (0, "ftgen: nothing is missing for sft_nemo_tiny_llama_fp32_1"), output
+
+
 def test_the_tiny_model_is_converted(run: Run) -> None:
     status, output = run.outputs["convert"]
     assert status == 0, output
@@ -123,6 +128,21 @@ def test_the_recipe_for_gpus_is_built_and_its_data_are_packed(run: Run) -> None:
     assert sum(found["lengths"]) == 4096
     if "short_padding" not in lacking:
         assert max(found["lengths"]) < 700  # the longest example
+
+
+def test_the_check_refuses_what_cannot_be_imported(stage: Stage, tmp_path: Path) -> None:
+    """NeMo 2.7 with an earlier Megatron-Core, as sources before the installed one."""
+    (earlier,) = (ROOT / ".venv-sets" / "2.5.0").glob("lib/python3*/site-packages/megatron")
+    (tmp_path / "megatron").symlink_to(earlier)
+    path = {"PYTHONPATH": str(tmp_path)}
+    status, output = stage.run(plan(), "check", **path)
+    assert status == 1
+    assert f"does not fit Megatron-Core 0.14.0 in {tmp_path}/megatron/core, which lacks " in output
+    assert "lacks megatron.core.process_groups_config.ProcessGroupCollection\n" in output
+    done = subprocess.run(
+        [sys.executable, "-c", "import nemo.collections.llm"], env=os.environ | path, capture_output=True, text=True
+    )
+    assert "ImportError: cannot import name 'ProcessGroupCollection'" in done.stderr
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != PINNED])
