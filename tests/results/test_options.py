@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ftgen.plan.resolve import resolve
 from ftgen.results.options import options
+from ftgen.results.variants import variant
 from ftgen.spec.site import Site
 from ftgen.spec.spec import Spec
 
@@ -28,6 +29,8 @@ def test_the_log_says_so_and_so_do_the_results(tmp_path: Path, ftgen) -> None:
     lines += [f"ftgen environment: {json.dumps({'optimizations_off': LACKING})}", STEP.format(0), STEP.format(1)]
     (tmp_path / f"log-a.{plan.experiment}_7_0.out").write_text("\n".join(lines) + "\n")
     (run,) = json.loads(ftgen("tabulate", tmp_path, "--format", "json").stdout)["runs"]
+    assert variant(json.loads(plan.to_json())) == "default"
+    assert variant(json.loads(plan.to_json()), {"optimizations_off": LACKING}) == "default − cuda_graphs"
     assert "loss_tokens_only" in run["options"]
     assert "cuda_graphs" not in run["options"]
     assert f"cuda_graphs was off: {LACKING['cuda_graphs']}" in run["notes"]
