@@ -65,11 +65,11 @@ def _packages(plan: Plan) -> Iterator[JobError]:
 
 def _hint(kind: str, extra: str) -> str:
     """What to do about packages. Nothing can be installed in an image that is read-only."""
-    return {
-        "container": "set python.image in the site profile to another image: `ftgen list --images` says which work",
-        "apptainer": "set python.image in the site profile to another image: `ftgen list --images` says which work",
-        "venv": "submit the script of `ftgen setup` again, which installs them",
-    }.get(kind, f"install ftgen's extra {extra} for {sys.executable}, or set FTGEN_PYTHON to a Python that has them")
+    if kind in {"container", "apptainer", "singularity"}:
+        return "set python.image in the site profile to another image: `ftgen list --images` says which fit"
+    if kind == "venv":
+        return "submit the script of `ftgen setup` again, which installs them"
+    return f"install ftgen's extra {extra} for {sys.executable}, or set FTGEN_PYTHON to a Python that has them"
 
 
 def _weights(plan: Plan) -> Iterator[JobError]:

@@ -26,11 +26,12 @@ from ftgen.spec.site import Site
 WALLTIME = "02:00:00"  # enough for an image of 20 GB, or 3 GB of packages
 STACK = ("torch", "lightning", "transformers", "megatron.core", "nemo.collections.llm")
 ON_A_GPU = ("transformer_engine.pytorch",)
-OTHER_IMAGE = "set python.image in the site profile to another image: `ftgen list --images` says which work"
+OTHER_IMAGE = "set python.image in the site profile to another image: `ftgen list --images` says which fit"
 HINTS = {
     "venv": "remove the folder of python.path and submit this script again",
     "container": OTHER_IMAGE,
     "apptainer": OTHER_IMAGE,
+    "singularity": OTHER_IMAGE,
     "none": "install ftgen's extra {extra} into this Python, or export FTGEN_PYTHON=<a Python that has it>",
 }
 

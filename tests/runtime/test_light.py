@@ -113,7 +113,7 @@ def test_the_hint_of_the_check_can_be_followed_in_an_image(stage: Stage, tmp_pat
     document = plan()
     document["python"] |= {"kind": "container", "image": "/images/nemo.sqsh"}
     _, output = stage.run(document, "check", PYTHONPATH=sources(tmp_path, "nemo", "3.0.0", {}))
-    assert "  hint: set python.image in the site profile to another image: `ftgen list --images` says which work" in output
+    assert "  hint: set python.image in the site profile to another image: `ftgen list --images` says which fit" in output
 
 
 def test_sources_that_have_all_names_pass_whatever_their_version(stage: Stage, tmp_path: Path) -> None:
