@@ -35,6 +35,7 @@ check: $(installed)
 	@found=$$($(bin)/lint-imports 2>&1) || { echo "$$found"; exit 1; }
 	@$(bin)/ftgen compile $(filter-out specs/quickstart.toml,$(wildcard specs/*.toml)) --check
 	@$(bin)/shellcheck generated/*.sh
+	@$(bin)/hadolint docs/how-to/Containerfile
 	@RUST_LOG=error $(bin)/taplo lint specs/*.toml specs/sites/*.toml
 
 coverage: $(installed)
