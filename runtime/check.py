@@ -2,8 +2,8 @@
 
 In: a plan and the environment. Out: an exit code, and on stderr one error for each thing that is missing.
 
-The check takes about a second, because it imports no framework: it reads versions from the metadata of the packages,
-and counts the GPUs of this host by its driver.
+The check takes about a second, because it imports no framework: it looks into the files of the packages, and counts the
+GPUs of this host by its driver.
 
 Environment: STAGE_PATH, NEMO_HOME, HF_TOKEN, HF_TOKEN_PATH, HF_HOME, HF_HUB_OFFLINE, CUDA_VISIBLE_DEVICES,
 SLURM_JOB_CPUS_PER_NODE.
@@ -15,34 +15,25 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from runtime import download
 from runtime.data import jsonl
 from runtime.engines.nemo import convert
+from runtime.engines.nemo import packages as nemo_packages
 from runtime.hub import errors, find
 from runtime.hub.token import has_token
 from runtime.job.errors import JobError
 from runtime.job.progress import say
 
 Plan = dict[str, Any]
-# Package, prefix of the versions that work, and the reason why no other version works.
-PACKAGES = (
-    ("nemo_toolkit", "2.7.", "2.7 is the last version with nemo.collections.llm"),
-    ("megatron-core", "0.15.", "NeMo 2.7 works with no other version"),
-    ("torch", "", ""),
-    ("lightning", "", ""),
-    ("transformers", "", ""),
-    ("huggingface_hub", "", ""),
-)
-ON_A_GPU = (("transformer-engine", "", ""),)
 DRIVER = Path("/proc/driver/nvidia/gpus")
 
 
 def check(plan: Plan) -> int:
     """Exit code 0 if the job can start. Otherwise 1, and on stderr an error and a hint for each thing that is missing."""
+    say(f"packages: {nemo_packages.found()}")
     problems = [*_stage_path(), *_packages(plan), *_weights(plan), *_data(plan), *_hub(plan), *_gpus(plan)]
     for problem in problems:
         print(f"ftgen: error: {problem}", file=sys.stderr, flush=True)
@@ -54,6 +45,7 @@ def check(plan: Plan) -> int:
 
 def packages(plan: Plan) -> int:
     """Check only the packages of this Python, which works on a login node too. Exit code 0 if they are right."""
+    say(f"packages: {nemo_packages.found()}")
     problems = list(_packages(plan))
     for problem in problems:
         print(f"ftgen: error: {problem}", file=sys.stderr, flush=True)
@@ -72,15 +64,18 @@ def _stage_path() -> Iterator[JobError]:
 
 
 def _packages(plan: Plan) -> Iterator[JobError]:
-    hint = f"install ftgen's extra {'runtime' if plan['gpu']['name'] == 'cpu' else 'gpu'} for {sys.executable}"
-    for name, wanted, why in PACKAGES + (() if plan["gpu"]["name"] == "cpu" else ON_A_GPU):
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            yield JobError(f"the package {name} is not installed", hint)
-            continue
-        if not found.startswith(wanted):
-            yield JobError(f"{name} {found} is installed, {wanted}x is needed: {why}", hint)
+    gpu = plan["gpu"]["name"] != "cpu"
+    for what in nemo_packages.missing([plan["model"]["nemo_recipe"]], gpu=gpu):
+        yield JobError(what, _hint(plan["python"]["kind"], "gpu" if gpu else "runtime"))
+
+
+def _hint(kind: str, extra: str) -> str:
+    """What to do about packages. Nothing can be installed in an image that is read-only."""
+    if kind in {"container", "apptainer", "singularity"}:
+        return "set python.image in the site profile to another image: `ftgen list --images` says which fit"
+    if kind == "venv":
+        return "submit the script of `ftgen setup` again, which installs them"
+    return f"install ftgen's extra {extra} for {sys.executable}, or set FTGEN_PYTHON to a Python that has them"
 
 
 def _weights(plan: Plan) -> Iterator[JobError]:

@@ -19,7 +19,8 @@ from ftgen.cli.options import optional_specs_argument, site_option
 def command(specs: tuple[Path, ...], site: Path | None, download: bool) -> None:
     """Check on a login node whether jobs will run here.
 
-    Checks the jobs of each SPEC; without SPEC, a job of one node. Submits nothing.
+    Checks the jobs of each SPEC; without SPEC, a job of one node. Submits no batch job; where pyxis runs the image, srun
+    starts one task in it.
     """
     from ftgen.cluster import hub
     from ftgen.cluster.doctor import examine

@@ -1,6 +1,7 @@
 """Checks on a login node whether jobs will run, before they wait in the queue.
 
-In: a `Site` and `Plan`s. Out: `Finding`s. The checks write only a temporary folder, and submit no job.
+In: a `Site` and `Plan`s. Out: `Finding`s. The checks write only temporary folders, and submit no batch job. pyxis runs an
+image only on a node: to look into it, srun asks for one task, and gives up if no node is free.
 
 Environment: STAGE_PATH, FTGEN_PYTHON; hub.py has those of the Hugging Face hub.
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from ftgen.cluster import hub
 from ftgen.cluster.finding import Finding, run
+from ftgen.cluster.image import MINUTES, WAIT_S, check_command
 from ftgen.plan.images import is_file
 from ftgen.plan.plan import Plan
 from ftgen.plan.resolve import resolve
@@ -173,18 +175,36 @@ def _python(plan: Plan, folder: Path, stage: Path) -> Finding:
     if python.image and is_file(image):
         if not Path(image).is_file():
             return Finding("FAIL", f"the image {image} does not exist", SETUP)
-        return Finding("ok", f"the image {image} exists; the job checks its packages when it starts")
+        return _in_image(plan, folder, image, here)
     if python.image:
         return Finding("warn", f"the image {image} is in a registry: only a job can check it")
     path = path_here(python.path or "python3", here)
     interpreter = os.environ.get("FTGEN_PYTHON") or (f"{path}/bin/python" if python.kind == "venv" else path)
     run("bash", folder / f"{plan.name}.sh", "--unpack", folder)
     status, said = run(interpreter, folder / f"{plan.name}.py", "packages", STAGE_PATH=str(stage))
-    if status == 0:
-        return Finding("ok", f"{interpreter} has the packages that the job needs")
     hint = SETUP if python.kind == "venv" else "activate the environment that has NeMo"
+    return _packages(interpreter, status, said, hint)
+
+
+def _packages(what: str, status: int, said: str, hint: str) -> Finding:
+    """What the command `packages` of a job's entrypoint said."""
+    if status == 0:
+        return Finding("ok", f"{what} has the packages that the job needs")
     lines = [line.split("ftgen: error: ", 1)[1] for line in said.splitlines() if "ftgen: error: " in line]
-    return Finding("FAIL", f"{interpreter}: {'; '.join(lines) or _last_line(said)}", hint)
+    return Finding("FAIL", f"{what}: {'; '.join(lines) or _last_line(said)}", hint)
+
+
+def _in_image(plan: Plan, folder: Path, image: str, here: dict[str, str]) -> Finding:
+    """Check the packages in an image. The script is unpacked in STAGE_PATH, which nodes and images see."""
+    only_a_job = f"the image {image} exists; its packages could not be checked from here"
+    if plan.python.kind == "container" and "--container-image" not in run("srun", "--help")[1]:
+        return Finding("warn", f"{only_a_job}: this srun has no pyxis", "run this where jobs are submitted")
+    with tempfile.TemporaryDirectory(prefix=".ftgen-doctor-", dir=here["STAGE_PATH"]) as code:
+        run("bash", folder / f"{plan.name}.sh", "--unpack", code)
+        status, said = run(*check_command(plan, image, Path(code), here), timeout_s=WAIT_S + 60 * MINUTES)
+    if status and "ftgen: " not in said:  # the check did not start
+        return Finding("warn", f"{only_a_job}: {_reason(said)}", "the job checks them when it starts")
+    return _packages(f"the image {image}", status, said, "`ftgen list --images` says which images fit")
 
 
 def _sources(plans: list[Plan], stage: Path) -> Iterator[Finding]:

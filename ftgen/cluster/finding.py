@@ -22,14 +22,14 @@ class Finding(NamedTuple):
         return f"{self.verdict:5}  {self.what}" + (f"\n       hint: {self.hint}" if self.hint else "")
 
 
-def run(*command: str | Path, **environment: str) -> tuple[int, str]:
-    """Exit code and output of a command. The exit code is 127 if there is no such program, and 124 after TIMEOUT_S."""
+def run(*command: str | Path, timeout_s: float = TIMEOUT_S, **environment: str) -> tuple[int, str]:
+    """Exit code and output of a command. The exit code is 127 if there is no such program, and 124 after the timeout."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=os.environ | environment
+            command, capture_output=True, text=True, timeout=timeout_s, check=False, env=os.environ | environment
         )
     except subprocess.TimeoutExpired:
-        return 124, f"{command[0]}: no answer for {TIMEOUT_S:.0f} s"
+        return 124, f"{command[0]}: no answer for {timeout_s:.0f} s"
     except OSError as error:
         return 127, f"{command[0]}: {error.strerror}"
     return done.returncode, (done.stdout + done.stderr).strip()

@@ -6,6 +6,7 @@ In: a `Site`, and the number of nodes of a run. Out: `Problem`s, whose keys begi
 import re
 from collections.abc import Iterator
 
+from ftgen import catalogue
 from ftgen.errors import KeyPath, Problem, quoted
 from ftgen.plan.images import is_file, is_relative
 from ftgen.spec.site import Site
@@ -20,6 +21,7 @@ def site_problems(site: Site, nodes: int) -> Iterator[Problem]:
     """Every broken rule of a site profile, for a run on `nodes` nodes."""
     yield from _python(site)
     yield from _images(site)
+    yield from _unfit_images(site)
     yield from _memory(site)
     yield from _resources(site, nodes)
     yield from _commands(site)
@@ -33,7 +35,7 @@ def _python(site: Site) -> Iterator[Problem]:
         yield Problem(("site", "python", "image"), f'is required for python.kind = "{python.kind}"')
     if python.kind == "venv" and not python.path:
         yield Problem(("site", "python", "path"), 'is required for python.kind = "venv"')
-    for key in ("image", "image_from", "mounts", "writable", "mount_home"):
+    for key in ("image", "image_from", "image_fits", "mounts", "writable", "mount_home"):
         if getattr(python, key) and not in_image:
             rule = f'requires python.kind = "container", "apptainer" or "singularity", found "{python.kind}"'
             yield Problem(("site", "python", key), rule)
@@ -56,6 +58,17 @@ def _images(site: Site) -> Iterator[Problem]:
     elif site.python.image_from and not (image and is_file(image)):
         rule = f"requires python.image to be the path of a file, found {quoted(image) if image else 'none'}"
         yield Problem(("site", "python", "image_from"), rule, "set python.image to a file that ftgen setup can write")
+
+
+def _unfit_images(site: Site) -> Iterator[Problem]:
+    """Images that are called after one without NeMo. An image may have been changed, so the user has the last word."""
+    if site.python.image_fits or site.python.kind not in IN_AN_IMAGE:
+        return
+    for key in ("image", "image_from"):
+        if unfit := catalogue.why_unfit(getattr(site.python, key) or ""):
+            rule, nearest = unfit
+            own = "if this is an image of your own that has them, set python.image_fits = true"
+            yield Problem(("site", "python", key), rule, f"use {nearest}; {own}")
 
 
 def _memory(site: Site) -> Iterator[Problem]:

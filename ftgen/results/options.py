@@ -1,4 +1,6 @@
-"""Options of a run: how its plan differs from the recipe. In: a plan, as read from JSON. Out: words such as `TP 2`.
+"""Options of a run: how it differs from the recipe.
+
+In: its plan and its environment, as read from JSON. Out: words such as `TP 2`.
 
 Runs with different options are no repeats of each other, even if their work is the same.
 """
@@ -17,15 +19,21 @@ SIZES = {
 RECIPE_TARGETS = ["linear_qkv"]  # of LoRA
 
 
-def options(plan: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """`TP 2`, and the names of the optimizations that are on; empty without a plan."""
+def options(plan: Mapping[str, Any] | None, environment: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+    """`TP 2`, and the names of the optimizations that were on; empty without a plan."""
     if not plan:
         return ()
     words = [*sizes(plan), *other_work(plan)]
     optimizations = plan.get("optimizations")
     if isinstance(optimizations, dict):
-        words += sorted(str(name) for name, on in optimizations.items() if on is True)
+        words += sorted(str(name) for name, on in optimizations.items() if on is True and name not in off(environment))
     return tuple(words)
+
+
+def off(environment: Mapping[str, Any] | None) -> dict[str, str]:
+    """Optimizations of the plan that the packages of the job could not do, and what they lack."""
+    told = (environment or {}).get("optimizations_off")
+    return {str(name): str(lacking) for name, lacking in told.items()} if isinstance(told, dict) else {}
 
 
 def sizes(plan: Mapping[str, Any]) -> list[str]:

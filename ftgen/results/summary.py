@@ -16,7 +16,7 @@ from ftgen.logs.log import Log
 from ftgen.logs.many import Progress, read_all
 from ftgen.logs.read import read_log
 from ftgen.results.interval import Logged, logged
-from ftgen.results.options import options, other_work
+from ftgen.results.options import off, options, other_work
 from ftgen.results.verdict import planned_steps, verdict_of
 from ftgen.results.warnings import logged_tflops, warnings
 from ftgen.results.window import RECIPE_WINDOW, Window, checked, count, timed
@@ -133,7 +133,7 @@ def judge(run: Run, log: Log, *, window: Window | None = None) -> Summary:
         restarts=log.earlier_logs + log.attempts - 1,
         started=log.started,
         ended=log.ended,
-        options=options(log.plan),
+        options=options(log.plan, log.environment),
         assumed=what.assumed,
     )
 
@@ -177,6 +177,7 @@ def _notes(run: Run, log: Log, lines: Logged) -> list[str]:
     if log.survived:
         first = min(log.survived.values(), key=lambda told: told.row or 0)
         notes.append(f"the run went on after: {first.note}" + (f" (line {first.row})" if first.row else ""))
+    notes += [f"{name} was off: {lacking}" for name, lacking in off(log.environment).items()]
     if log.identity.assumed:
         assumed = (f"{key} {getattr(log.identity, key)}" for key in log.identity.assumed)
         notes.append(f"assumed, because the log does not say it: {', '.join(assumed)}")

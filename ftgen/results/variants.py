@@ -1,4 +1,6 @@
-"""The name of the way in which a run's work was done. In: a plan as its JSON has it. Out: `stock`, `TP 2, default`, …
+"""The name of the way in which a run's work was done.
+
+In: a plan and an environment, as their JSON has them. Out: `stock`, `TP 2, default`, …
 
 Stock has no optimization on. Default has those on that the catalogue puts on for the run's scheme, precision and GPU, as far
 as the run can have them. All else is named by its difference from the nearer of the two. A plan of an earlier ftgen lacks
@@ -12,7 +14,7 @@ from typing import Any
 
 from ftgen import catalogue
 from ftgen.documents import get
-from ftgen.results.options import other_work, sizes
+from ftgen.results.options import off, other_work, sizes
 from ftgen.results.repeats import kind, size
 from ftgen.results.summary import Summary
 
@@ -20,12 +22,12 @@ STOCK, DEFAULT, EARLIER = "stock", "default", "earlier default"
 UNKNOWN_VARIANT = "run"
 
 
-def variant(plan: Mapping[str, Any] | None) -> str:
+def variant(plan: Mapping[str, Any] | None, environment: Mapping[str, Any] | None = None) -> str:
     """`stock`, `default`, `default + a − b`, `stock + a`, with the sizes before it; empty where the plan does not tell."""
     if not plan:
         return ""
     chosen = plan.get("optimizations")
-    way = _way(plan, chosen) if isinstance(chosen, dict) else ""
+    way = _way(plan, chosen | dict.fromkeys(off(environment), False)) if isinstance(chosen, dict) else ""
     return ", ".join(filter(None, (*sizes(plan), *other_work(plan), way)))
 
 

@@ -63,7 +63,7 @@ class Reading(NamedTuple):
         drawn = curves(log.steps)
         told_by = [(kind, told.note) for kind, told in log.at_end.items() if not told.json]
         told = Told(drawn, told_by, flattened(log.plan or {}), flattened(log.environment or {}))
-        return cls(run, variant(log.plan), drawn.losses.known, zlib.compress(pickle.dumps(told), 1))
+        return cls(run, variant(log.plan, log.environment), drawn.losses.known, zlib.compress(pickle.dumps(told), 1))
 
     @property
     def told(self) -> Told:

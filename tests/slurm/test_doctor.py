@@ -151,3 +151,56 @@ def test_a_group_s_folder_without_setgid_is_warned_of(desk):
     assert warning in doctor(desk, "")[1]
     desk.stage.chmod(0o2775)
     assert warning not in doctor(desk, "")[1]
+
+
+IMAGE = '[python]\nkind = "{kind}"\nimage = "$STAGE_PATH/nemo.img"\nmounts = ["$STAGE_PATH/Megatron-LM:/opt/megatron-lm"]\n'
+# Neither program is here. This one writes its words into a file, and runs those after the image, or after --export=ALL.
+PROGRAM = """#!/bin/bash
+if [[ $1 == --help ]]; then
+    echo "      --container-image=PATH"
+    exit
+fi
+printf '%s\\n' "$@" >{words}
+while [[ $1 != *python* || $1 == *=* ]]; do shift; done
+exec "$@"
+"""
+
+
+@pytest.mark.parametrize("kind", ["container", "apptainer"])
+def test_the_packages_of_an_image_are_checked_inside_of_it(desk, kind):
+    image, tools, words = desk.stage / "nemo.img", desk.folder / "tools", desk.folder / "words"
+    image.touch()
+    tools.mkdir()
+    for name in ("apptainer", "srun"):
+        (tools / name).write_text(PROGRAM.replace("{words}", str(words)))
+        (tools / name).chmod(0o755)
+    path = {"PATH": f"{tools}:{desk.cluster.environment['PATH']}", "SBATCH_PARTITION": "gpu"}
+    desk.compile("spec")
+    spec, profile = str(desk.folder / "spec.toml"), 'gpu_request = "gres"\n' + IMAGE.format(kind=kind)
+    _, said = doctor(desk, profile, spec, **path)
+    assert f"ok     the image {image} has the packages that the job needs" in said
+    asked = words.read_text().splitlines()
+    mounts = f"{desk.stage}:{desk.stage},{desk.stage}/Megatron-LM:/opt/megatron-lm"
+    if kind == "container":
+        request = ["--partition=gpu", "--nodes=1", "--ntasks=1", "--gres=gpu:1", "--time=10", "--immediate=60"]
+        container = [f"--container-image={image}", f"--container-mounts={mounts}", "--no-container-mount-home"]
+        assert asked[:-3] == [*request, "--job-name=ftgen_doctor", "--export=ALL", *container]
+    else:
+        assert asked[:-3] == ["exec", "--no-home", "--bind", mounts, str(image)]
+    interpreter, entrypoint, command = asked[-3:]
+    assert (interpreter, command) == (sys.executable, "packages")
+    assert entrypoint.startswith(f"{desk.stage}/.ftgen-doctor-")
+    assert not list(desk.stage.glob(".ftgen-doctor-*"))
+    _, said = doctor(desk, profile, spec, **path, FTGEN_PYTHON="/usr/bin/python3")
+    assert f"FAIL   the image {image}: the package torch is not installed; " in said
+    assert "hint: `ftgen list --images` says which images fit" in said
+    assert not desk.queue()
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"), [("container", "this srun has no pyxis"), ("apptainer", "apptainer: No such file")]
+)
+def test_an_image_that_cannot_be_run_here_is_left_to_the_job(desk, kind, why):
+    (desk.stage / "nemo.img").touch()
+    _, said = doctor(desk, IMAGE.format(kind=kind))
+    assert f"warn   the image {desk.stage}/nemo.img exists; its packages could not be checked from here: {why}" in said

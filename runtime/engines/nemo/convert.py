@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from runtime.engines.nemo import imports
 from runtime.guard import manifest, publish
 from runtime.hub import fetch, find
 from runtime.job import variables
+from runtime.job.environment import installed
 from runtime.job.errors import JobError
 from runtime.job.progress import say, timed
 from runtime.weights import hub, random_llama
@@ -92,7 +92,7 @@ def _build(plan: Plan, staging: Path) -> dict[str, Any]:
     with timed(f"converting {weights}"):
         origin["layers"] = import_directory(weights, staging, staging / "tokenizer")
     shutil.rmtree(staging / "from", ignore_errors=True)
-    return origin | {name: _version(name) for name in ("nemo_toolkit", "megatron-core", "torch", "transformers")}
+    return origin | {name: installed(name) or "" for name in ("nemo_toolkit", "megatron-core", "torch", "transformers")}
 
 
 def _fetch(plan: Plan, scratch: Path) -> tuple[Path, dict[str, Any]]:
@@ -149,10 +149,3 @@ def _refuse_unfit(plan: Plan, weights: Path) -> None:
                 f"{weights} has {name} = {config[name]}, but model {plan['model']['name']} has {plan['model'][key]}",
                 "set model to the model of this checkpoint, or checkpoint.path to another checkpoint",
             )
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
