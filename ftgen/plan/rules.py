@@ -186,7 +186,7 @@ def _optimizations(spec: Spec) -> Iterator[Problem]:
                 CP,
             )
             hint = "remove this key: the preset enables it where it helps"
-            yield Problem(("optimizations", name), reason, hint, also=also)
+            yield Problem(("optimizations", name), reason, hint, also=(*also, ("save",)))
 
 
 def forbids(name: str, spec: Spec) -> str:

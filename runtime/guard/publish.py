@@ -92,7 +92,7 @@ def _make(place: Path, source: Source, build: Build, need_bytes: int | Callable[
     _sweep(place, claim)
     staging = staging_of(place, claim.generation)
     try:
-        with _plain_disk_errors(place.parent):
+        with plain_disk_errors(place.parent):
             set_aside(place, source)
             if need := need_bytes() if callable(need_bytes) else need_bytes:
                 require_space(place.parent, need, place.name)
@@ -199,7 +199,7 @@ def _make_directory(directory: Path) -> None:
 
 
 @contextmanager
-def _plain_disk_errors(directory: Path) -> Iterator[None]:
+def plain_disk_errors(directory: Path) -> Iterator[None]:
     """Turn an error for a full disk into a JobError, however deep in a library it was raised."""
     try:
         yield
