@@ -45,10 +45,19 @@ def hashed(data_step):
         for key in KEYS:
             digest.update(batch[key].float().numpy().tobytes())
         batches.append(digest.hexdigest()[:12])
-        # Megatron's own layers do not know packed sequences: on a CPU a pack is one long example.
-        return {key: value for key, value in batch.items() if not key.startswith(("cu_seqlens", "max_seqlen"))}
+        return batch if "cu_seqlens" not in batch else without_packs(batch)
 
     return step
+
+
+def without_packs(batch):
+    """Megatron's own layers, which a CPU needs, do not know packed sequences: a pack becomes one long example."""
+    import torch
+
+    length = batch["tokens"].shape[1]
+    mask = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
+    kept = {key: value for key, value in batch.items() if not key.startswith(("cu_seqlens", "max_seqlen"))}
+    return kept | {"attention_mask": mask}
 
 
 def observe(recipe, _plan) -> None:
