@@ -8,12 +8,15 @@ hashed: a checkpoint has 100 GB and more. A damaged checkpoint is renamed, and a
 
 One job at a time owns the folder (see claim.py). An owner that was taken for dead publishes nothing.
 
+Environment: FTGEN_RUN_DIR, the run directory (default $STAGE_PATH/logs).
+
 manifest.json contains {"format", "step", "plan_sha256", "plan", "data", "versions", "files": {path: {"size": bytes}}}.
 
 In <folder>:  step_<N>/  .claims/<n>/  .step_<N>.staging-<n>/  step_<N>.untrusted-<time>/
 """
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -43,6 +46,12 @@ class Checkpoint(NamedTuple):
     path: Path
     step: int  # number of steps that were made
     manifest: dict[str, Any]
+
+
+def folder_of_run() -> Path:
+    """The folder of this run's checkpoints; the script sets FTGEN_RUN_DIR."""
+    stage = os.environ.get("STAGE_PATH") or Path.cwd()
+    return Path(os.environ.get("FTGEN_RUN_DIR") or Path(stage, "logs"), "checkpoints")
 
 
 def own(folder: Path) -> Claim:

@@ -1,6 +1,6 @@
 """One attempt of a run that is saved: which checkpoint it goes on from, and what it saves.
 
-In: a plan with `save`, the run directory. Out: an `Attempt`; with a recipe, the recipe that saves and resumes.
+In: a plan with `save`. Out: an `Attempt`; with a recipe, the recipe that saves and resumes.
 
 A run has several attempts if its job is requeued, or if its script is submitted again with --resume. All attempts share
 the run directory, and so the folder of checkpoints.
@@ -35,12 +35,12 @@ class Attempt(NamedTuple):
         return self.checkpoint.step if self.checkpoint else 0
 
 
-def begin(plan: Plan, run_directory: Path) -> Attempt:
+def begin(plan: Plan) -> Attempt:
     """Take over the run and choose its newest checkpoint. JobError: another plan or a living job owns it."""
     stop.listen(signal.SIGUSR1)  # until the first step has ended, SIGTERM still ends this process
     children.pass_signals_by(signal.SIGUSR1, signal.SIGTERM)
     children.end_with_this_process()
-    folder, claim = run_directory / "checkpoints", None
+    folder, claim = checkpoints.folder_of_run(), None
     if os.environ["RANK"] == "0":
         claim = checkpoints.own(folder)
         checkpoints.clear(folder, claim)

@@ -29,7 +29,7 @@ def train(plan: Plan) -> int:
     weights = convert.directory(plan)
     if not convert.converted(plan):
         raise JobError(f"there is no converted checkpoint in {weights}", "run the command convert first")
-    this = attempt.begin(plan, _log_directory()) if plan.get("save") else None
+    this = attempt.begin(plan) if plan.get("save") else None
     if this and this.step == plan["max_steps"]:
         say("the run is complete: its last step is saved")
         return 0
