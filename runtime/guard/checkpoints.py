@@ -120,8 +120,11 @@ def sync_files(folder: Path) -> None:
         sync(path)
 
 
-def publish(folder: Path, step: int, generation: int, about: dict[str, Any]) -> Path:
-    """Give the staged checkpoint of a step its manifest and its name. JobError: another job owns the run by now."""
+def publish(folder: Path, step: int, generation: int, about: dict[str, Any]) -> int:
+    """Give the staged checkpoint of a step its manifest and its name. JobError: another job owns the run by now.
+
+    Returns its size in bytes.
+    """
     staged, place = staging(folder, step, generation), folder / f"{PREFIX}{step}"
     files = {path.relative_to(staged).as_posix(): path for path in sorted(staged.rglob("*")) if path.is_file()}
     sizes = {name: {"size": path.stat().st_size} for name, path in files.items()}
@@ -133,7 +136,7 @@ def publish(folder: Path, step: int, generation: int, about: dict[str, Any]) -> 
         raise JobError(f"another job has taken over the run of {folder}", "let it train: this job stops here")
     staged.rename(place)
     sync(folder)
-    return place
+    return sum(entry["size"] for entry in sizes.values())
 
 
 def keep_newest(folder: Path, count: int) -> None:

@@ -26,7 +26,8 @@ def write(folder: Path, step: int, generation: int = 1) -> Path:
     (staged / "weights").mkdir(parents=True)
     (staged / "weights" / "__0_0.distcp").write_bytes(os.urandom(1000))
     (staged / "weights" / "common.pt").write_bytes(b"common")
-    return checkpoints.publish(folder, step, generation, ABOUT)
+    assert checkpoints.publish(folder, step, generation, ABOUT) == 1006
+    return folder / f"step_{step}"
 
 
 @pytest.fixture

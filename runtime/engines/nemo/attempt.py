@@ -47,7 +47,7 @@ def begin(plan: Plan) -> Attempt:
     checkpoint = checkpoints.newest(folder)
     if checkpoint:
         checkpoints.refuse_other(checkpoint, plan)
-        say(f"resumed from step {checkpoint.step}: {checkpoint.path}")
+        say(f"resumed after step {checkpoint.step}: {checkpoint.path}")
     return Attempt(folder, claim, checkpoint)
 
 

@@ -26,7 +26,9 @@ from torch.distributed import ReduceOp
 from runtime.guard import checkpoints, publish
 from runtime.job import stop
 from runtime.job.errors import JobError
-from runtime.job.progress import say
+from runtime.job.progress import say, say_clock
+
+CLOCK_S = 30.0  # between two lines with the time, about
 
 
 class Saves(NamedTuple):
@@ -65,6 +67,7 @@ class Save(Checkpoint):  # type: ignore[misc]
         self.waiting = False  # for a validation, before the save
         self.stopping = False
         self.began = 0.0  # of the current step
+        self.clock = 0.0  # of the last line with the time
         self.told = False  # that the lead time is too short
 
     def on_train_start(self, *_args: Any) -> None:
@@ -77,10 +80,13 @@ class Save(Checkpoint):  # type: ignore[misc]
                 "the shared file system is late: submit the job again",
             )
         self.saves = self.saves._replace(generation=_over_ranks(self.saves.generation))
+        self._tell_the_time(self.saves.resumed)
 
-    def on_train_batch_start(self, *_args: Any) -> None:
-        """Note the time."""
+    def on_train_batch_start(self, trainer: Any, *_args: Any) -> None:
+        """Note the time, and write it now and then."""
         self.began = time.monotonic()
+        if self.began - self.clock > CLOCK_S:
+            self._tell_the_time(trainer.global_step)
 
     def on_train_batch_end(self, trainer: Any, *_args: Any) -> None:
         """Save, if it is time to. If this step is validated too, do it after the validation.
@@ -117,19 +123,20 @@ class Save(Checkpoint):  # type: ignore[misc]
         before_s = time.monotonic() - self.began  # the step, and its validation
         if step != self.saved:
             begin = time.monotonic()
-            place = self._write(trainer, step)
+            size = self._write(trainer, step)
             took_s = time.monotonic() - begin
-            say(f"saved step {step} in {took_s:.2f} s: {place}")
+            say(f"saved step {step} in {took_s:.2f} s: checkpoints/{checkpoints.PREFIX}{step}, {size / 2**30:.3g} GiB")
+            self._tell_the_time(step)
             self._warn_of_the_limit(before_s + took_s)
         self.saved = step
         if self.stopping and step < trainer.max_steps:
             say(f"stopped after step {step} of {trainer.max_steps}: exit code {stop.AGAIN}, to be run again")
             raise SystemExit(stop.AGAIN)
 
-    def _write(self, trainer: Any, step: int) -> Path:
-        """Write and publish the checkpoint of a step, on all ranks together."""
+    def _write(self, trainer: Any, step: int) -> int:
+        """Write and publish the checkpoint of a step, on all ranks together. Returns its size in bytes, on rank 0."""
         staging = checkpoints.staging(self.folder, step, self.saves.generation)
-        barrier = trainer.strategy.barrier
+        barrier, size = trainer.strategy.barrier, 0
         with publish.plain_disk_errors(self.folder):
             try:
                 if trainer.is_global_zero:
@@ -141,13 +148,17 @@ class Save(Checkpoint):  # type: ignore[misc]
                     checkpoints.sync_files(staging)
                 barrier()
                 if trainer.is_global_zero:
-                    checkpoints.publish(self.folder, step, self.saves.generation, self.saves.about)
+                    size = checkpoints.publish(self.folder, step, self.saves.generation, self.saves.about)
                     checkpoints.keep_newest(self.folder, self.saves.keep)
                 barrier()
             except BaseException:
                 shutil.rmtree(staging, ignore_errors=True)  # on a full disk, every byte counts
                 raise
-        return self.folder / f"{checkpoints.PREFIX}{step}"
+        return size
+
+    def _tell_the_time(self, step: int) -> None:
+        self.clock = time.monotonic()
+        say_clock(step)
 
     def _warn_of_the_limit(self, needed_s: float) -> None:
         if needed_s > self.saves.lead_s > 0 and not self.told:
