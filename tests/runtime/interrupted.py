@@ -76,7 +76,6 @@ def _start(
         "NEMO_HOME": stage.home,
         "HF_HOME": stage.home,
         "FTGEN_RUN_DIR": stage.path / name,
-        "RECORD": stage.path / f"{name}.record",
         "RANK": rank,
         "LOCAL_RANK": rank,
         "WORLD_SIZE": document["gpus"],
@@ -85,7 +84,7 @@ def _start(
         "OMP_NUM_THREADS": 1,
     }
     if kill and kill.rank == rank:
-        own |= {"MOMENT": f"{kill.what}:{kill.step}", "SIGNAL": kill.signal}
+        own |= {"MOMENT": f"{kill.what}:{kill.step}:{kill.signal}:{kill.rank}"}
     inherited = {key: value for key, value in os.environ.items() if key not in INHERITED}
     return subprocess.Popen(
         [sys.executable, "-u", str(RECORDER), str(file), "finetune"],
@@ -96,18 +95,18 @@ def _start(
     )
 
 
-def lines(stage: Stage, name: str, rank: int = 0) -> Lines:
+def lines(run_directory: Path, rank: int = 0) -> Lines:
     """What a run trained on. Of a step that it made twice, the last time counts."""
     found: Lines = {}
-    for text in (stage.path / f"{name}.record.{rank}").read_text().splitlines():
+    for text in (run_directory / f"record.{rank}").read_text().splitlines():
         line = json.loads(text)
         found["validation" if "validated" in line else "step", line.get("validated") or line["step"]] = line
     return found
 
 
-def repeated(stage: Stage, name: str) -> int:
+def repeated(run_directory: Path) -> int:
     """Number of steps that a run made again after it had been killed."""
-    made = [json.loads(text).get("step") for text in (stage.path / f"{name}.record.0").read_text().splitlines()]
+    made = [json.loads(text).get("step") for text in (run_directory / "record.0").read_text().splitlines()]
     return len([step for step in made if step]) - len({step for step in made if step})
 
 

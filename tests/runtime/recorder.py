@@ -1,40 +1,50 @@
-"""A training that records what it trains on, and that kills itself at a given moment: recorder.py PLAN.json finetune.
+"""A training that records what it trains on, and that sends itself a signal at a given moment.
+
+    recorder.py PLAN.json finetune         with a plan
+    recorder.py ENTRYPOINT.py COMMAND      with a generated entrypoint, in place of the job's Python
 
 Each rank writes a line of JSON for each step (loss, learning rate, a hash of the batch, all exact) and for each validation
-into $RECORD. Environment:
+into $FTGEN_RUN_DIR/record.<rank>. Environment:
 
-RECORD        file that the lines are appended to; ".<rank>" is added
-MOMENT        "<what>:<step>", when this rank sends itself a signal:
+MOMENT        "<what>:<step>:<signal>:<rank>", when a rank sends itself a signal. What:
               step     when the step has ended, before its save
-              weights  when the weights of the step are written, and their index is not
-              rename   when the checkpoint of the step is complete, but for its name
-              saved    when the checkpoint of the step has its name
-SIGNAL        the signal; default: KILL
+              weights  when the weights of the step are written, and their index is not (rank 0)
+              rename   when the checkpoint of the step is complete, but for its name (rank 0)
+              saved    when the checkpoint of the step has its name (rank 0)
+              Several moments, one for each attempt of a requeued job, are separated by spaces.
+STEP_S        seconds that each step takes longer
 WORKERS       number of processes that load data; default: none
 """
 
 import hashlib
 import json
 import os
+import runpy
 import signal
 import sys
+import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+if sys.argv[1:] and sys.argv[1].endswith(".json"):
+    sys.path.insert(0, str(Path(__file__).parents[2]))
 
-WHAT, _, STEP = os.environ.get("MOMENT", "never:0").partition(":")
+MOMENTS = os.environ.get("MOMENT", "").split()
+ATTEMPT = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 batches: list[str] = []  # hashes, since the last line
 
 
 def now(what: str, step: int) -> None:
-    if (what, step) == (WHAT, int(STEP)):
-        print(f"recorder: {what} of step {step}: signal {os.environ.get('SIGNAL', 'KILL')}", flush=True)
-        os.kill(os.getpid(), getattr(signal, f"SIG{os.environ.get('SIGNAL', 'KILL')}"))
+    """Send the signal if this is the moment."""
+    for moment in MOMENTS[ATTEMPT : ATTEMPT + 1]:
+        wanted, number, name, rank = moment.split(":")
+        if (what, step, os.environ["RANK"]) == (wanted, int(number), rank):
+            print(f"recorder: {what} of step {step}: SIG{name} to rank {rank}", flush=True)
+            os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
 
 
 def write(**line: object) -> None:
-    with Path(f"{os.environ['RECORD']}.{os.environ['RANK']}").open("a") as file:
+    with Path(os.environ["FTGEN_RUN_DIR"], f"record.{os.environ['RANK']}").open("a") as file:
         file.write(json.dumps(line) + "\n")
 
 
@@ -77,6 +87,7 @@ def observe(recipe, _plan) -> None:
             loss, rate = float(trainer.callback_metrics["reduced_train_loss"]), trainer.optimizers[0].param_groups[0]["lr"]
             write(step=trainer.global_step, loss=loss, rate=rate, batch=" ".join(batches))
             batches.clear()
+            time.sleep(float(os.environ.get("STEP_S", "0")))
             now("step", trainer.global_step)
 
         def on_validation_end(self, trainer, *_):
@@ -102,12 +113,20 @@ def observe(recipe, _plan) -> None:
 
 
 def main() -> int:
-    from runtime.engines.nemo import train
+    program, command = sys.argv[1:]
+    if program.endswith(".py"):
+        sys.path.insert(0, str(Path(program).parent))  # the job's own runtime
+    if command == "finetune":
+        from runtime.engines.nemo import train
+
+        train.switch.apply = observe
+    if program.endswith(".py"):
+        sys.argv = sys.argv[1:]
+        runpy.run_path(program, run_name="__main__")
     from runtime.job.errors import JobError
 
-    train.switch.apply = observe
     try:
-        return train.train(json.loads(Path(sys.argv[1]).read_text()))
+        return train.train(json.loads(Path(program).read_text()))
     except JobError as error:
         print(f"ftgen: error: {error}", file=sys.stderr)
         return 1

@@ -20,8 +20,9 @@ def stage(make_stage: Callable[[], Stage]) -> Stage:
     return stage
 
 
-# Between two saves; while the weights of a checkpoint are written; when only its name is missing; asked to stop.
-KILLS = [Kill("step", 5), Kill("weights", 6), Kill("rename", 9), Kill("step", 10, "USR1")]
+# Between two saves; while the weights of a checkpoint are written; asked to stop at a step that is also validated; when only
+# the name of a checkpoint is missing.
+KILLS = [Kill("step", 5), Kill("weights", 6), Kill("step", 8, "USR1"), Kill("rename", 9)]
 CASES: dict[str, tuple[dict[str, Any], list[Kill]]] = {
     "sft": ({}, KILLS),
     "packed-lora-dropout": ({"packed": True, **DROPOUT}, KILLS[1:]),
@@ -44,6 +45,6 @@ def test_a_killed_run_trains_what_an_uninterrupted_one_does(stage: Stage, case: 
     whole = train(stage, document, f"{case}-whole")
     assert set(whole.statuses) == {0}, whole.output
     for rank in range(document["gpus"]):
-        expected = lines(stage, f"{case}-whole", rank)
+        expected = lines(stage.path / f"{case}-whole", rank)
         assert set(expected) == WHOLE
-        assert lines(stage, f"{case}-killed", rank) == expected
+        assert lines(stage.path / f"{case}-killed", rank) == expected

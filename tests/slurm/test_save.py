@@ -41,7 +41,7 @@ def test_before_the_time_limit_every_task_is_asked_to_stop_and_the_job_goes_on_a
     log = desk.log(job, 0)
     assert "ftgen: the time limit is near: the run is saved and stops\n" in log
     assert f"ftgen: the run goes on after step {step}\nftgen: exit status 85\n" in log
-    assert "error" not in log
+    assert "ftgen: error" not in log
     desk.cluster.call("scancel", job)
 
 
