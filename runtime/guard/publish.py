@@ -92,7 +92,7 @@ def _make(place: Path, source: Source, build: Build, need_bytes: int | Callable[
     _sweep(place, claim)
     staging = staging_of(place, claim.generation)
     try:
-        with plain_disk_errors(place.parent):
+        with _plain_disk_errors(place.parent):
             set_aside(place, source)
             if need := need_bytes() if callable(need_bytes) else need_bytes:
                 require_space(place.parent, need, place.name)
@@ -199,17 +199,22 @@ def _make_directory(directory: Path) -> None:
 
 
 @contextmanager
-def plain_disk_errors(directory: Path) -> Iterator[None]:
+def _plain_disk_errors(directory: Path) -> Iterator[None]:
     """Turn an error for a full disk into a JobError, however deep in a library it was raised."""
     try:
         yield
     except Exception as error:
-        if not any(isinstance(cause, OSError) and cause.errno in FULL for cause in _causes(error)):
+        if not is_disk_error(error):
             raise
         raise JobError(
             f"the disk of {directory} is full, or your quota is used up",
             "free some space there, or set STAGE_PATH to a directory on a larger file system",
         ) from error
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Whether the disk or a quota is full, however deep in a library the error was raised."""
+    return any(isinstance(cause, OSError) and cause.errno in FULL for cause in _causes(error))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -69,6 +69,7 @@ def add(recipe: Any, plan: Plan, attempt: Attempt, files: Files) -> None:
             keep=plan["save"]["keep"],
             generation=attempt.claim.generation if attempt.claim else 0,
             resumed=attempt.step,
+            checkpoint_bytes=plan["save"]["checkpoint_bytes"],
             about=checkpoints.about(plan, data, versions),
             lead_s=plan["slurm"]["end_before_limit_s"] if os.environ.get("SLURM_JOB_ID") else 0,
         ),

@@ -29,6 +29,8 @@ from runtime.job.errors import JobError
 from runtime.job.progress import say, say_clock
 
 CLOCK_S = 30.0  # between two lines with the time, about
+# How torch and Megatron word a failed write: they do not hand on the error of the system.
+DISK_ERRORS = ("No space left on device", "Disk quota exceeded", "unexpected pos")
 
 
 class Saves(NamedTuple):
@@ -39,6 +41,7 @@ class Saves(NamedTuple):
     keep: int
     generation: int  # number of the claim of this job; 0 on all ranks but rank 0
     resumed: int  # step of the checkpoint that this job goes on from; 0 if it begins
+    checkpoint_bytes: int  # estimated size of a checkpoint
     about: dict[str, Any]  # for the manifests
     lead_s: int  # seconds from Slurm's warning to the time limit; 0 outside of Slurm
 
@@ -64,6 +67,7 @@ class Save(Checkpoint):  # type: ignore[misc]
         self.saves = Saves(*saves)
         self.folder = Path(self.saves.folder)
         self.saved = self.saves.resumed  # step of the last checkpoint
+        self.size = self.saves.checkpoint_bytes  # of the last checkpoint; before the first one, estimated
         self.waiting = False  # for a validation, before the save
         self.stopping = False
         self.began = 0.0  # of the current step
@@ -123,9 +127,9 @@ class Save(Checkpoint):  # type: ignore[misc]
         before_s = time.monotonic() - self.began  # the step, and its validation
         if step != self.saved:
             begin = time.monotonic()
-            size = self._write(trainer, step)
-            took_s = time.monotonic() - begin
-            say(f"saved step {step} in {took_s:.2f} s: checkpoints/{checkpoints.PREFIX}{step}, {size / 2**30:.3g} GiB")
+            self.size = self._write(trainer, step)
+            took_s, gib = time.monotonic() - begin, self.size / 2**30
+            say(f"saved step {step} in {took_s:.2f} s: checkpoints/{checkpoints.PREFIX}{step}, {gib:.3g} GiB")
             self._tell_the_time(step)
             self._warn_of_the_limit(before_s + took_s)
         self.saved = step
@@ -137,23 +141,28 @@ class Save(Checkpoint):  # type: ignore[misc]
         """Write and publish the checkpoint of a step, on all ranks together. Returns its size in bytes, on rank 0."""
         staging = checkpoints.staging(self.folder, step, self.saves.generation)
         barrier, size = trainer.strategy.barrier, 0
-        with publish.plain_disk_errors(self.folder):
-            try:
-                if trainer.is_global_zero:
-                    shutil.rmtree(staging, ignore_errors=True)
-                    staging.mkdir(parents=True)
-                barrier()
-                trainer.save_checkpoint(staging, weights_only=False)
-                if trainer.local_rank == 0:
-                    checkpoints.sync_files(staging)
-                barrier()
-                if trainer.is_global_zero:
-                    size = checkpoints.publish(self.folder, step, self.saves.generation, self.saves.about)
-                    checkpoints.keep_newest(self.folder, self.saves.keep)
-                barrier()
-            except BaseException:
-                shutil.rmtree(staging, ignore_errors=True)  # on a full disk, every byte counts
-                raise
+        try:
+            if trainer.is_global_zero:
+                publish.require_space(self.folder, self.size, f"the checkpoint of step {step}")
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir()
+            barrier()
+            trainer.save_checkpoint(staging, weights_only=False)
+            if trainer.local_rank == 0:
+                checkpoints.sync_files(staging)
+            barrier()
+            if trainer.is_global_zero:
+                size = checkpoints.publish(self.folder, step, self.saves.generation, self.saves.about)
+                checkpoints.keep_newest(self.folder, self.saves.keep)
+            barrier()
+        except BaseException as error:
+            shutil.rmtree(staging, ignore_errors=True)  # on a full disk, every byte counts
+            if publish.is_disk_error(error) or any(words in str(error) for words in DISK_ERRORS):
+                raise JobError(
+                    f"the checkpoint of step {step} cannot be written: the disk or your quota is full: {self.folder}",
+                    f"free some space. The run can go on after step {self.saved}",
+                ) from error
+            raise
         return size
 
     def _tell_the_time(self, step: int) -> None:
