@@ -24,6 +24,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from runtime.guard import publish
 from runtime.guard.claim import Claim, Watch, highest, stale_s
 from runtime.guard.manifest import sync
 from runtime.job.errors import JobError
@@ -57,7 +58,7 @@ def folder_of_run() -> Path:
 def own(folder: Path) -> Claim:
     """The right to write into the folder, for this process alone. JobError: another process has it and still lives."""
     claims = folder / ".claims"
-    claims.mkdir(parents=True, exist_ok=True)
+    publish.make_directory(claims)
     watch, end = Watch(claims), time.monotonic() + 1.5 * stale_s()
     said = False
     while not (claim := watch.claim()):
@@ -120,7 +121,7 @@ def sync_files(folder: Path) -> None:
         sync(path)
 
 
-def publish(folder: Path, step: int, generation: int, about: dict[str, Any]) -> int:
+def publish_step(folder: Path, step: int, generation: int, about: dict[str, Any]) -> int:
     """Give the staged checkpoint of a step its manifest and its name. JobError: another job owns the run by now.
 
     Returns its size in bytes.

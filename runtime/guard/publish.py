@@ -47,7 +47,7 @@ def ensure(place: Path, source: Source, build: Build, *, need_bytes: int | Calla
     if manifest.flaw(place, source) is None:
         return place
     claims = place.parent / f".{place.name}.claims"
-    _make_directory(claims)
+    make_directory(claims)
     while claim := _next_claim(place, source, claims):
         with _held(claim):
             if manifest.flaw(place, source) is None or _make(place, source, build, need_bytes, claim):
@@ -187,7 +187,8 @@ def _sigterm_ends_the_block() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _make_directory(directory: Path) -> None:
+def make_directory(directory: Path) -> None:
+    """Create a directory that this process can write to. JobError: that is not possible."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -6,6 +6,7 @@ In: nothing. Out: every child that this process forks from now on is changed. Pr
 import ctypes
 import os
 import signal
+from multiprocessing.popen_fork import Popen
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LIBC = ctypes.CDLL(None)
@@ -20,5 +21,13 @@ def pass_signals_by(*signals: signal.Signals) -> None:
     """Block these signals in the children. Slurm sends a signal to every process of a task, and only the task handles it.
 
     A data loader's worker that dies makes the training fail, and a process that writes a part of a checkpoint the save.
+    multiprocessing ends its children with SIGTERM and waits for them: now that they block it, with SIGKILL.
     """
     os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, signals))
+    if signal.SIGTERM in signals:
+        setattr(Popen, "terminate", _kill)  # noqa: B010 - mypy refuses an assignment
+
+
+def _kill(process: Popen) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take the end of a worker for a failure
+    process.kill()

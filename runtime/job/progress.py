@@ -17,7 +17,7 @@ def say(text: str, *, any_rank: bool = False) -> None:
 
 
 def say_clock(step: int) -> None:
-    """Print the time, and how many steps the run has made: from these lines follows how much of the time was useful."""
+    """Print the time, and how many steps the run has made. The job's script prints it at its start and its end."""
     say(f"clock {datetime.now(timezone.utc).isoformat(timespec='seconds')} after step {step}")
 
 

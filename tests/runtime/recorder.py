@@ -37,10 +37,14 @@ batches: list[str] = []  # hashes, since the last line
 def now(what: str, step: int) -> None:
     """Send the signal if this is the moment."""
     for moment in MOMENTS[ATTEMPT : ATTEMPT + 1]:
-        wanted, number, name, rank = moment.split(":")
-        if (what, step, os.environ["RANK"]) == (wanted, int(number), rank):
+        wanted, at, name, rank = moment.split(":")
+        if (what, step, os.environ["RANK"]) == (wanted, int(at), rank):
             print(f"recorder: {what} of step {step}: SIG{name} to rank {rank}", flush=True)
-            os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
+            number = getattr(signal, f"SIG{name}")
+            if os.getpgrp() == os.getpid():  # as Slurm does: to every process of the task
+                os.killpg(os.getpid(), number)
+            else:
+                os.kill(os.getpid(), number)
 
 
 def write(**line: object) -> None:

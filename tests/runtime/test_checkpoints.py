@@ -26,7 +26,7 @@ def write(folder: Path, step: int, generation: int = 1) -> Path:
     (staged / "weights").mkdir(parents=True)
     (staged / "weights" / "__0_0.distcp").write_bytes(os.urandom(1000))
     (staged / "weights" / "common.pt").write_bytes(b"common")
-    assert checkpoints.publish(folder, step, generation, ABOUT) == 1006
+    assert checkpoints.publish_step(folder, step, generation, ABOUT) == 1006
     return folder / f"step_{step}"
 
 

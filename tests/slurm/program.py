@@ -105,7 +105,7 @@ def save(plan: dict, rank: int) -> int:
             weights = checkpoints.staging(folder, step, claim.generation) / "weights"
             weights.mkdir(parents=True)
             (weights / "all").write_text("weights")
-            checkpoints.publish(folder, step, claim.generation, checkpoints.about(plan, [], {}))
+            checkpoints.publish_step(folder, step, claim.generation, checkpoints.about(plan, [], {}))
         if asked:
             event(f"stopped:{rank}:{step}:{asked}")
             return stop.AGAIN

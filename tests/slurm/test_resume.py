@@ -11,7 +11,7 @@ def test_a_run_survives_the_time_limit_a_requeue_and_a_killed_task(desk):
     training = Training(desk, gpus=2)
     whole = training.whole()
     # The first attempt is warned of its time limit, the second one is requeued, and in the third one rank 1 dies.
-    run = training.submit(STEP_S="1", MOMENT="never:0:KILL:0 never:0:KILL:0 step:11:KILL:1")
+    run = training.submit(STEP_S="1", WORKERS="1", MOMENT="never:0:KILL:0 never:0:KILL:0 step:11:KILL:1")
     training.until_step(run, 2)
     desk.cluster.call("scancel", "--batch", "--signal=USR1", run)
     until(lambda: desk.job(run).restarts == 1, 120, desk.everything)

@@ -152,7 +152,7 @@ class Save(Checkpoint):  # type: ignore[misc]
                 checkpoints.sync_files(staging)
             barrier()
             if trainer.is_global_zero:
-                size = checkpoints.publish(self.folder, step, self.saves.generation, self.saves.about)
+                size = checkpoints.publish_step(self.folder, step, self.saves.generation, self.saves.about)
                 checkpoints.keep_newest(self.folder, self.saves.keep)
             barrier()
         except BaseException as error:
