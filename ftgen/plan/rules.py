@@ -42,6 +42,7 @@ def broken_rules(spec: Spec, site: Site, model: Model | None, gpu: Gpu | None) -
         *_data(spec),
         *_optimizations(spec),
         *_profile(spec),
+        *_save(spec),
         *_validation(spec),
         *_rest(spec, site),
         *_slurm(spec, site, nodes),
@@ -148,6 +149,14 @@ def _data(spec: Spec) -> Iterator[Problem]:
         yield Problem(where, f"{rule}: {found}", also=(("checkpoint", "source"),))
     if spec.checkpoint.revision and source not in (None, "hub"):
         yield Problem(("checkpoint", "revision"), f'requires checkpoint.source = "hub", found "{source}"')
+
+
+def _save(spec: Spec) -> Iterator[Problem]:
+    if spec.save and spec.precision == "fp8":
+        # A resumed run must train the same bits as a run without a break. In FP8 that depends on the scales and the amax
+        # history of every layer. bench/resume.py measures it; without a measurement it is refused.
+        rule = 'requires precision "bf16" or "fp32", found "fp8": a resumed FP8 run was not shown to train the same bits'
+        yield Problem(("save",), rule, 'set precision = "bf16", or remove [save]', also=(("precision",),))
 
 
 def _validation(spec: Spec) -> Iterator[Problem]:

@@ -13,9 +13,11 @@ MOMENT        "<what>:<step>:<signal>:<rank>", when a rank sends itself a signal
               saved    when the checkpoint of the step has its name (rank 0)
               Several moments, one for each attempt of a requeued job, are separated by spaces.
 STEP_S        seconds that each step takes longer
-WORKERS       number of processes that load data; default: none
+WORKERS       number of processes that load data; default: the recipe's, on a CPU none
+LOCK          file that the process locks while it trains
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -57,9 +59,9 @@ def hashed(data_step):
         batch = data_step(model, iterator)
         digest = hashlib.sha256()
         for key in KEYS:
-            digest.update(batch[key].float().numpy().tobytes())
+            digest.update(batch[key].float().cpu().numpy().tobytes())
         batches.append(digest.hexdigest()[:12])
-        return batch if "cu_seqlens" not in batch else without_packs(batch)
+        return without_packs(batch) if "cu_seqlens" in batch and batch["tokens"].device.type == "cpu" else batch
 
     return step
 
@@ -74,8 +76,8 @@ def without_packs(batch):
     return kept | {"attention_mask": mask}
 
 
-def observe(recipe, _plan) -> None:
-    """In place of the optimizations, which a CPU does not have."""
+def observe(recipe, plan, optimize) -> None:
+    """Add the recorder to the recipe, after the plan's optimizations."""
     import nemo_run as run
     from lightning.pytorch.callbacks import Callback
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -83,8 +85,15 @@ def observe(recipe, _plan) -> None:
 
     from runtime.guard import checkpoints
 
+    optimize(recipe, plan)
+
     class Recorder(Callback):
         step = 0
+
+        def on_train_start(self, *_):
+            if "LOCK" in os.environ:  # one training at a time, whatever else starts beside it
+                self.lock = os.open(os.environ["LOCK"], os.O_WRONLY | os.O_CREAT)
+                fcntl.flock(self.lock, fcntl.LOCK_EX)
 
         def on_train_batch_end(self, trainer, *_):
             Recorder.step = trainer.global_step
@@ -100,7 +109,8 @@ def observe(recipe, _plan) -> None:
 
     GPTModel.data_step = hashed(GPTModel.data_step)
     recipe.trainer.callbacks = [*recipe.trainer.callbacks, run.Config(Recorder)]
-    recipe.data.num_workers = int(os.environ.get("WORKERS", "0"))
+    if "WORKERS" in os.environ:
+        recipe.data.num_workers = int(os.environ["WORKERS"])
 
     def before(owner, name, what):
         real = getattr(owner, name)
@@ -123,7 +133,8 @@ def main() -> int:
     if command == "finetune":
         from runtime.engines.nemo import train
 
-        train.switch.apply = observe
+        optimize = train.switch.apply
+        train.switch.apply = lambda recipe, plan: observe(recipe, plan, optimize)
     if program.endswith(".py"):
         sys.argv = sys.argv[1:]
         runpy.run_path(program, run_name="__main__")
