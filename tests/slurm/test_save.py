@@ -40,7 +40,7 @@ def test_before_the_time_limit_every_task_is_asked_to_stop_and_the_job_goes_on_a
     assert desk.job(job).restarts == 1
     log = desk.log(job, 0)
     assert "ftgen: the time limit is near: the run is saved and stops\n" in log
-    assert f"ftgen: the run goes on after step {step}\nftgen: exit status 85\n" in log
+    assert f"ftgen: the run can go on after step {step}: sbatch spec.sh --resume {job}\nftgen: exit status 85\n" in log
     assert "ftgen: error" not in log
     desk.cluster.call("scancel", job)
 
@@ -91,7 +91,7 @@ def test_slurm_itself_ends_a_job_and_the_training_saves_first(desk, command):
     last = max(checkpoints(desk, job))
     if command == "cancel":
         assert desk.ended(job).state == "CANCELLED"
-        assert f"to go on after step {last}: sbatch spec.sh --resume {job}" in desk.log(job)
+        assert f"the run can go on after step {last}: sbatch spec.sh --resume {job}" in desk.log(job)
         again = desk.submit(desk.folder / "generated/spec.sh", "--resume", job, PROGRAM_MODE="save")
     else:
         again = job
