@@ -73,4 +73,4 @@ class Training:
             return {}
 
 
-__all__ = ["Training", "largest_difference", "lines", "repeated"]
+__all__ = ["Lines", "Training", "largest_difference", "lines", "repeated"]
