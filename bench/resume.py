@@ -2,11 +2,11 @@
 
 In: specs of one GPU. Out: a line of JSON for each variant, and all of them in FILE.
 
-    python bench/resume.py bench/specs/lora_bf16.toml bench/specs/lora_fp8.toml --gpu h100 [--at-once 2] [--steps 16]
+    python bench/resume.py bench/specs/lora_bf16.toml bench/specs/lora_fp8.toml --gpu h100 [--variants plain,graphs]
 
-Each spec is compiled without and with CUDA graphs. Each variant trains twice: from the first step to the last with two
-saves; and from the checkpoint in the middle to the last step, as after a kill. The losses of the second run (exact, not as
-the log rounds them) and the bytes of its last checkpoint must be those of the first.
+Each spec is compiled without and with CUDA graphs, and without and with the fused MLP. Each variant trains twice: from the
+first step to the last with two saves; and from the checkpoint in the middle to the last step, as after a kill. The losses of
+the second run (exact, not as the log rounds them) and the bytes of its last checkpoint must be those of the first.
 
 A spec with [save] and these options is refused (ftgen/plan/rules.py), until this program has shown that they resume exactly.
 So the table [save] is written into the compiled plan here. Several runs start at once, but only one trains at a time.
@@ -30,7 +30,13 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RECORDER = HERE.parent / "tests" / "runtime" / "recorder.py"
-GRAPHS = {"no graphs": "false", "graphs": "true"}
+# The fused MLP keeps its FP8 scales outside of the model's modules, so a checkpoint does not have them.
+VARIANTS = {
+    "plain": {"cuda_graphs": "false", "fused_swiglu": "false"},
+    "fused_swiglu": {"cuda_graphs": "false", "fused_swiglu": "true"},
+    "graphs": {"cuda_graphs": "true", "fused_swiglu": "false"},
+    "default": {"cuda_graphs": "true", "fused_swiglu": "true"},
+}
 SAVED = re.compile(r"ftgen: saved step (\d+) in ([\d.]+) s: \S+, (\S+) GiB")
 STEP_TIME = re.compile(r"global_step: (\d+) .*train_step_timing in s: ([\d.e+-]+)")
 
@@ -39,7 +45,7 @@ def main() -> int:
     """Compile, convert, train each variant twice, compare; 1 if one differs or fails."""
     options = _options()
     options.stage.mkdir(parents=True, exist_ok=True)
-    variants = [_variant(spec, name, graphs, options) for spec in options.specs for name, graphs in GRAPHS.items()]
+    variants = [_variant(spec, name, options) for spec in options.specs for name in options.variants.split(",")]
     for entrypoint in {variant["spec"]: variant["entrypoint"] for variant in variants}.values():
         subprocess.run([_python(), entrypoint, "convert"], env=_environment(options), check=True)
     with ThreadPoolExecutor(options.at_once) as pool:
@@ -53,6 +59,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("specs", nargs="+", type=Path)
     parser.add_argument("--gpu", required=True, help="the GPU's name in the catalogue")
     parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="names, with commas between them")
     parser.add_argument("--at-once", type=int, default=2, help="runs that share the GPU's memory")
     parser.add_argument("--set", action="append", default=[], help="a change to all specs, as of ftgen compile")
     parser.add_argument("--stage", type=Path, default=Path("resume-stage"), help="STAGE_PATH of the runs")
@@ -72,12 +79,12 @@ def _environment(options: argparse.Namespace) -> dict[str, str]:
     return os.environ | {"STAGE_PATH": str(options.stage), "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
 
 
-def _variant(spec: Path, name: str, graphs: str, options: argparse.Namespace) -> dict[str, Any]:
+def _variant(spec: Path, name: str, options: argparse.Namespace) -> dict[str, Any]:
     """A variant's entrypoint, with [save] in its plan."""
-    folder = options.stage / "code" / f"{spec.stem}-{name.replace(' ', '-')}"
+    folder = options.stage / "code" / f"{spec.stem}-{name}"
     changes = [f"gpu={options.gpu}", f"max_steps={options.steps}", "window.last_steps=4", *options.set]
     if options.gpu != "cpu":
-        changes.append(f"optimizations.cuda_graphs={graphs}")
+        changes += [f"optimizations.{key}={value}" for key, value in VARIANTS[name].items()]
     words = [word for change in changes for word in ("--set", change)]
     command = [sys.executable, "-m", "ftgen", "compile", spec, *words, "--out", folder / "scripts"]
     subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
@@ -91,7 +98,7 @@ def _variant(spec: Path, name: str, graphs: str, options: argparse.Namespace) ->
 
 def _measure(variant: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Both runs of a variant, compared."""
-    name = f"{variant['spec']}-{variant['variant'].replace(' ', '-')}"
+    name = f"{variant['spec']}-{variant['variant']}"
     whole, resumed = options.stage / "runs" / f"{name}-whole", options.stage / "runs" / f"{name}-resumed"
     begin = time.monotonic()
     found: dict[str, Any] = {"spec": variant["spec"], "variant": variant["variant"], "gpu": options.gpu}

@@ -31,6 +31,7 @@ _COMPUTED = {
     "gpu.peak_flops": "catalogue: dense peak in the precision of the run, FLOP/s",
     "lora": 'none for scheme = "sft"',
     "profile": "none",
+    "slurm.end_before_limit_s": "120 s, with [save] also a save at 1 GB/s; at most a quarter of walltime",
     "save": "none",
     "save.checkpoint_bytes": "estimated: bytes of a trained weight with its optimizer state x trained weights",
     "validation": "none",
