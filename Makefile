@@ -8,9 +8,11 @@ bin := $(VENV)/bin
 installed := $(VENV)/.installed
 # Two workers: pytest-xdist keeps the tests of a group on one of them, see tests/conftest.py.
 pytest := $(bin)/pytest -n 2 --dist loadgroup
+# Other versions of NeMo and Megatron-Core, each in an environment on top of $(VENV): tests/runtime/test_versions.py
+sets := $(patsubst tests/runtime/sets/%.txt,.venv-sets/%/.installed,$(wildcard tests/runtime/sets/*.txt))
 light := not runtime and not slurm and not tex and not browser and not slow
 
-.PHONY: run test quick check coverage docs pytest install compile clean
+.PHONY: run test quick check coverage docs pytest install sets compile clean
 .DEFAULT_GOAL := help
 help:
 	@sed -n 's/^# //p' Makefile
@@ -33,6 +35,7 @@ check: $(installed)
 	@found=$$($(bin)/lint-imports 2>&1) || { echo "$$found"; exit 1; }
 	@$(bin)/ftgen compile $(filter-out specs/quickstart.toml,$(wildcard specs/*.toml)) --check
 	@$(bin)/shellcheck generated/*.sh
+	@$(bin)/hadolint docs/how-to/Containerfile
 	@RUST_LOG=error $(bin)/taplo lint specs/*.toml specs/sites/*.toml
 
 coverage: $(installed)
@@ -41,8 +44,16 @@ coverage: $(installed)
 quick: $(installed)
 	$(pytest) -q -m "$(light)"
 
-pytest: $(installed)
+pytest: $(installed) $(sets)
 	$(pytest)
+
+sets: $(sets)
+.venv-sets/%/.installed: tests/runtime/sets/%.txt $(installed)
+	rm -rf $(@D)
+	$(bin)/python -m venv --without-pip $(@D)
+	$(bin)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$$(echo $(@D)/lib/python3*/site-packages)/under.pth"
+	$(bin)/python -m pip --python $(@D) install --disable-pip-version-check --progress-bar off --quiet --no-deps -r $<
+	touch $@
 
 docs: $(installed)
 	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs --quiet build --strict
@@ -59,4 +70,4 @@ $(installed): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) site logs HF_ckpt data generated/quickstart.*
+	rm -rf $(VENV) .venv-sets site logs HF_ckpt data generated/quickstart.*

@@ -5,12 +5,14 @@ In: the plan below and one command. Out: an exit code.
 
 Written by ftgen 0.1.0 from lora_bf16_16.toml. The job's script runs it. To run it by hand:
 
-    STAGE_PATH=/shared/folder python3 lora_bf16_16.py check|packages|converted|convert|verify|finetune
+    STAGE_PATH=/shared/folder python3 lora_bf16_16.py COMMAND
 
     check      print an error for each thing that is missing
     packages   check only the packages of this Python
+    missing    print what a job would have to download; exit code 0 if nothing is missing, 1 if something is
+    download   download the weights and the data, where there is a network; needs only huggingface_hub
     converted  exit code 0 if the converted checkpoint exists, 1 if not
-    convert    download the weights and convert them to NeMo's format, unless that is done
+    convert    download the weights and the data, and convert the weights to NeMo's format, unless that is done
     verify     read every byte of the converted checkpoint; if a byte has changed, rename the checkpoint
     finetune   train; start one process per GPU, with RANK, LOCAL_RANK and WORLD_SIZE (or Slurm's own variables)
 """
@@ -150,7 +152,7 @@ PLAN = json.loads(r"""
     "gpu_type": null,
     "gres": [],
     "segment": null,
-    "mpi": "pmix",
+    "mpi": "none",
     "exclusive": true,
     "cpus_per_gpu": null,
     "mem": "0",
@@ -200,8 +202,10 @@ def set_environment() -> None:
     env = os.environ
     stage = env.setdefault("STAGE_PATH", str(Path.cwd()))
     env.setdefault("FTGEN_RUN_DIR", str(Path(stage, "logs", "by_hand", PLAN["experiment"])))
-    hugging_face = Path(env.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    env.setdefault("HF_TOKEN_PATH", str(hugging_face / "token"))
+    user_home = env.get("HF_HOME") or f"{env.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    user_cache = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or f"{user_home}/hub"
+    env.setdefault("HF_TOKEN_PATH", str(Path(user_home, "token").expanduser()))
+    env.setdefault("FTGEN_HUB_CACHE", user_cache)
     env["NEMO_HOME"] = env["HF_HOME"] = str(Path(stage, "HF_ckpt"))
     env["NEMORUN_HOME"] = str(Path(stage, "logs"))
     for name in ("MASTER_ADDR", "MASTER_PORT"):
@@ -210,25 +214,20 @@ def set_environment() -> None:
     variables.set_variables(PLAN["environment"])
 
 
-def set_ranks() -> None:
-    """Copy Slurm's ranks to the variables that PyTorch reads. They override what a shell or an image has set."""
-    names = {"RANK": "PROCID", "LOCAL_RANK": "LOCALID", "NODE_RANK": "NODEID", "WORLD_SIZE": "STEP_NUM_TASKS"}
-    if all(f"SLURM_{slurm}" in os.environ for slurm in names.values()):
-        os.environ.update({name: os.environ[f"SLURM_{slurm}"] for name, slurm in names.items()})
-        os.environ["LOCAL_WORLD_SIZE"] = str(PLAN["gpus_per_node"])
-    tasks = int(os.environ.get("WORLD_SIZE", "1"))
-    os.environ.setdefault("LOCAL_WORLD_SIZE", str(min(tasks, PLAN["gpus_per_node"])))
-
-
 def finetune() -> int:
     """Train. With several ranks, each line of an error starts with its rank and host, because many can fail at once."""
+    from runtime import download
     from runtime.engines.nemo import train
-    from runtime.job import caches, prefix
+    from runtime.hub import find
+    from runtime.job import caches, prefix, ranks
     from runtime.job.errors import JobError
 
     try:
+        ranks.be_a_rank(PLAN)
         prefix.enter(PLAN)
         caches.set_places()
+        if not download.missing(PLAN):
+            find.go_offline()  # on a node without a network, no library must wait for one
         return train.train(PLAN)
     except Exception as error:
         if os.environ.get("WORLD_SIZE", "1") == "1":
@@ -241,15 +240,23 @@ def finetune() -> int:
 
 def main(command: str) -> int:
     """Run one command; returns its exit code."""
+    if sys.version_info < (3, 10):
+        what = f"{sys.executable} is Python {sys.version.split()[0]}, but 3.10 or newer is needed"
+        sys.exit(f"ftgen: error: {what}\n  hint: export FTGEN_PYTHON=<a newer interpreter>")
     find_runtime()
     set_environment()
-    find_sources()
+    if command not in {"missing", "download"}:
+        find_sources()
+    from runtime.job import ranks, sharing, watchdog
     from runtime.job.errors import JobError
 
+    sharing.share_new_files(Path(os.environ["STAGE_PATH"]))
+    watchdog.begin(command)
     try:
         if command == "finetune":
-            set_ranks()
             return finetune()
+        # every other command is one process, also in a job or a session of several tasks
+        ranks.be_alone()
         if command == "check":
             from runtime import check
 
@@ -258,12 +265,20 @@ def main(command: str) -> int:
             from runtime import check
 
             return check.packages(PLAN)
+        if command in {"missing", "download"}:
+            from runtime import download
+
+            return download.download(PLAN) if command == "download" else download.tell_missing(PLAN)
         if command in {"converted", "convert", "verify"}:
+            from runtime.data import prepare
             from runtime.engines.nemo import convert
 
             if command == "converted":
                 return 0 if convert.converted(PLAN) else 1
-            return convert.convert(PLAN) if command == "convert" else convert.verify(PLAN)
+            if command == "verify":
+                return convert.verify(PLAN)
+            prepare.download(PLAN)
+            return convert.convert(PLAN)
     except JobError as error:
         print(f"ftgen: error: {error}", file=sys.stderr, flush=True)
         return 1

@@ -5,10 +5,12 @@
 #
 #   sbatch lora_fp8_32.sh           on a Slurm cluster; if you name several scripts, they run one after the other
 #   bash lora_fp8_32.sh             on this machine
+#   bash lora_fp8_32.sh --download  only download weights and data, where there is a network: needs Python 3.10 and huggingface_hub
 #   bash lora_fp8_32.sh --unpack F  only write the entrypoint and the runtime files into folder F
 #
 # Reads: STAGE_PATH (folder of checkpoint, data and logs; default: the folder where you submit),
-# HF_TOKEN (or the token file of huggingface_hub) if the model is gated, FTGEN_PYTHON (replaces the plan's interpreter).
+# HF_TOKEN (or the token file of huggingface_hub) if the model is gated, FTGEN_PYTHON (replaces the plan's interpreter),
+# FTGEN_QUIET_S (seconds without output after which the log says where the job waits; default: 600).
 #
 #SBATCH --job-name=ftgen_llama3_8b
 #SBATCH --dependency=singleton
@@ -29,7 +31,7 @@ readonly name=lora_fp8_32
 readonly experiment=lora_nemo_llama3_8b_fp8_32
 readonly nodes=4 tasks_per_node=8 tasks=32
 # Variables that this script sets. A job that it submits must not inherit them.
-readonly ours=(STAGE_PATH FTGEN_RUN_DIR FTGEN_ENVIRONMENT MASTER_ADDR MASTER_PORT FTGEN_MASTER_ADDR FTGEN_MASTER_PORT PYTHONUNBUFFERED NCCL_NVLS_ENABLE NVTE_ASYNC_AMAX_REDUCTION NVTE_DP_AMAX_REDUCE_INTERVAL NVTE_FLASH_ATTN NVTE_FUSED_ATTN TOKENIZERS_PARALLELISM TORCH_NCCL_AVOID_RECORD_STREAMS)
+readonly ours=(STAGE_PATH FTGEN_RUN_DIR FTGEN_ENVIRONMENT HF_TOKEN_PATH FTGEN_HUB_CACHE MASTER_ADDR MASTER_PORT FTGEN_MASTER_ADDR FTGEN_MASTER_PORT PYTHONUNBUFFERED NCCL_NVLS_ENABLE NVTE_ASYNC_AMAX_REDUCTION NVTE_DP_AMAX_REDUCE_INTERVAL NVTE_FLASH_ATTN NVTE_FUSED_ATTN TOKENIZERS_PARALLELISM TORCH_NCCL_AVOID_RECORD_STREAMS)
 
 main() {
     local mode=finetune
@@ -38,6 +40,10 @@ main() {
         --unpack)
             unpack "${2:?--unpack needs a folder}"
             return
+            ;;
+        --download)
+            shift
+            download "$@" # exits
             ;;
         --convert)
             mode=convert
@@ -51,6 +57,7 @@ main() {
     rest=("$@")
     is_batch_job || run_all
     exec 3>&1
+    start_clean
     inherited=$(for variable in "${ours[@]}"; do [[ -z ${!variable+set} ]] || declare -p "$variable"; done)
     trap 'finish $?' EXIT
     trap 'stop 124 "the time limit is near: the run stops now and removes its unfinished files"' USR1
@@ -58,6 +65,7 @@ main() {
     trap 'stop 130 "interrupted"' INT
     find_places
     open_log $mode
+    find_hub
     load_environment $mode
     find_python
     # from here on, a step that fails ends the job with its exit code
@@ -80,229 +88,76 @@ tell() {
     say "$*"
     say "$*" >&3
 }
+# finish prints an error to Slurm's own output file too.
 die() {
     printf 'ftgen: error: %s\n  hint: %s\n' "$1" "$2" >&2
     exit 1
 }
 is_batch_job() { [[ -n ${SLURM_JOB_ID:-} && ${SLURM_TASK_PID:-} == "$$" ]]; }
 
-# `bash a.sh b.sh c.sh` runs the scripts one after the other. The exit code is that of the last script that failed.
-run_all() {
-    local script status=0
-    if ((${#rest[@]} == 0)); then return; fi
-    for script in "$0" "${rest[@]}"; do bash "$script" || status=$?; done
-    exit "$status"
-}
-
-# submit_the_rest AFTER [ALL]: in `sbatch a.sh b.sh c.sh`, b.sh and c.sh are arguments of a.sh. This function submits them:
-# b.sh runs after job AFTER, c.sh after b.sh, whether these fail or not. A job waits only for jobs with smaller numbers, so no
-# job can wait for itself. ALL are the numbers of the earlier jobs.
-submit_the_rest() {
-    local after=$1 all=${2:-$1} script job number=1 total=$((${#rest[@]} + 1))
-    # in a trap, `return` without a number would return the exit code of the job
-    if ((total == 1)) || [[ -n ${rest_is_submitted:-} ]]; then return 0; fi
-    rest_is_submitted=yes
-    for script in "${rest[@]}"; do
-        ((number += 1))
-        job=$(sed -n "s/^ftgen: $number of $total: job \([0-9]*\) runs .*/\1/p" "/proc/$$/fd/3" 2>/dev/null | tail -n 1) || true
-        if [[ -z $job ]]; then # otherwise it was submitted before this job was requeued
-            if ! job=$(submit "$script" "--dependency=singleton,afterany:$after" "$script"); then
-                tell "$number of $total: $script could not be submitted"
-                continue
-            fi
-            tell "$number of $total: job $job runs $script after job $after"
-        fi
-        after=$job
-        all+=" $job"
+# drop_inherited: drops what the job inherits from the session in which `sbatch` was typed: salloc, srun --pty, Jupyter in a
+# job. srun takes such variables for its options, and a framework takes them for its number of tasks. The rule: this script
+# tells srun every option on its command line, so of SLURM_ only facts are kept, which Slurm sets anew for every job. Sets
+# `dropped` to the names that are worth a word.
+drop_inherited() {
+    local variable
+    for variable in $(compgen -e); do
+        case $variable in
+            # how to reach Slurm, and what its plugins set
+            SLURM_CONF | SLURM_CONF_SERVER | SLURM_JWT | SLURM_CLUSTER_NAME | SLURM_WORKING_CLUSTER | SLURM_SPANK_*) ;;
+            # facts of the job
+            SLURM_JOB_* | SLURM_JOBID | SLURM_NNODES | SLURM_NODELIST | SLURM_NODE_ALIASES | SLURM_TOPOLOGY_*) ;;
+            SLURM_RESTART_COUNT | SLURM_SUBMIT_* | SLURM_TASK_PID | SLURM_PRIO_PROCESS) ;;
+            # Slurm sets these for any job: nothing to report
+            SLURM_CPUS_ON_NODE | SLURM_CPUS_PER_TASK | SLURM_GET_USER_ENV | SLURM_GPUS_ON_NODE | SLURM_GPUS_PER_NODE | \
+                SLURM_GTIDS | SLURM_LOCALID | SLURM_MEM_PER_CPU | SLURM_MEM_PER_NODE | SLURM_NODEID | SLURM_NPROCS | \
+                SLURM_NTASKS | SLURM_NTASKS_PER_NODE | SLURM_OOM_KILL_STEP | SLURM_OPEN_MODE | SLURM_PROCID | SLURM_SCRIPT_CONTEXT | \
+                SLURM_TASKS_PER_NODE)
+                unset "$variable"
+                ;;
+            SLURM_* | SRUN_* | SLURMD_DEBUG | PMI_* | PMIX_* | OMPI_* | TORCHELASTIC_* | RANK | LOCAL_RANK | NODE_RANK | \
+                GROUP_RANK | WORLD_SIZE | LOCAL_WORLD_SIZE)
+                unset "$variable"
+                dropped+=("$variable")
+                ;;
+        esac
     done
-    tell "to cancel all of them: scancel $all"
 }
+dropped=()
 
-# submit LIKE WORDS...: runs `sbatch WORDS...` and prints the number of the new job. If the user overrode an option of this
-# job's header, and the header of script LIKE has the same value as this header, the new job gets the same override.
-submit() (
-    like=$1 options=()
-    shift
-    cd "$SLURM_SUBMIT_DIR" || return
-    record=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null) || record=
-    for field in Account Partition QOS Reservation TimeLimit; do
-        option=${field,,} option=${option%limit} got=
-        if [[ $record =~ [[:space:]]$field=([^[:space:]]+) ]]; then got=${BASH_REMATCH[1]}; fi
-        mine=$(header "$0" "$option")
-        if [[ -n $got && $got != "(null)" && $got != "$mine" && $mine == "$(header "$like" "$option")" ]]; then
-            options+=("--$option=$got")
-        fi
-    done
-    # restore the environment of the user; SLURM_ variables of this job would change the new job
-    unset "${ours[@]}"
-    eval "$inherited"
-    for variable in $(compgen -e SLURM_); do
-        if [[ $variable != SLURM_CONF ]]; then unset "$variable"; fi
-    done
-    job=$(sbatch --parsable "${options[@]}" "$@") || return
-    printf %s "${job%%;*}"
-)
-
-# header FILE OPTION: the value of the option in the #SBATCH lines of a script.
-header() { sed -n -e '/^set /q' -e "s/^#SBATCH --$2=//p" "$1" 2>/dev/null; }
-
-# The converted checkpoint does not exist: submit a small job that converts it, and a copy of this job that runs after it.
-hand_over() {
-    local job copy script=$code/convert.sh
-    sed -E '1,/^set /{/^#SBATCH --(dependency|exclusive|gres|gpus-per-node|ntasks-per-node|segment|mem(-per-[cg]pu)?)(=|$)/d}' "$0" >"$script"
-    if ! job=$(submit "$0" --job-name=ftgen_llama3_8b_convert --dependency=singleton --nodes=1 --ntasks=1 --time=02:00:00 --mem=0 "$script" --convert); then
-        say "cannot submit a job for the conversion: this job converts the checkpoint itself"
-        return 1
-    fi
-    if ! copy=$(submit "$0" "--dependency=singleton,afterany:$job" "$0" --after "$job"); then
-        scancel "$job" || true
-        say "cannot submit a job that runs after the conversion: this job converts the checkpoint itself"
-        return 1
-    fi
-    tell "the converted checkpoint does not exist: job $job converts it on one node, and job $copy runs this script after it"
-    # this job was not a run: rename its log, so that nobody takes it for the log of a run
-    mv "$log" "${log/"/log-"/"/submit-"}"
-    submit_the_rest "$copy" "$job $copy"
+start_clean() {
+    exported=${SLURM_EXPORT_ENV:-ALL}
+    if [[ -z ${SLURM_JOB_ID:-} ]]; then return 0; fi
+    # a step of a session that runs this script itself has the session's CPUs and GPUs: our steps must share them
+    if [[ -n ${SLURM_STEP_ID:-} ]] && ! is_batch_job; then share_flags=(--overlap); fi
+    drop_inherited
+    # this job asks for no GPU, it has its nodes with all GPUs: a list of GPUs is that of the session
+    if is_batch_job; then unset CUDA_VISIBLE_DEVICES GPU_DEVICE_ORDINAL ROCR_VISIBLE_DEVICES ZE_AFFINITY_MASK; fi
+    if is_batch_job; then ask_slurm_of_this_job; fi
 }
+share_flags=()
 
-# Sets STAGE_PATH and, below it, the recipe's layout: logs/experiments/<experiment>/<experiment>_<id>/<experiment>/log-….out
-find_places() {
-    local id=${SLURM_JOB_ID:-} runs
-    export STAGE_PATH=${STAGE_PATH:-${SLURM_SUBMIT_DIR:-$PWD}}
-    if [[ ! -d $STAGE_PATH ]]; then
-        die "STAGE_PATH is not a folder: $STAGE_PATH" "create it with mkdir -p, or export STAGE_PATH=<a folder that all nodes share>"
-    fi
-    if [[ ! -w $STAGE_PATH ]]; then
-        die "STAGE_PATH: you cannot write to $STAGE_PATH" "export STAGE_PATH=<a folder of yours that all nodes share>"
-    fi
-    STAGE_PATH=$(cd "$STAGE_PATH" && pwd)
-    runs=$STAGE_PATH/logs/experiments/$experiment
-    mkdir -p "$runs"
-    if [[ -z $id ]]; then
-        id=$(date +%s)
-        until mkdir "$runs/${experiment}_$id" 2>/dev/null; do
-            [[ -d $runs/${experiment}_$id ]] || die "cannot write to $runs" "check that the disk is not full and that the folder is yours"
-            ((id += 1))
-        done
-    fi
-    run_id=$id
-    export FTGEN_RUN_DIR=$runs/${experiment}_$id/$experiment
-    code=$FTGEN_RUN_DIR/code
-    unpack "$code"
-}
-
-# Sends all further output to the log, whose first line is the plan. On a terminal, the output is also shown.
-open_log() {
-    local plan kind=log account=${SLURM_JOB_ACCOUNT:-local}
-    if [[ $1 == convert ]]; then kind=convert; fi
-    account=${account//[^A-Za-z0-9_-]/}
-    log=$FTGEN_RUN_DIR/$kind-${account:-none}.${experiment}_${run_id}_${SLURM_RESTART_COUNT:-0}.out
-    plan=$(sed -n '/^PLAN = /,/^""")$/{//!p;}' "$code/$name.py" | sed 's/^ *//' | tr -d '\n')
-    printf '%s\n' "$plan" >"$FTGEN_RUN_DIR/plan.json"
-    printf 'ftgen plan: %s\n' "$plan" >>"$log"
-    say "log: $log"
-    if [[ -n ${SLURM_JOB_ID:-} ]]; then
-        exec >>"$log" 2>&1
-    else
-        exec > >(exec tee -i -a "$log") 2>&1
-        tee=$!
+# Slurm sets some facts only where there is something to say. Otherwise they are those of the session.
+ask_slurm_of_this_job() {
+    local record
+    record=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null) || return 0
+    unset SLURM_RESTART_COUNT SLURM_JOB_ACCOUNT
+    if [[ $record =~ [[:space:]]Restarts=([1-9][0-9]*) ]]; then export SLURM_RESTART_COUNT=${BASH_REMATCH[1]}; fi
+    if [[ $record =~ [[:space:]]Account=([^[:space:]]+) && ${BASH_REMATCH[1]} != "(null)" ]]; then
+        export SLURM_JOB_ACCOUNT=${BASH_REMATCH[1]}
     fi
 }
 
-finish() {
-    # a background child that is killed right after its fork may still have this trap
-    if [[ $BASHPID != "$$" ]]; then return 0; fi
-    trap '' USR1 TERM INT
-    # a job that failed early still submits the rest; a job that was stopped does not
-    if [[ -z ${stopping:-} ]] && is_batch_job; then submit_the_rest "$SLURM_JOB_ID"; fi
-    if [[ -n ${ender:-} ]]; then kill "$ender" 2>/dev/null || true; fi
-    say "exit status $1"
-    if [[ -n ${tee:-} ]]; then
-        exec >/dev/null 2>&1 3>&1
-        wait "$tee" || true
-    fi
-}
-
-# stop CODE REASON: handles a signal. The running command is asked to end, and the job ends with exit code CODE.
-stop() {
-    if [[ -n ${stopping:-} ]]; then return 0; fi
-    stopping=$1
-    printf 'ftgen: error: %s\n' "$2" >&2
-    if ((${#children[@]} == 0)); then exit "$1"; fi
-}
-children=()
-
-end_children() {
-    # when Slurm ends a job, it signals every process itself; do not signal them again at once
-    if [[ -n ${SLURM_JOB_ID:-} ]] && ((stopping == 143)); then sleep 2; fi
-    if [[ -n ${step:-} ]]; then
-        scancel --signal=TERM "$SLURM_JOB_ID.$step" || true # signals the tasks; srun would kill them at once
-    else
-        kill "${children[@]}" || true
-    fi
-    sleep 20
-    kill -KILL "${children[@]}"
-}
-
-# await COMMAND...: runs the command and returns its exit code. Signals are handled at once, not after the command.
-await() {
-    local status
-    "$@" &
-    children=($!)
-    status=0
-    wait_for "${children[0]}" || status=$?
-    children=()
-    if [[ -n ${stopping:-} ]]; then exit "$stopping"; fi
-    return "$status"
-}
-
-# wait_for PID: a trapped signal ends bash's `wait` while the child still runs. If the same signal ended the child, bash can
-# miss its end and wait for ever. So once the job has to stop, this function polls with `kill -0`.
-wait_for() {
-    local status=0
-    wait "$1" || status=$?
-    if [[ -z ${stopping:-} ]]; then return "$status"; fi
-    if [[ -z ${ender:-} ]]; then
-        end_children >/dev/null 2>&1 3>&1 &
-        ender=$!
-    fi
-    while kill -0 "$1" 2>/dev/null; do sleep 0.1 || true; done
-    return "$stopping"
-}
-
-
-load_environment() {
-    export NCCL_NVLS_ENABLE=0
-    export NVTE_ASYNC_AMAX_REDUCTION=1
-    export NVTE_DP_AMAX_REDUCE_INTERVAL=0
-    export NVTE_FLASH_ATTN=1
-    export NVTE_FUSED_ATTN=1
-    export TOKENIZERS_PARALLELISM=False
-    export TORCH_NCCL_AVOID_RECORD_STREAMS=1
-    export FTGEN_ENVIRONMENT=set # the entrypoint must not expand them again
-    export PYTHONUNBUFFERED=1
-    MASTER_ADDR=127.0.0.1
-    MASTER_PORT=$((20000 + RANDOM % 10000))
-    if [[ -n ${SLURM_JOB_ID:-} ]]; then
-        if [[ $1 == finetune ]] && ((SLURM_JOB_NUM_NODES != nodes)); then
-            die "the job has $SLURM_JOB_NUM_NODES nodes, the plan needs $nodes" "drop --nodes, or change gpus in the spec"
-        fi
-        if [[ $1 == finetune ]]; then warn_of_variables; fi
-        read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-        MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
-    elif ((nodes > 1)); then
-        die "this run needs $nodes nodes of $tasks_per_node GPUs" "submit it: sbatch $name.sh"
-    fi
-    # a batch script runs on the first node, where another program may use the port
-    while (: <"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do ((MASTER_PORT += 1)); done
-    export MASTER_ADDR MASTER_PORT
-    # an image may have its own: the entrypoint takes these
-    export FTGEN_MASTER_ADDR=$MASTER_ADDR FTGEN_MASTER_PORT=$MASTER_PORT
-}
-
-# SBATCH_ variables of the shell that submits override this script's header.
+# Says which variables of the shell that submitted have no effect, and which have one that nobody may have meant.
 warn_of_variables() {
     local variable value
+    if ((${#dropped[@]})); then
+        say "not used, because they are those of the session that submitted this job: ${dropped[*]}"
+    fi
+    if [[ ,$exported, != *,ALL,* ]]; then
+        tell "warning: submitted with --export=$exported (or SBATCH_EXPORT): other variables of the shell, such as FTGEN_PYTHON and HF_TOKEN, did not reach this job"
+    fi
+    # SBATCH_ variables of the shell that submits override this script's header
     while read -r variable value; do
         if [[ -n ${!variable+set} && ${!variable} != "$value" ]]; then
             tell "warning: $variable=${!variable} from the shell that submitted the job overrides this script (${value:-nothing})"
@@ -332,6 +187,538 @@ SBATCH_TIMELIMIT 00:30:00
 END_OF_FTGEN_FILE
 }
 
+# `bash a.sh b.sh c.sh` runs the scripts one after the other. The exit code is that of the last script that failed.
+run_all() {
+    local script status=0
+    if ((${#rest[@]} == 0)); then return; fi
+    for script in "$0" "${rest[@]}"; do bash "$script" || status=$?; done
+    exit "$status"
+}
+
+# submit_the_rest AFTER [ALL]: in `sbatch a.sh b.sh c.sh`, b.sh and c.sh are arguments of a.sh. This function submits them:
+# b.sh runs after job AFTER, c.sh after b.sh, whether these fail or not. A job waits only for jobs with smaller numbers, so no
+# job can wait for itself. ALL are the numbers of the earlier jobs.
+submit_the_rest() {
+    local after=$1 all=${2:-$1} script job number=1 total=$((${#rest[@]} + 1))
+    # in a trap, `return` without a number would return the exit code of the job
+    if ((total == 1)) || [[ -n ${rest_is_submitted:-} ]]; then return 0; fi
+    rest_is_submitted=yes
+    for script in "${rest[@]}"; do
+        ((number += 1))
+        job=$(sed -n "s/^ftgen: $number of $total: job \([0-9]*\) runs .*/\1/p" "/proc/$$/fd/3" 2>/dev/null | tail -n 1) || true
+        if [[ -z $job ]]; then # otherwise it was submitted before this job was requeued
+            if ! job=$(submit "$script" run "--dependency=singleton,afterany:$after" "$script"); then
+                tell "$number of $total: $script could not be submitted"
+                continue
+            fi
+            tell "$number of $total: job $job runs $script after job $after"
+        fi
+        after=$job
+        all+=" $job"
+    done
+    tell "to cancel all of them: scancel $all"
+}
+
+# submit SCRIPT KIND WORDS...: runs `sbatch WORDS...` and prints the number of the new job. It gets the options that the user
+# gave for this job: see find_options. They override those in `defaults`.
+submit() (
+    cd "$SLURM_SUBMIT_DIR" || return
+    find_options "$1" "$2"
+    shift 2
+    # restore the environment of the user; SLURM_ variables of this job would change the new job
+    unset "${ours[@]}"
+    eval "$inherited"
+    for variable in $(compgen -e SLURM_); do
+        if [[ $variable != SLURM_CONF ]]; then unset "$variable"; fi
+    done
+    job=$(sbatch --parsable "${defaults[@]}" "${options[@]}" "$@") || return
+    printf %s "${job%%;*}"
+)
+defaults=()
+
+# The converted checkpoint does not exist: submit a small job that converts it, and a copy of this job that runs after it.
+hand_over() {
+    local job copy script=$code/convert.sh defaults=("--job-name=${SLURM_JOB_NAME}_convert" --dependency=singleton --nodes=1 --ntasks=1 --time=02:00:00 --mem=0)
+    # without what asks for the nodes and GPUs of the run
+    sed -E '1,/^set /{/^#SBATCH --(dependency|exclusive|gres|gpus-per-node|ntasks-per-node|segment|mem(-per-[cg]pu)?|contiguous|spread-job|switches|nodelist=.*[,[].*)(=|$)/d}' "$0" >"$script"
+    if ! job=$(submit "$0" convert "$script" --convert); then
+        say "cannot submit a job for the conversion: this job converts the checkpoint itself"
+        return 1
+    fi
+    defaults=()
+    if ! copy=$(submit "$0" run "--dependency=singleton,afterany:$job" "$0" --after "$job"); then
+        scancel "$job" || true
+        say "cannot submit a job that runs after the conversion: this job converts the checkpoint itself"
+        return 1
+    fi
+    tell "the converted checkpoint does not exist: job $job converts it on one node, and job $copy runs this script after it"
+    # this job was not a run: rename its log, so that nobody takes it for the log of a run
+    mv "$log" "${log/"/log-"/"/submit-"}"
+    submit_the_rest "$copy" "$job $copy"
+}
+
+# What the user said on sbatch's command line holds for every job that this script submits. Slurm does not keep the command
+# line. So its words are found in the record of this job: a field that differs from the header of this script was said.
+
+# Each line: a field of `scontrol show job`; the option of sbatch; the field without the option; the scripts that get the word
+# too: all, those whose header is the same there, or none; whether the conversion job gets it (one: if it names one node); and
+# "default" where Slurm fills in a field that nobody mentioned.
+readonly options_of_fields='
+Account        account          (null)  all   yes  default
+Partition      partition        -       all   yes  default
+QOS            qos              (null)  all   yes  default
+Reservation    reservation      (null)  all   yes  -
+Features       constraint       (null)  all   yes  -
+ExcNodeList    exclude          -       all   yes  -
+ReqNodeList    nodelist         -       same  one  -
+Licenses       licenses         (null)  all   yes  -
+Nice           nice             0       all   yes  -
+WCKey          wckey            (null)  all   yes  default
+MailUser       mail-user        (null)  all   yes  default
+MailType       mail-type        NONE    all   yes  -
+Comment        comment          (null)  all   yes  -
+JobName        job-name         -       all   own  -
+TimeLimit      time             -       all   no   -
+TimeMin        time-min         N/A     all   no   -
+Deadline       deadline         N/A     all   yes  -
+Requeue        requeue          -       all   yes  default
+OverSubscribe  exclusive        OK      all   no   default
+MinMemoryNode  mem              -       same  yes  default
+MinMemoryCPU   mem-per-cpu      -       same  yes  default
+MemPerTres     mem-per-gpu      -       same  no   -
+CPUs/Task      cpus-per-task    1       all   yes  -
+CpusPerTres    cpus-per-gpu     -       all   no   -
+MinTmpDiskNode tmp              0       all   yes  -
+CoreSpec       core-spec        *       all   yes  -
+ReqB:S:C:T     threads-per-core *       all   yes  -
+Contiguous     contiguous       0       all   no   -
+Switches       switches         -       all   no   -
+Network        network          (null)  all   no   -
+BurstBuffer    bb               (null)  all   yes  -
+TresPerNode    gres             -       same  no   -
+TresPerJob     gpus             -       none  no   -
+TresPerTask    gpus-per-task    -       none  no   -
+TresBind       gpu-bind         -       none  no   -
+WorkDir        chdir            -       all   yes  -
+StdOut         output           -       all   yes  -
+StdErr         error            -       all   yes  -
+'
+
+# find_options SCRIPT KIND: sets `options` to the words that the new job gets too. KIND is "run" or "convert". Prints each word
+# that it does not get, and why.
+find_options() {
+    local record field option unset_value scripts convert default got mine theirs why
+    options=()
+    record=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null) || record=
+    while read -r field option unset_value scripts convert default; do
+        got=$(value_in_record "$field")
+        if [[ -z $got || $got == "$unset_value" ]]; then continue; fi
+        mine=$(value_in_header "$0" "$option")
+        # Slurm chooses one of several partitions
+        if [[ $got == "$mine" || ($option == partition && ,$mine, == *,"$got",*) ]]; then continue; fi
+        theirs=$(value_in_header "$1" "$option")
+        if ! why=$(reason_against "$1" "$2"); then
+            options+=("$(as_option)")
+        elif [[ -n $why && ($default == - || -n $mine) ]]; then
+            tell "$(as_option) of this job does not hold for $(name_of "$1" "$2"): $why" >&2
+        fi
+    done < <(grep . <<<"$options_of_fields")
+}
+
+# Why the new job does not get the word; nothing where there is nothing to say. Exit code 1 if it gets the word. Reads the
+# variables of find_options.
+reason_against() {
+    if [[ $2 == convert ]]; then
+        case $convert in
+            own) return 0 ;;
+            no) printf 'it has one node, one task, at most one GPU, and the time limit convert_walltime' ;;
+            one) [[ $got == *,* ]] && printf 'it has one node' ;;
+            *) return 1 ;;
+        esac
+    elif [[ $scripts == none ]]; then
+        printf 'each script asks for the GPUs of its plan'
+    elif [[ $scripts == same && $mine != "$theirs" ]]; then
+        printf 'its header has %s, that of this job %s' "${theirs:-nothing}" "${mine:-nothing}"
+    elif [[ $option == nodelist && $(header "$0" nodes) != "$(header "$1" nodes)" ]]; then
+        printf 'it has another number of nodes'
+    elif [[ $option == cpus-per-task && $(header "$0" ntasks-per-node) != "$(header "$1" ntasks-per-node)" ]]; then
+        printf 'it has another number of tasks on a node'
+    elif [[ $default == default && -z $mine && -n $theirs && $theirs != "$got" ]]; then
+        printf 'its header has %s' "$theirs"
+    else
+        return 1
+    fi
+}
+
+# The value of a field of the record, in the form of the option's value.
+value_in_record() {
+    local got=
+    case $1 in
+        Comment | WorkDir | StdOut | StdErr) got=$(sed -n "s/^ *$1=\(.*[^ ]\) *$/\1/p" <<<"$record") ;;
+        *) if [[ $record =~ [[:space:]]$1=([^[:space:]]*) ]]; then got=${BASH_REMATCH[1]}; fi ;;
+    esac
+    case $1 in
+        ReqNodeList | ExcNodeList) got=$(node_list "$got") ;;
+        Min*) got=$(megabytes "$got") ;;
+        MemPerTres) got=$(megabytes "${got##*:}") ;;
+        CpusPerTres | ReqB:S:C:T) got=${got##*:} ;;
+        Tres*) got=${got//gres:/} ;;
+        StdOut | StdErr) # %j was expanded
+            got=$(sed -E "s/(^|[^0-9])$SLURM_JOB_ID([^0-9]|$)/\1%j\2/g" <<<"$got")
+            # without --error, both go to the same file
+            if [[ $1 == StdErr && $got == "$(value_in_record StdOut)" ]]; then got=; fi
+            ;;
+    esac
+    printf %s "$got"
+}
+
+# The value of an option in a script's header, in the form in which value_in_record gives it.
+value_in_header() {
+    local value
+    value=$(header "$1" "$2")
+    case $2 in
+        requeue) if has_flag "$1" requeue; then value=1; elif has_flag "$1" no-requeue; then value=0; fi ;;
+        exclusive) if has_flag "$1" exclusive; then value=NO; fi ;;
+        contiguous) if has_flag "$1" contiguous; then value=1; fi ;;
+        tmp) value=$(megabytes "$value") ;;
+        mem*) # these options exclude each other
+            local other
+            value=$(megabytes "$value")
+            for other in mem mem-per-cpu mem-per-gpu; do
+                if [[ -z $value && -n $(header "$1" $other) ]]; then value="--$other=$(header "$1" $other)"; fi
+            done
+            ;;
+        nodelist | exclude) value=$(node_list "$value") ;;
+        threads-per-core) if [[ $(header "$1" hint) == nomultithread ]]; then value=1; fi ;;
+        gres) if [[ -z $value && -n $(header "$1" gpus-per-node) ]]; then value=gpu:$(header "$1" gpus-per-node); fi ;;
+        chdir) value=${value:-$SLURM_SUBMIT_DIR} ;;
+        output)
+            value=${value//%u/$SLURM_JOB_USER} value=${value//%x/$SLURM_JOB_NAME}
+            if [[ $value != /* ]]; then value=$(value_in_record WorkDir)/$value; fi
+            ;;
+    esac
+    printf %s "$value"
+}
+
+name_of() { if [[ $2 == convert ]]; then printf 'the conversion job'; else printf %s "${1##*/}"; fi; }
+as_option() {
+    case $option=$got in
+        requeue=0) printf %s --no-requeue ;;
+        exclusive=YES) printf %s --oversubscribe ;;
+        requeue=* | exclusive=NO | contiguous=*) printf -- '--%s' "$option" ;;
+        exclusive=*) printf -- '--exclusive=%s' "${got,,}" ;;
+        *) printf -- '--%s=%s' "$option" "$got" ;;
+    esac
+}
+
+# header FILE OPTION: the value of the option in the #SBATCH lines of a script.
+header() {
+    # sbatch reads quotes, and a backslash takes the next character as it is
+    sed -n -e '/^set /q' -e "/^#SBATCH --$2=/{s///;s/^\"\(.*\)\"\$/\1/;s/\\\\\(.\)/\1/g;p}" "$1" 2>/dev/null
+}
+has_flag() { sed '/^set /q' "$1" 2>/dev/null | grep -qx -- "#SBATCH --$2"; }
+
+# A list of nodes has many forms: node[1-2], or node1,node2.
+node_list() { if [[ -n $1 && $1 != "(null)" ]]; then scontrol show hostnames "$1" | sort | paste -sd, || true; fi; }
+megabytes() {
+    case $1 in
+        *[0-9]T) printf '%dM' $((${1%T} * 1048576)) ;;
+        *[0-9]G) printf '%dM' $((${1%G} * 1024)) ;;
+        0 | *[!0-9] | "") printf %s "$1" ;;
+        *) printf '%sM' "$1" ;;
+    esac
+}
+
+# Sets STAGE_PATH and, below it, the recipe's layout: logs/experiments/<experiment>/<experiment>_<id>/<experiment>/log-….out
+find_places() {
+    local id=${SLURM_JOB_ID:-} runs
+    # without it, the job would silently work in another folder
+    if [[ -z ${STAGE_PATH:-} && ,$exported, != *,ALL,* ]]; then
+        die "STAGE_PATH did not reach this job: it was submitted with --export=$exported or SBATCH_EXPORT" \
+            "submit with --export=ALL, or set stage_path in the site profile"
+    fi
+    export STAGE_PATH=${STAGE_PATH:-${SLURM_SUBMIT_DIR:-$PWD}}
+    if [[ ! -d $STAGE_PATH ]]; then
+        die "STAGE_PATH is not a folder: $STAGE_PATH" "create it with mkdir -p, or export STAGE_PATH=<a folder that all nodes share>"
+    fi
+    if [[ ! -w $STAGE_PATH ]]; then
+        die "STAGE_PATH: you cannot write to $STAGE_PATH" "export STAGE_PATH=<a folder of yours that all nodes share>"
+    fi
+    STAGE_PATH=$(cd "$STAGE_PATH" && pwd)
+    share_with_the_group
+    if [[ ${1:-} == download ]]; then return; fi
+    runs=$STAGE_PATH/logs/experiments/$experiment
+    mkdir -p "$runs" 2>/dev/null || die_unwritable "$runs"
+    if [[ -z $id ]]; then
+        id=$(date +%s)
+        until mkdir "$runs/${experiment}_$id" 2>/dev/null; do
+            [[ -d $runs/${experiment}_$id ]] || die_unwritable "$runs"
+            ((id += 1))
+        done
+    fi
+    run_id=$id
+    export FTGEN_RUN_DIR=$runs/${experiment}_$id/$experiment
+    code=$FTGEN_RUN_DIR/code
+    unpack "$code" || die_unwritable "$code"
+}
+
+# A STAGE_PATH that its group may write is a group's. Then what the job makes there must be so too, whatever the user's umask:
+# the next job that needs the checkpoint or the folder of logs may be that of another member. Slurm gives the umask to all tasks.
+share_with_the_group() {
+    local mode group
+    read -r mode group < <(stat -Lc '%A %G' "$STAGE_PATH")
+    if [[ $mode != ?????w* ]]; then return 0; fi
+    umask g=rwx
+    if [[ $mode != ??????[sS]* && $group != "$(id -gn)" ]]; then
+        tell "warning: what this job makes in $STAGE_PATH does not get the folder's group $group: run chmod g+s $STAGE_PATH"
+    fi
+}
+
+# die_unwritable PATH: PATH cannot be made, or not be written.
+die_unwritable() {
+    local folder=$1 owner
+    until [[ -d $folder ]]; do folder=$(dirname "$folder"); done
+    if [[ -w $folder ]]; then
+        die "cannot write to $folder: the disk is full, or your quota is used up" \
+            "df -h $STAGE_PATH shows the disk. Free some space, or export STAGE_PATH=<a folder on another disk>"
+    fi
+    owner=$(stat -Lc %U "$folder")
+    die "you cannot write to $folder, which belongs to $(stat -Lc '%U:%G (%A)' "$folder")" \
+        "ask $owner to run: find $folder -type d -user $owner -exec chmod g+rwxs {} +. Or export STAGE_PATH=<a folder of yours>"
+}
+
+# Sends all further output to the log, whose first line is the plan. On a terminal, the output is also shown.
+open_log() {
+    local plan kind=log account=${SLURM_JOB_ACCOUNT:-local}
+    if [[ $1 == convert ]]; then kind=convert; fi
+    account=${account//[^A-Za-z0-9_-]/}
+    log=$FTGEN_RUN_DIR/$kind-${account:-none}.${experiment}_${run_id}_${SLURM_RESTART_COUNT:-0}.out
+    plan=$(sed -n '/^PLAN = /,/^""")$/{//!p;}' "$code/$name.py" | sed 's/^ *//' | tr -d '\n')
+    if ! printf '%s\n' "$plan" 2>/dev/null >"$FTGEN_RUN_DIR/plan.json" || ! printf 'ftgen plan: %s\n' "$plan" 2>/dev/null >>"$log"; then
+        die_unwritable "$FTGEN_RUN_DIR"
+    fi
+    say "log: $log"
+    if [[ -n ${SLURM_JOB_ID:-} ]]; then
+        exec >>"$log" 2>&1
+    else
+        exec > >(exec tee -i -a "$log") 2>&1
+        tee=$!
+    fi
+    opened=yes
+}
+
+finish() {
+    # a background child that is killed right after its fork may still have this trap
+    if [[ $BASHPID != "$$" ]]; then return 0; fi
+    trap '' USR1 TERM INT
+    # a job that failed early still submits the rest; a job that was stopped does not
+    if [[ -z ${stopping:-} ]] && is_batch_job; then submit_the_rest "$SLURM_JOB_ID"; fi
+    end_watch
+    if [[ -n ${ender:-} ]]; then kill "$ender" 2>/dev/null || true; fi
+    say "exit status $1" || true # the disk may be full
+    if [[ -n ${SLURM_JOB_ID:-} && -n ${opened:-} ]]; then report "$1" >&3; fi
+    if [[ -n ${tee:-} ]]; then
+        exec >/dev/null 2>&1 3>&1
+        wait "$tee" || true
+    fi
+}
+
+# Slurm's own output file is where a user looks first, and the log may be on a full disk: how the job ended is in both.
+report() {
+    if (($1)); then
+        # the errors, or else what was said last
+        grep -a -A1 'ftgen: error: ' "$log" | tail -n 6 | grep . || tail -n 6 "$log" || true
+        if [[ $(df --output=avail "$STAGE_PATH" | tail -n 1) == *" 0" ]]; then
+            say "the disk of $STAGE_PATH is full: the log may not have all lines"
+        fi
+    fi
+    say "exit status $1"
+}
+
+# stop CODE REASON: handles a signal. The running command is asked to end, and the job ends with exit code CODE.
+stop() {
+    if [[ $BASHPID != "$$" ]]; then exit "$1"; fi
+    if [[ -n ${stopping:-} ]]; then return 0; fi
+    stopping=$1
+    printf 'ftgen: error: %s\n' "$2" >&2
+    if ((${#children[@]} == 0)); then exit "$1"; fi
+}
+children=()
+
+end_children() {
+    # when Slurm ends a job, it signals every process itself; do not signal them again at once
+    if [[ -n ${SLURM_JOB_ID:-} ]] && ((stopping == 143)); then sleep 2; fi
+    if [[ -n ${step:-} ]]; then
+        scancel --signal=TERM "$SLURM_JOB_ID.$step" || true # signals the tasks; srun would kill them at once
+    else
+        kill "${children[@]}" || true
+    fi
+    sleep 20
+    kill -KILL "${children[@]}"
+}
+
+# await COMMAND...: runs the command and returns its exit code. Signals are handled at once, not after the command.
+await() {
+    local status
+    "$@" &
+    children=($!)
+    begin_watch "$doing" "${children[0]}"
+    status=0
+    wait_for "${children[0]}" || status=$?
+    end_watch
+    children=()
+    if [[ -n ${stopping:-} ]]; then exit "$stopping"; fi
+    return "$status"
+}
+
+# wait_for PID: a trapped signal ends bash's `wait` while the child still runs. If the same signal ended the child, bash can
+# miss its end and wait for ever. So once the job has to stop, this function polls with `kill -0`.
+wait_for() {
+    local status=0
+    wait "$1" || status=$?
+    if [[ -z ${stopping:-} ]]; then return "$status"; fi
+    if [[ -z ${ender:-} ]]; then
+        end_children >/dev/null 2>&1 3>&1 &
+        ender=$!
+    fi
+    while kill -0 "$1" 2>/dev/null; do sleep 0.1 || true; done
+    return "$stopping"
+}
+
+# A watch stands beside each step. It prints where the step waits, each time that the log has not grown for FTGEN_QUIET_S
+# seconds. It ends nothing.
+
+# begin_watch COMMAND PID: watches a command of the entrypoint. PID is its process, or the srun of its tasks.
+begin_watch() {
+    watch_step "$@" &
+    watcher=$!
+    disown # `wait -n` must not wait for it
+}
+
+end_watch() {
+    if [[ -n ${watcher:-} ]]; then kill "$watcher" 2>/dev/null || true; fi
+    watcher=
+}
+
+watch_step() {
+    local quiet=${FTGEN_QUIET_S:-600} poll begin=$SECONDS since=$SECONDS next size last nap=
+    poll=$(((quiet + 19) / 20)) next=$quiet
+    trap - EXIT USR1 INT
+    trap 'if [[ -n $nap ]]; then kill "$nap" 2>/dev/null; fi; exit 0' TERM
+    last=$(log_size)
+    while kill -0 "$2" 2>/dev/null; do
+        sleep "$poll" >/dev/null 2>&1 3>&1 & # it must not keep the output open
+        nap=$!
+        wait "$nap" || true
+        size=$(log_size)
+        if ((size != last)); then
+            last=$size since=$SECONDS next=$quiet
+        elif ((SECONDS - since >= next)); then
+            tell "no output for $((SECONDS - since)) s: waiting for $1, which began $((SECONDS - begin)) s ago ($(seen_from_outside "$2"))"
+            print_stack "$1" "$poll"
+            # these lines are not progress
+            last=$(log_size)
+            ((next += quiet))
+        fi
+    done
+}
+
+log_size() { stat -c %s "$log"; }
+
+# The step in Slurm, or the process. A step that Slurm has not begun says so here.
+seen_from_outside() {
+    local state
+    if [[ -n ${step:-} ]]; then
+        state=$(squeue --noheader --steps="$SLURM_JOB_ID.$step" --format="on %N for %M" 2>/dev/null) || true
+        printf 'step %s %s' "$SLURM_JOB_ID.$step" "${state:-has not begun}"
+    else
+        printf 'process %s' "$1"
+    fi
+}
+
+# print_stack COMMAND POLL: asks all ranks for the calls that they are in (runtime/job/watchdog.py), and prints those of rank 0.
+print_stack() {
+    local folder=$FTGEN_RUN_DIR/stacks try
+    mkdir -p "$folder" && rm -f "$folder/$1"_*.txt && date >"$folder/wanted" || return 0
+    for ((try = 0; try < 6; try++)); do
+        sleep $((1 + $2 / 2)) >/dev/null 2>&1 3>&1
+        if [[ -s $folder/$1_0.txt ]]; then
+            say "it is in these calls, the innermost first (other ranks: $folder)"
+            sed 's/^/    /' "$folder/$1_0.txt"
+            return
+        fi
+    done
+    say "it does not say in which call: it has not reached Python yet, or waits outside of it"
+}
+
+
+load_environment() {
+    if [[ ! ${FTGEN_QUIET_S:-600} =~ ^[1-9][0-9]*$ ]]; then
+        die "FTGEN_QUIET_S must be a number of seconds, found $FTGEN_QUIET_S" "export FTGEN_QUIET_S=600"
+    fi
+    export NCCL_NVLS_ENABLE=0
+    export NVTE_ASYNC_AMAX_REDUCTION=1
+    export NVTE_DP_AMAX_REDUCE_INTERVAL=0
+    export NVTE_FLASH_ATTN=1
+    export NVTE_FUSED_ATTN=1
+    export TOKENIZERS_PARALLELISM=False
+    export TORCH_NCCL_AVOID_RECORD_STREAMS=1
+    export FTGEN_ENVIRONMENT=set # the entrypoint must not expand them again
+    export PYTHONUNBUFFERED=1
+    MASTER_ADDR=127.0.0.1
+    MASTER_PORT=$((20000 + RANDOM % 10000))
+    if [[ -n ${SLURM_JOB_ID:-} ]]; then
+        if [[ $1 == finetune ]] && ((SLURM_JOB_NUM_NODES != nodes)); then
+            die "the job has $SLURM_JOB_NUM_NODES nodes, the plan needs $nodes" "drop --nodes, or change gpus in the spec"
+        fi
+        if [[ $1 == finetune ]]; then warn_of_variables; fi
+        read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+        MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+    elif ((nodes > 1)); then
+        die "this run needs $nodes nodes of $tasks_per_node GPUs" "submit it: sbatch $name.sh"
+    fi
+    # a batch script runs on the first node, where another program may use the port
+    while (: <"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do ((MASTER_PORT += 1)); done
+    export MASTER_ADDR MASTER_PORT
+    # an image may have its own: the entrypoint takes these
+    export FTGEN_MASTER_ADDR=$MASTER_ADDR FTGEN_MASTER_PORT=$MASTER_PORT
+}
+
+# Finds the user's token file and hub cache as huggingface_hub does, before the site's variables replace the user's. The home of a
+# container is another one, so the script sets their paths, and `hub_mounts` mounts them. The token stays in its file: a variable
+# would be a part of the job, which Slurm can store (AccountingStoreFlags=job_env).
+find_hub() {
+    local path home=${HF_HOME:-${XDG_CACHE_HOME:-~/.cache}/huggingface}
+    export HF_TOKEN_PATH=${HF_TOKEN_PATH:-$home/token}
+    export FTGEN_HUB_CACHE=${HF_HUB_CACHE:-${HUGGINGFACE_HUB_CACHE:-$home/hub}}
+    hub_mounts=()
+    for path in "$HF_TOKEN_PATH" "$FTGEN_HUB_CACHE"; do
+        # a colon and a comma separate mounts; what is below STAGE_PATH is mounted with it
+        if [[ -r $path && $path != *[:,]* && $path == /* && $path != "$STAGE_PATH"/* ]]; then hub_mounts+=("$path:$path:ro"); fi
+    done
+}
+
+# download [SCRIPTS...]: downloads what jobs of this script, and of the others, read from the Hugging Face hub.
+download() {
+    local script status=0
+    code=$(mktemp -d)
+    trap 'rm -rf "$code"' EXIT
+    trap 'stop 143 "SIGTERM: the same command continues the download"' TERM
+    trap 'stop 130 "interrupted: the same command continues the download"' INT
+    find_places download
+    find_hub
+    python=(python3)
+    if [[ -n ${FTGEN_PYTHON:-} ]]; then
+        python=("$FTGEN_PYTHON")
+    elif ! command -v "${python[0]}" >/dev/null; then
+        python=(python3) # the site's own is not set up yet, or not seen from here
+    fi
+    unpack "$code"
+    await "${python[@]}" "$code/$name.py" download || status=$?
+    for script in "$@"; do bash "$script" --download || status=$?; done
+    exit "$status"
+}
+
 # Sets `python`, the command of the interpreter, and `srun_flags`, the options that srun needs for it.
 find_python() {
     srun_flags=()
@@ -344,6 +731,7 @@ find_python() {
 
 # run_once COMMAND: runs a command of the entrypoint in one task.
 run_once() {
+    doing=$1
     await "${python[@]}" "$code/$name.py" "$1"
 }
 
@@ -352,6 +740,7 @@ next_step() { step=$((${step:--1} + 1)); }
 
 # run_tasks COMMAND: runs a command of the entrypoint in one task per GPU.
 run_tasks() {
+    doing=$1
     if [[ -n ${SLURM_JOB_ID:-} ]]; then
         run_step "$1"
         return
@@ -361,24 +750,41 @@ run_tasks() {
         RANK=$rank LOCAL_RANK=$rank NODE_RANK=0 WORLD_SIZE=$tasks "${python[@]}" "$code/$name.py" "$1" &
         children+=($!)
     done
+    begin_watch "$doing" "${children[0]}"
     for ((rank = 0; rank < tasks && status == 0; rank++)); do
         # the first task that fails gives the exit code; the other tasks would wait for it for ever
         wait -n || status=$?
     done
     if ((status)); then kill "${children[@]}" 2>/dev/null || true; fi
     for rank in "${children[@]}"; do wait_for "$rank" || true; done
+    end_watch
     children=()
     return "${stopping:-$status}"
 }
 
 run_step() {
     local before status=0
+    place_ranks
     before=$(wc -c <"$log")
     next_step
-    await srun --nodes="$nodes" --ntasks="$tasks" --ntasks-per-node="$tasks_per_node" --kill-on-bad-exit=1 --export=ALL \
-        --mpi=pmix "${srun_flags[@]}" "${python[@]}" "$code/$name.py" "$1" || status=$?
+    await srun --nodes="$nodes" --ntasks="$tasks" --ntasks-per-node="$tasks_per_node" --distribution=block \
+        --kill-on-bad-exit=1 --export=ALL --mpi=none "${share_flags[@]}" "${srun_flags[@]}" \
+        "${python[@]}" "$code/$name.py" "$1" || status=$?
     if ((status)); then status=$(first_failure "$before" "$status"); fi
     return "$status"
+}
+
+# Ranks are in blocks, so that the tensor-parallel ranks of a group share a node. Prints who is where. Each rank compares its
+# place with FTGEN_NODES (runtime/job/ranks.py).
+place_ranks() {
+    local hosts host rank=0 places=()
+    mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    for host in "${hosts[@]}"; do
+        places+=("$rank-$((rank + tasks_per_node - 1)) on $host")
+        ((rank += tasks_per_node))
+    done
+    say "ranks $(printf '%s, ' "${places[@]}")as local ranks 0-$((tasks_per_node - 1)) of each node"
+    export FTGEN_NODES=${hosts[*]}
 }
 
 # first_failure FROM STATUS: prints the exit code of the task that failed first. srun's own STATUS is the highest of all tasks,
@@ -398,15 +804,16 @@ first_failure() {
 
 # unpack FOLDER: writes the entrypoint and the runtime files.
 unpack() {
-    mkdir -p "$1"/runtime
-    mkdir -p "$1"/runtime/data
-    mkdir -p "$1"/runtime/engines
-    mkdir -p "$1"/runtime/engines/nemo
-    mkdir -p "$1"/runtime/engines/nemo/optimizations
-    mkdir -p "$1"/runtime/guard
-    mkdir -p "$1"/runtime/job
-    mkdir -p "$1"/runtime/weights
-    cat >"$1"/lora_fp8_32.py <<'END_OF_FTGEN_FILE'
+    mkdir -p "$1"/runtime || return
+    mkdir -p "$1"/runtime/data || return
+    mkdir -p "$1"/runtime/engines || return
+    mkdir -p "$1"/runtime/engines/nemo || return
+    mkdir -p "$1"/runtime/engines/nemo/optimizations || return
+    mkdir -p "$1"/runtime/guard || return
+    mkdir -p "$1"/runtime/hub || return
+    mkdir -p "$1"/runtime/job || return
+    mkdir -p "$1"/runtime/weights || return
+    cat >"$1"/lora_fp8_32.py <<'END_OF_FTGEN_FILE' || return
 #!/usr/bin/env python3
 """lora_nemo_llama3_8b_fp8_32: the program that each task of the job runs.
 
@@ -414,12 +821,14 @@ In: the plan below and one command. Out: an exit code.
 
 Written by ftgen 0.1.0 from lora_fp8_32.toml. The job's script runs it. To run it by hand:
 
-    STAGE_PATH=/shared/folder python3 lora_fp8_32.py check|packages|converted|convert|verify|finetune
+    STAGE_PATH=/shared/folder python3 lora_fp8_32.py COMMAND
 
     check      print an error for each thing that is missing
     packages   check only the packages of this Python
+    missing    print what a job would have to download; exit code 0 if nothing is missing, 1 if something is
+    download   download the weights and the data, where there is a network; needs only huggingface_hub
     converted  exit code 0 if the converted checkpoint exists, 1 if not
-    convert    download the weights and convert them to NeMo's format, unless that is done
+    convert    download the weights and the data, and convert the weights to NeMo's format, unless that is done
     verify     read every byte of the converted checkpoint; if a byte has changed, rename the checkpoint
     finetune   train; start one process per GPU, with RANK, LOCAL_RANK and WORLD_SIZE (or Slurm's own variables)
 """
@@ -559,7 +968,7 @@ PLAN = json.loads(r"""
     "gpu_type": null,
     "gres": [],
     "segment": null,
-    "mpi": "pmix",
+    "mpi": "none",
     "exclusive": true,
     "cpus_per_gpu": null,
     "mem": "0",
@@ -609,8 +1018,10 @@ def set_environment() -> None:
     env = os.environ
     stage = env.setdefault("STAGE_PATH", str(Path.cwd()))
     env.setdefault("FTGEN_RUN_DIR", str(Path(stage, "logs", "by_hand", PLAN["experiment"])))
-    hugging_face = Path(env.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    env.setdefault("HF_TOKEN_PATH", str(hugging_face / "token"))
+    user_home = env.get("HF_HOME") or f"{env.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    user_cache = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or f"{user_home}/hub"
+    env.setdefault("HF_TOKEN_PATH", str(Path(user_home, "token").expanduser()))
+    env.setdefault("FTGEN_HUB_CACHE", user_cache)
     env["NEMO_HOME"] = env["HF_HOME"] = str(Path(stage, "HF_ckpt"))
     env["NEMORUN_HOME"] = str(Path(stage, "logs"))
     for name in ("MASTER_ADDR", "MASTER_PORT"):
@@ -619,25 +1030,20 @@ def set_environment() -> None:
     variables.set_variables(PLAN["environment"])
 
 
-def set_ranks() -> None:
-    """Copy Slurm's ranks to the variables that PyTorch reads. They override what a shell or an image has set."""
-    names = {"RANK": "PROCID", "LOCAL_RANK": "LOCALID", "NODE_RANK": "NODEID", "WORLD_SIZE": "STEP_NUM_TASKS"}
-    if all(f"SLURM_{slurm}" in os.environ for slurm in names.values()):
-        os.environ.update({name: os.environ[f"SLURM_{slurm}"] for name, slurm in names.items()})
-        os.environ["LOCAL_WORLD_SIZE"] = str(PLAN["gpus_per_node"])
-    tasks = int(os.environ.get("WORLD_SIZE", "1"))
-    os.environ.setdefault("LOCAL_WORLD_SIZE", str(min(tasks, PLAN["gpus_per_node"])))
-
-
 def finetune() -> int:
     """Train. With several ranks, each line of an error starts with its rank and host, because many can fail at once."""
+    from runtime import download
     from runtime.engines.nemo import train
-    from runtime.job import caches, prefix
+    from runtime.hub import find
+    from runtime.job import caches, prefix, ranks
     from runtime.job.errors import JobError
 
     try:
+        ranks.be_a_rank(PLAN)
         prefix.enter(PLAN)
         caches.set_places()
+        if not download.missing(PLAN):
+            find.go_offline()  # on a node without a network, no library must wait for one
         return train.train(PLAN)
     except Exception as error:
         if os.environ.get("WORLD_SIZE", "1") == "1":
@@ -650,15 +1056,23 @@ def finetune() -> int:
 
 def main(command: str) -> int:
     """Run one command; returns its exit code."""
+    if sys.version_info < (3, 10):
+        what = f"{sys.executable} is Python {sys.version.split()[0]}, but 3.10 or newer is needed"
+        sys.exit(f"ftgen: error: {what}\n  hint: export FTGEN_PYTHON=<a newer interpreter>")
     find_runtime()
     set_environment()
-    find_sources()
+    if command not in {"missing", "download"}:
+        find_sources()
+    from runtime.job import ranks, sharing, watchdog
     from runtime.job.errors import JobError
 
+    sharing.share_new_files(Path(os.environ["STAGE_PATH"]))
+    watchdog.begin(command)
     try:
         if command == "finetune":
-            set_ranks()
             return finetune()
+        # every other command is one process, also in a job or a session of several tasks
+        ranks.be_alone()
         if command == "check":
             from runtime import check
 
@@ -667,12 +1081,20 @@ def main(command: str) -> int:
             from runtime import check
 
             return check.packages(PLAN)
+        if command in {"missing", "download"}:
+            from runtime import download
+
+            return download.download(PLAN) if command == "download" else download.tell_missing(PLAN)
         if command in {"converted", "convert", "verify"}:
+            from runtime.data import prepare
             from runtime.engines.nemo import convert
 
             if command == "converted":
                 return 0 if convert.converted(PLAN) else 1
-            return convert.convert(PLAN) if command == "convert" else convert.verify(PLAN)
+            if command == "verify":
+                return convert.verify(PLAN)
+            prepare.download(PLAN)
+            return convert.convert(PLAN)
     except JobError as error:
         print(f"ftgen: error: {error}", file=sys.stderr, flush=True)
         return 1
@@ -683,64 +1105,62 @@ def main(command: str) -> int:
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1] if len(sys.argv) == 2 else ""))
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/__init__.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/__init__.py <<'END_OF_FTGEN_FILE' || return
 """The code that runs inside the job. It uses the standard library and the framework, but never ftgen.
 
 In: the plan in the job's entrypoint. Out: a checkpoint, data, step lines in the log. Start with `check.py` and
 `engines/nemo/train.py`.
 """
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/check.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/check.py <<'END_OF_FTGEN_FILE' || return
 """Check that a job has all it needs, before it does anything: folders, packages, weights, data, GPUs.
 
 In: a plan and the environment. Out: an exit code, and on stderr one error for each thing that is missing.
 
-The check takes about a second, because it imports no framework: it reads versions from the metadata of the packages,
-and counts the GPUs of this host by its driver.
+The check takes about a second, because it imports no framework: it looks into the files of the packages, and counts the
+GPUs of this host by its driver.
 
-Environment: STAGE_PATH, NEMO_HOME, HF_TOKEN, HF_TOKEN_PATH, HF_HOME, CUDA_VISIBLE_DEVICES.
+Environment: STAGE_PATH, NEMO_HOME, HF_TOKEN, HF_TOKEN_PATH, HF_HOME, HF_HUB_OFFLINE, CUDA_VISIBLE_DEVICES,
+SLURM_JOB_CPUS_PER_NODE.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from runtime import download
 from runtime.data import jsonl
 from runtime.engines.nemo import convert
+from runtime.engines.nemo import packages as nemo_packages
+from runtime.hub import errors, find
+from runtime.hub.token import has_token
 from runtime.job.errors import JobError
 from runtime.job.progress import say
 
 Plan = dict[str, Any]
-# Package, prefix of the versions that work, and the reason why no other version works.
-PACKAGES = (
-    ("nemo_toolkit", "2.7.", "2.7 is the last version with nemo.collections.llm"),
-    ("megatron-core", "0.15.", "NeMo 2.7 works with no other version"),
-    ("torch", "", ""),
-    ("lightning", "", ""),
-    ("transformers", "", ""),
-    ("huggingface_hub", "", ""),
-)
-ON_A_GPU = (("transformer-engine", "", ""),)
 DRIVER = Path("/proc/driver/nvidia/gpus")
 
 
 def check(plan: Plan) -> int:
     """Exit code 0 if the job can start. Otherwise 1, and on stderr an error and a hint for each thing that is missing."""
-    problems = [*_stage_path(), *_packages(plan), *_weights(plan), *_data(plan), *_gpus(plan)]
+    say(f"packages: {nemo_packages.found()}")
+    problems = [*_stage_path(), *_packages(plan), *_weights(plan), *_data(plan), *_hub(plan), *_gpus(plan)]
     for problem in problems:
         print(f"ftgen: error: {problem}", file=sys.stderr, flush=True)
     if not problems:
         say(f"nothing is missing for {plan['experiment']}")
+    _warn_of_few_cpus(plan)
     return 1 if problems else 0
 
 
 def packages(plan: Plan) -> int:
     """Check only the packages of this Python, which works on a login node too. Exit code 0 if they are right."""
+    say(f"packages: {nemo_packages.found()}")
     problems = list(_packages(plan))
     for problem in problems:
         print(f"ftgen: error: {problem}", file=sys.stderr, flush=True)
@@ -759,15 +1179,18 @@ def _stage_path() -> Iterator[JobError]:
 
 
 def _packages(plan: Plan) -> Iterator[JobError]:
-    hint = f"install ftgen's extra {'runtime' if plan['gpu']['name'] == 'cpu' else 'gpu'} for {sys.executable}"
-    for name, wanted, why in PACKAGES + (() if plan["gpu"]["name"] == "cpu" else ON_A_GPU):
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            yield JobError(f"the package {name} is not installed", hint)
-            continue
-        if not found.startswith(wanted):
-            yield JobError(f"{name} {found} is installed, {wanted}x is needed: {why}", hint)
+    gpu = plan["gpu"]["name"] != "cpu"
+    for what in nemo_packages.missing([plan["model"]["nemo_recipe"]], gpu=gpu):
+        yield JobError(what, _hint(plan["python"]["kind"], "gpu" if gpu else "runtime"))
+
+
+def _hint(kind: str, extra: str) -> str:
+    """What to do about packages. Nothing can be installed in an image that is read-only."""
+    if kind in {"container", "apptainer", "singularity"}:
+        return "set python.image in the site profile to another image: `ftgen list --images` says which fit"
+    if kind == "venv":
+        return "submit the script of `ftgen setup` again, which installs them"
+    return f"install ftgen's extra {extra} for {sys.executable}, or set FTGEN_PYTHON to a Python that has them"
 
 
 def _weights(plan: Plan) -> Iterator[JobError]:
@@ -776,20 +1199,15 @@ def _weights(plan: Plan) -> Iterator[JobError]:
         return
     if asked["source"] == "directory" and not (folder := convert.user_directory(plan)).is_dir():
         yield JobError(f"checkpoint.path: the folder {folder} does not exist", "give the path of a Hugging Face checkpoint")
-    if asked["gated"] and not _has_token():
-        yield JobError(
-            f"{plan['model']['hf_id']} is gated, and there is no Hugging Face token",
-            "export HF_TOKEN=<your token>, or run huggingface-cli login",
-        )
 
 
-def _has_token() -> bool:
-    """Whether huggingface_hub will find a token. The token itself is not read here."""
-    if os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"):
-        return True
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    file = Path(os.environ.get("HF_TOKEN_PATH") or Path(home, "token"))
-    return file.is_file() and file.stat().st_size > 0
+def _hub(plan: Plan) -> Iterator[JobError]:
+    """What a job cannot get from the hub: it is offline, or there is no token. Whether it answers, the download shows."""
+    for repository in download.missing(plan):
+        if find.offline_variable():
+            yield errors.offline(repository, plan["name"])
+        elif repository.kind == "model" and plan["checkpoint"]["gated"] and not has_token():
+            yield errors.no_token(repository, plan["name"])
 
 
 def _data(plan: Plan) -> Iterator[JobError]:
@@ -811,6 +1229,13 @@ def _gpus(plan: Plan) -> Iterator[JobError]:
         )
 
 
+def _warn_of_few_cpus(plan: Plan) -> None:
+    """A job on a part of a node often gets one CPU for each task, unless it asks for more."""
+    found = re.match("[0-9]+", os.environ.get("SLURM_JOB_CPUS_PER_NODE", ""))
+    if found and plan["gpu"]["name"] != "cpu" and int(found[0]) < 2 * plan["gpus_per_node"]:
+        say(f"warning: {found[0]} CPUs for {plan['gpus_per_node']} GPUs of a node: set cpus_per_gpu in the site profile")
+
+
 def gpu_count() -> int | None:
     """The number of GPUs that this process may use. None if there is a driver, but nvidia-smi fails."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -826,13 +1251,13 @@ def gpu_count() -> int | None:
         return None
     return answer.stdout.count("UUID: GPU") if answer.returncode == 0 else None
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/data/__init__.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/data/__init__.py <<'END_OF_FTGEN_FILE' || return
 """Prepare training data: SQuAD, synthetic examples, JSONL; packing.
 
 In: a plan and a tokenizer. Out: folders below $STAGE_PATH/data. Start with `prepare.py`.
 """
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/data/jsonl.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/data/jsonl.py <<'END_OF_FTGEN_FILE' || return
 """Read the user's own examples from a JSONL file, one {"input", "output"} per line.
 
 In: a plan with data.path. Out: training.jsonl and validation.jsonl.
@@ -908,12 +1333,13 @@ def _example(line: bytes, where: str) -> dict[str, str] | str:
             return f'{where}: "{key}" has no text'
     return {key: document[key] for key in ("input", "output")}
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/data/packing.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/data/packing.py <<'END_OF_FTGEN_FILE' || return
 """Pack examples into sequences of equal length, with NeMo.
 
 In: a folder of examples and a tokenizer. Out: files for NeMo's data module.
 """
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -922,7 +1348,10 @@ from runtime.job.progress import timed
 
 def index(folder: Path) -> None:
     """Write NeMo's line index of each .jsonl file. If trainings wrote it, several jobs could write one file at once."""
-    from nemo.collections.llm.gpt.data.utils import build_index_files
+    try:
+        from nemo.collections.llm.gpt.data.utils import build_index_files
+    except ImportError:  # before NeMo 2.2
+        from nemo.collections.nlp.data.language_modeling.text_memmap_dataset import build_index_files
 
     build_index_files([str(path) for path in sorted(folder.glob("*.jsonl"))], newline_int=ord("\n"), workers=1)
 
@@ -932,20 +1361,22 @@ def pack(plan: dict[str, Any], examples: Path, tokenizer: Path, staging: Path) -
     from nemo.collections.common.tokenizers import AutoTokenizer
     from nemo.collections.llm.gpt.data.packed_sequence import prepare_packed_sequence_data
 
+    known = inspect.signature(prepare_packed_sequence_data).parameters
+    # NeMo 2.1 writes no metadata, and has no arguments for its dataset before 2.4
+    optional = {"output_metadata_path": staging / "metadata.json", "dataset_kwargs": {"pad_to_max_length": True}}
     with timed(f"packing the data into sequences of {plan['seq_length']} tokens"):
         for name in ("training", "validation"):
             prepare_packed_sequence_data(
                 input_path=examples / f"{name}.jsonl",
                 output_path=staging / f"{name}.npy",
-                output_metadata_path=staging / "metadata.json",
                 packed_sequence_size=plan["seq_length"],
                 tokenizer=AutoTokenizer(str(tokenizer)),
                 max_seq_length=plan["seq_length"],
                 seed=plan["seed"],
-                dataset_kwargs={"pad_to_max_length": True},
+                **{key: value for key, value in optional.items() if key in known},
             )
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/data/prepare.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/data/prepare.py <<'END_OF_FTGEN_FILE' || return
 """Prepare the training data, once for all jobs.
 
 In: a plan and a tokenizer. Out: a folder with training.jsonl and validation.jsonl, one {"input", "output"} per line.
@@ -954,7 +1385,7 @@ tokens.
 
 The guard publishes both folders below $STAGE_PATH/data, so ranks, nodes and jobs that start together prepare them
 once. Each kind of data is a file of this package with two functions: `identity(plan)` gives what identifies its
-examples, `write(plan, folder)` writes them.
+examples, `write(plan, folder)` writes them. A kind that reads the Hugging Face hub has a third: `repositories(plan)`.
 """
 
 import json
@@ -965,8 +1396,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from runtime.data import packing
-from runtime.guard import publish
+from runtime.guard import manifest, publish
 from runtime.guard.manifest import sha256_of
+from runtime.hub.fetch import fetch
+from runtime.hub.repository import Repository
 from runtime.job.progress import timed
 
 Plan = dict[str, Any]
@@ -999,6 +1432,25 @@ def prepare(plan: Plan, tokenizer: Path) -> Files:
     return Files(folder, packed_folder)
 
 
+def repositories(plan: Plan) -> list[Repository]:
+    """What the examples are made of, on the Hugging Face hub. Nothing, if the examples exist."""
+    module = _module(plan["data"]["kind"])
+    if not hasattr(module, "repositories"):
+        return []
+    examples = identity(plan)
+    exist = manifest.flaw(_folder(plan["data"]["kind"], examples), examples) is None
+    return [] if exist else list(module.repositories(plan))
+
+
+def download(plan: Plan) -> None:
+    """Have in STAGE_PATH what the examples are made of. A job does this in one task, before its ranks prepare the data.
+
+    So not every rank waits for the hub, and no rank needs a hub cache that its node does not see.
+    """
+    for repository in repositories(plan):
+        fetch(repository, plan["name"], into_home=True)
+
+
 def identity(plan: Plan) -> dict[str, Any]:
     """What identifies the examples: two plans with the same identity use the same folder."""
     kind = plan["data"]["kind"]
@@ -1021,7 +1473,7 @@ def _build(plan: Plan, staging: Path) -> None:
 def _module(kind: str) -> Any:
     return import_module(f"runtime.data.{kind}")
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/data/split.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/data/split.py <<'END_OF_FTGEN_FILE' || return
 """Split examples into training and validation.
 
 In: a list of examples. Out: training.jsonl and validation.jsonl.
@@ -1043,7 +1495,7 @@ def split(examples: list[dict[str, str]], seed: int, folder: Path) -> None:
         with (folder / f"{name}.jsonl").open("w") as file:
             file.writelines(json.dumps(examples[number]) + "\n" for number in sorted(numbers))
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/data/squad.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/data/squad.py <<'END_OF_FTGEN_FILE' || return
 """Download SQuAD and split it, with NeMo.
 
 In: a plan. Out: training.jsonl and validation.jsonl.
@@ -1052,7 +1504,11 @@ In: a plan. Out: training.jsonl and validation.jsonl.
 from pathlib import Path
 from typing import Any
 
-from runtime.job.errors import JobError
+from runtime.hub.fetch import fetch
+from runtime.hub.repository import Repository
+
+FILES = {"train": "plain_text/train-*.parquet", "validation": "plain_text/validation-*.parquet"}
+SQUAD = Repository("rajpurkar/squad", "dataset", "main", tuple(FILES.values()), tuple(FILES.values()))
 
 
 def identity(_plan: dict[str, Any]) -> dict[str, Any]:
@@ -1060,19 +1516,22 @@ def identity(_plan: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def repositories(_plan: dict[str, Any]) -> list[Repository]:
+    """What `write` reads from the hub."""
+    return [SQUAD]
+
+
 def write(plan: dict[str, Any], folder: Path) -> None:
-    """Download and split. JobError: the download failed."""
+    """Download, unless that is done, and split as NeMo's SQuAD module does. JobError: the download failed."""
+    from datasets import load_dataset
     from nemo.collections.llm import SquadDataModule
 
-    try:
-        SquadDataModule(dataset_root=folder, seed=plan["seed"]).prepare_data()
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise JobError(
-            f"SQuAD cannot be downloaded: {reason}", 'set data.kind = "synthetic" in the spec: it needs no network'
-        ) from error
+    source = fetch(SQUAD, plan["name"])
+    files = {split: [str(path) for path in sorted(source.glob(pattern))] for split, pattern in FILES.items()}
+    examples = load_dataset("parquet", data_files=files, cache_dir=str(folder / "cache"))
+    SquadDataModule(dataset_root=folder, seed=plan["seed"])._preprocess_and_split_data(examples)
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/data/synthetic.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/data/synthetic.py <<'END_OF_FTGEN_FILE' || return
 """Generate synthetic examples that are as long as those of SQuAD.
 
 In: a plan with data.examples and a seed. Out: training.jsonl and validation.jsonl.
@@ -1096,7 +1555,7 @@ def write(plan: dict[str, Any], folder: Path) -> None:
     rng = random.Random(plan["seed"])  # noqa: S311
     split([synthetic_text.example(rng) for _ in range(plan["data"]["examples"])], plan["seed"], folder)
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/data/synthetic_text.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/data/synthetic_text.py <<'END_OF_FTGEN_FILE' || return
 """Generate random text that is as long as that of SQuAD: contexts, questions, answers.
 
 In: a random.Random. Out: words, or an example {"input", "output"}.
@@ -1202,25 +1661,191 @@ def example(rng: random.Random) -> dict[str, str]:
         "output": " ".join(paragraph[start : start + length]).rstrip("."),
     }
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/engines/__init__.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/download.py <<'END_OF_FTGEN_FILE' || return
+"""Download what a job reads from the Hugging Face hub, before it runs, where there is a network.
+
+In: a plan. Out: folders below $STAGE_PATH/HF_ckpt/downloads, and lines that say what is where.
+
+This needs Python 3.10 and huggingface_hub: no framework, no GPU, no Slurm. What it downloads, all jobs find: they need
+neither a token nor a network. What is made of it (a converted checkpoint, examples) counts too: then nothing is missing.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from runtime.data import prepare
+from runtime.engines.nemo import convert
+from runtime.guard import manifest
+from runtime.hub import find
+from runtime.hub.fetch import fetch
+from runtime.hub.repository import Repository
+from runtime.hub.transfer import GB
+from runtime.job.progress import say
+from runtime.weights import hub
+
+Plan = dict[str, Any]
+
+
+def download(plan: Plan) -> int:
+    """Download what is missing; exit code 0. JobError: no access, no network, no room."""
+    while variable := find.offline_variable():
+        say(f"{variable} is set: that holds for jobs, not for a download")
+        del os.environ[variable]
+    lines = [*_weights(plan), *_data(plan)]
+    for line in lines:
+        say(line)
+    say(f"jobs of {plan['name']}.sh need neither a token nor a network for weights and data")
+    return 0
+
+
+def tell_missing(plan: Plan) -> int:
+    """Print a line for each repository that is missing. Exit code 1 if there is one."""
+    lacking = missing(plan)
+    for repository in lacking:
+        print(f"{repository.kind} {repository.name} {repository.revision}: {find.what_is_missing(repository)}", flush=True)
+    return 1 if lacking else 0
+
+
+def missing(plan: Plan) -> list[Repository]:
+    """The repositories that a job of the plan would have to download."""
+    return [repository for repository in _repositories(plan) if not find.find(repository)]
+
+
+def _repositories(plan: Plan) -> list[Repository]:
+    """What a job of the plan reads from the hub."""
+    from_hub = plan["checkpoint"]["source"] == "hub" and not convert.converted(plan)
+    return [*([hub.repository(plan)] if from_hub else []), *prepare.repositories(plan)]
+
+
+def _weights(plan: Plan) -> list[str]:
+    kind = plan["checkpoint"]["source"]
+    if convert.converted(plan):
+        return [f"weights: the converted checkpoint exists: {convert.directory(plan)}"]
+    if kind == "random":
+        return ["weights: random, the job makes them: nothing to download"]
+    if kind == "directory":
+        folder = convert.user_directory(plan)
+        known = "" if folder.is_dir() else ", which does not exist on this machine"
+        return [f"weights: the directory {folder}{known}: nothing to download"]
+    return [_fetched("weights", hub.repository(plan), plan)]
+
+
+def _data(plan: Plan) -> list[str]:
+    wanted = prepare.repositories(plan)
+    if not wanted:
+        return [f"data: {plan['data']['kind']}: nothing to download"]
+    return [_fetched("data", repository, plan) for repository in wanted]
+
+
+def _fetched(what: str, repository: Repository, plan: Plan) -> str:
+    """Download one repository. Returns a line with its commit, number of files, size and folder."""
+    there = find.find(repository)
+    folder = fetch(repository, plan["name"], into_home=True)
+    sizes = _sizes(folder)
+    how = {True: "was there", False: "copied from your hub cache" if there else "downloaded"}[folder == there]
+    commit = find.commit(folder)[:12]
+    return f"{what}: {repository} ({commit}): {how}: {len(sizes)} files, {sum(sizes) / GB:.3f} GB in {folder}"
+
+
+def _sizes(folder: Path) -> list[int]:
+    """Sizes of the files that the hub has."""
+    file = folder / manifest.NAME
+    if file.is_file():
+        return [entry["size"] for entry in json.loads(file.read_text())["files"].values()]
+    return [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/__init__.py <<'END_OF_FTGEN_FILE' || return
 """The training frameworks, one folder each, with the same file names in each.
 
 In: a plan, weights, data. Out: step lines and checkpoints. Start with `nemo/train.py`.
 """
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/engines/nemo/__init__.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/engines/nemo/__init__.py <<'END_OF_FTGEN_FILE' || return
 """NeMo 2 with Megatron-Core.
 
 In: a plan. Out: a converted checkpoint (`convert.py`), training (`train.py`). Start with `train.py`, then `recipe.py`.
 """
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/engines/nemo/convert.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/engines/nemo/compatibility.py <<'END_OF_FTGEN_FILE' || return
+"""Make older and newer versions of NeMo and Megatron-Core work together, and with this runtime.
+
+In: the installed packages. Out: stand-ins for what NeMo asks of Megatron-Core and Megatron-Core no longer has.
+
+Each function looks at the package that is installed, not at its version: images have versions between two releases.
+"""
+
+import functools
+import importlib.util
+import inspect
+import sys
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+# The reader of checkpoints in zarr, which Megatron-Core has up to 0.15. NeMo 2.7 cannot be imported without it. No
+# checkpoint of ftgen is in zarr.
+ZARR_READER = "megatron.core.dist_checkpointing.strategies.tensorstore"
+# Arguments that NeMo passes to get_megatron_optimizer, and their values if nothing is asked for. Megatron-Core 0.16 has
+# config_overrides in their place. Without it, it exempts biases and norms from weight decay, as it did before.
+NOTHING_ASKED = {"no_weight_decay_cond": None, "scale_lr_cond": None, "lr_mult": 1.0}
+
+# Modules in which NeMo up to 2.4 reads its indices of examples, in a pool of forked processes. The pool ends its processes
+# by SIGTERM. They have inherited Lightning's handler, which ignores it, so that the training waits for ever.
+INDICES = ("nemo.collections.llm.gpt.data.utils", "nemo.collections.nlp.data.language_modeling.text_memmap_dataset")
+
+
+def before_imports() -> None:
+    """Stand in for modules. Call it before NeMo is imported."""
+    if not source(ZARR_READER):
+        stand_in(ZARR_READER, TensorStoreLoadShardedStrategy=None)
+
+
+def after_imports() -> None:
+    """Change functions of NeMo and Megatron-Core. Call it once, after NeMo was imported."""
+    from megatron.core import optimizer
+
+    known = inspect.signature(optimizer.get_megatron_optimizer).parameters
+    if gone := NOTHING_ASKED.keys() - known.keys():
+        optimizer.get_megatron_optimizer = _without(gone, optimizer.get_megatron_optimizer)
+    for module in filter(None, map(sys.modules.get, INDICES)):
+        if not hasattr(module, "safe_map"):  # which has its own way to end its processes
+            module.mp = SimpleNamespace(get_context=lambda _method: SimpleNamespace(Pool=ThreadPool))  # type: ignore[attr-defined]
+
+
+def source(module: str) -> str:
+    """The text of a module of megatron.core, without importing it; "" if there is no such module."""
+    inner = module.removeprefix("megatron.core.").split(".")
+    core = importlib.util.find_spec("megatron.core")
+    folders = (core.submodule_search_locations or ()) if core else ()
+    files = (Path(folder, *inner).with_suffix(".py") for folder in folders)
+    return next((file.read_text(encoding="utf-8") for file in files if file.is_file()), "")
+
+
+def stand_in(module: str, **names: Any) -> None:
+    """Make an object with these names importable as the module, unless it is imported already."""
+    instead = ModuleType(module)
+    vars(instead).update(names)
+    sys.modules.setdefault(module, instead)
+
+
+def _without(gone: set[str], function: Any) -> Any:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nothing = {name for name in gone & kwargs.keys() if kwargs[name] == NOTHING_ASKED[name]}
+        return function(*args, **{name: value for name, value in kwargs.items() if name not in nothing})
+
+    return call
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/convert.py <<'END_OF_FTGEN_FILE' || return
 """Convert a Hugging Face checkpoint to NeMo's format, once for all jobs.
 
 In: a plan. Out: $NEMO_HOME/models/<place>/{context,weights}.
 
-checkpoint.source in the plan says where the weights come from: "hub" (downloaded from Hugging Face into the cache of
-$HF_HOME), "directory" (a Hugging Face checkpoint on a disk), "random" (generated). NeMo's own importer converts them.
+checkpoint.source in the plan says where the weights come from: "hub" (downloaded from Hugging Face, unless they are on
+this machine), "directory" (a Hugging Face checkpoint on a disk), "random" (generated). NeMo's own importer converts them.
 The guard publishes the result. If the converted checkpoint exists, this module does not import NeMo.
 
 Environment: NEMO_HOME (default $STAGE_PATH/HF_ckpt), HF_HOME, HF_TOKEN or HF_TOKEN_PATH, HF_HUB_OFFLINE.
@@ -1230,13 +1855,14 @@ import json
 import os
 import shutil
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from runtime.engines.nemo import imports
 from runtime.guard import manifest, publish
+from runtime.hub import fetch, find
 from runtime.job import variables
+from runtime.job.environment import installed
 from runtime.job.errors import JobError
 from runtime.job.progress import say, timed
 from runtime.weights import hub, random_llama
@@ -1301,22 +1927,22 @@ def source(plan: Plan) -> dict[str, Any]:
 def _build(plan: Plan, staging: Path) -> dict[str, Any]:
     weights, origin = _fetch(plan, staging / "from")
     _refuse_unfit(plan, weights)
+    find.go_offline()
     with timed("importing NeMo"):
         imports.defer()
         from runtime.engines.nemo.importer import import_directory
     with timed(f"converting {weights}"):
         origin["layers"] = import_directory(weights, staging, staging / "tokenizer")
     shutil.rmtree(staging / "from", ignore_errors=True)
-    return origin | {name: _version(name) for name in ("nemo_toolkit", "megatron-core", "torch", "transformers")}
+    return origin | {name: installed(name) or "" for name in ("nemo_toolkit", "megatron-core", "torch", "transformers")}
 
 
 def _fetch(plan: Plan, scratch: Path) -> tuple[Path, dict[str, Any]]:
     """A directory in Hugging Face format, and its origin for the manifest."""
     kind, model = plan["checkpoint"]["source"], plan["model"]
     if kind == "hub":
-        with timed(f"downloading {model['hf_id']}"):
-            path = hub.download(model["hf_id"], plan["checkpoint"]["revision"])
-        return path, {"commit": path.name}
+        weights = fetch.fetch(hub.repository(plan), plan["name"])
+        return weights, {"commit": find.commit(weights)}
     if kind == "random":
         with timed(f"generating random weights: {model['parameters']:,} parameters"):
             random_llama.write(plan, scratch)
@@ -1329,7 +1955,7 @@ def _need_bytes(plan: Plan) -> int:
     parameters, kind = plan["model"]["parameters"], plan["checkpoint"]["source"]
     weights = parameters * (2 if parameters >= random_llama.LARGE else 4)
     if kind == "hub":
-        weights += hub.bytes_to_download(plan["model"]["hf_id"], plan["checkpoint"]["revision"])
+        weights += fetch.bytes_to_download(hub.repository(plan), plan["name"])
     if kind == "random":
         weights *= 2
     return int(weights * MARGIN) + CONTEXT_BYTES
@@ -1365,15 +1991,8 @@ def _refuse_unfit(plan: Plan, weights: Path) -> None:
                 f"{weights} has {name} = {config[name]}, but model {plan['model']['name']} has {plan['model'][key]}",
                 "set model to the model of this checkpoint, or checkpoint.path to another checkpoint",
             )
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/engines/nemo/cpu.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/engines/nemo/cpu.py <<'END_OF_FTGEN_FILE' || return
 """Make NeMo and Megatron-Core run on a machine without a GPU. This is for tests, not for measurements.
 
 In: a process that has not used NeMo yet. Out: `stand_in()` changes torch.cuda for this process; `plain()` gives settings.
@@ -1437,7 +2056,7 @@ def stand_in() -> None:
 
     megatron_random._set_cuda_rng_state = torch.cuda.set_rng_state
     megatron_random._get_cuda_rng_state = torch.cuda.get_rng_state
-    if not lora.HAVE_TE:
+    if not getattr(lora, "HAVE_TE", True):  # NeMo 2.1 does not ask
         lora.te = types.SimpleNamespace(Linear=None)  # LoRA tests whether a layer is a te.Linear
         lora_layers.HAVE_TE = False  # NeMo 2.7 sets it to True here though Transformer Engine is not installed
     megatron_init._set_random_seed = _with_a_device(megatron_init._set_random_seed)
@@ -1550,7 +2169,7 @@ def _with_norms(apply_transforms: Callable[..., Any]) -> Callable[..., Any]:
 
     return with_norms
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/engines/nemo/importer.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/engines/nemo/importer.py <<'END_OF_FTGEN_FILE' || return
 """Run NeMo's own importer of Hugging Face checkpoints, so that it writes only into one directory.
 
 In: a directory in Hugging Face format. Out: a directory in NeMo's format.
@@ -1568,7 +2187,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import base, filesystem_async
 from nemo.collections.llm.gpt.model.llama import HFLlamaImporter
 from nemo.collections.llm.gpt.model.mistral import HFMistralImporter
 from nemo.collections.llm.gpt.model.qwen2 import HFQwen2Importer
@@ -1598,6 +2217,24 @@ class OneDirectory:
     def nemo_setup(self, model: Any, trainer: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Save in this process. A second process would import everything again, and could outlive this one."""
         return super().nemo_setup(model, trainer, *args, ckpt_async_save=False, **kwargs)  # type: ignore[misc]
+
+
+class SavesHere:
+    """Stands in for Megatron-Core's queue of asynchronous saves. Before 0.15, it forks a process for every save."""
+
+    def schedule_async_request(self, request: Any) -> None:
+        """Save and finish."""
+        arguments = list(request.async_fn_args)
+        if preload := getattr(request, "preload_fn", None):
+            arguments[1] = preload()  # the tensors, on the CPU
+        if request.async_fn:
+            request.async_fn(*arguments, **getattr(request, "async_fn_kwargs", {}))
+        torch.distributed.barrier()
+        for finish in request.finalize_fns:
+            finish()
+
+    def maybe_finalize_async_calls(self, *_args: Any, **_kwargs: Any) -> None:
+        """Do nothing: it is done."""
 
 
 def importer_of(source: Path) -> Any:
@@ -1631,9 +2268,10 @@ def import_directory(source: Path, output: Path, scratch: Path) -> str:
 def _keep_to_this_process() -> None:
     """Make Megatron's forked processes end with this one. Otherwise they would keep our memory and our output open.
 
-    Saving is not asynchronous here, so a plain queue replaces Megatron's, which needs a server process (two seconds
-    to start).
+    Saving is not asynchronous here, so a plain queue replaces Megatron-Core's, which needs a server process (two
+    seconds to start).
     """
+    base.async_calls = SavesHere()
     filesystem_async._results_queue = queue.Queue()
     os.register_at_fork(after_in_child=_die_with_the_parent)
 
@@ -1641,7 +2279,7 @@ def _keep_to_this_process() -> None:
 def _die_with_the_parent() -> None:
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/engines/nemo/imports.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/engines/nemo/imports.py <<'END_OF_FTGEN_FILE' || return
 """Import NeMo faster: packages that a fine-tune does not use are imported only when something uses them.
 
 In: a process that has not imported NeMo. Out: an import hook for the packages in `DEFERRED`.
@@ -1665,6 +2303,8 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
+
+from runtime.engines.nemo import compatibility
 
 OFF = "FTGEN_IMPORT_ALL"
 # Package: who imports it, and what for. Names of these packages must not be compared: a stand-in is equal only to itself.
@@ -1690,17 +2330,18 @@ NOTHING_TO_DO = {
     "nemo.collections.llm.modelopt.model_utils.save_modelopt_state",
     "nemo.collections.llm.modelopt.distill.utils.get_tensor_shapes_adjust_fn_for_distillation",
 }
-# Megatron-Core's memory for inference. Its import compiles a CUDA extension and initializes CUDA, in every process.
+# Megatron-Core's memory for inference. In 0.15, its import compiles a CUDA extension and initializes CUDA, in every
+# process, to set has_unified_memory. 0.14 has no such module, and in 0.16 its import does neither.
 MANAGED_MEMORY = "megatron.core.inference.unified_memory"
 
 
 def defer() -> None:
     """Defer the packages in `DEFERRED` from now on. A package that is already imported stays as it is."""
+    compatibility.before_imports()
     if os.environ.get(OFF, "0") in {"", "0"} and not any(isinstance(finder, Deferring) for finder in sys.meta_path):
         sys.meta_path.insert(0, Deferring(DEFERRED))
-        without = ModuleType(MANAGED_MEMORY)
-        vars(without).update(has_unified_memory=False, create_unified_mempool=None)
-        sys.modules.setdefault(MANAGED_MEMORY, without)
+        if "has_unified_memory" in compatibility.source(MANAGED_MEMORY):
+            compatibility.stand_in(MANAGED_MEMORY, has_unified_memory=False, create_unified_mempool=None)
 
 
 class Deferring(MetaPathFinder, Loader):
@@ -1843,13 +2484,13 @@ class Name(type):
     def __getitem__(cls, key: Any) -> Any:
         return cls._real()[key]
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/engines/nemo/optimizations/__init__.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/engines/nemo/optimizations/__init__.py <<'END_OF_FTGEN_FILE' || return
 """Optimizations that make a step faster than the stock recipe, one file each.
 
 In: a recipe and a plan. Out: the recipe, changed. Start with `switch.py`.
 """
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/engines/nemo/optimizations/cuda_graphs.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/engines/nemo/optimizations/cuda_graphs.py <<'END_OF_FTGEN_FILE' || return
 """Run each layer as a local CUDA graph of Megatron-Core, and correct two errors of these graphs in FP8.
 
 In: a recipe. Out: the recipe with graphs on, and Megatron-Core changed for this process.
@@ -1868,6 +2509,25 @@ import functools
 import os
 from collections.abc import Iterator
 from typing import Any
+
+from runtime.engines.nemo.optimizations import needs
+
+
+def missing(recipe: Any, plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing. In FP8, also what the corrections change."""
+    fp8 = (
+        "transformer_engine.pytorch.tensor.float8_tensor:Float8Tensor._create_transpose",
+        "transformer_engine.pytorch.tensor.float8_tensor:Float8Tensor._transpose_invalid",
+        "transformer_engine.pytorch.ops.op:BasicOperation._save_fp8_metas",
+        "transformer_engine.pytorch.ops.op:BasicOperation._load_fp8_metas",
+    )
+    return needs.missing_in_config(recipe, "cuda_graph_impl") or needs.missing(
+        "megatron.core.transformer.cuda_graphs:_CudaGraphRunner.replay_graph_capture",
+        "megatron.core.transformer.cuda_graphs:_CudaGraphRunner.create_fwd_graph",
+        "nemo.lightning:MegatronStrategy(use_te_rng_tracker)",
+        "nemo.collections.llm.gpt.data.packed_sequence:PackedSequenceSpecs.pad_cu_seqlens",
+        *(fp8 if plan["precision"] == "fp8" else ()),
+    )
 
 
 def apply(recipe: Any, _plan: dict[str, Any]) -> None:
@@ -1924,7 +2584,7 @@ def _fused_operations(layer: Any) -> Iterator[Any]:
         for fused in getattr(module, "_fused_impl", None) or ():
             yield from (operation for operation in fused.modules() if hasattr(operation, "_save_fp8_metas"))
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/engines/nemo/optimizations/fused_cross_entropy.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/engines/nemo/optimizations/fused_cross_entropy.py <<'END_OF_FTGEN_FILE' || return
 """Use Transformer Engine's fused cross entropy.
 
 In: a recipe. Out: the recipe with another loss in its model's config.
@@ -1932,19 +2592,35 @@ In: a recipe. Out: the recipe with another loss in its model's config.
 
 from typing import Any
 
+from runtime.engines.nemo.optimizations import needs
+
+
+def missing(recipe: Any, _plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing."""
+    return needs.missing_in_config(recipe, "cross_entropy_fusion_impl") or needs.missing(
+        "megatron.core.extensions.transformer_engine:te_parallel_cross_entropy"
+    )
+
 
 def apply(recipe: Any, _plan: dict[str, Any]) -> None:
     """Switch the fused loss on. It is correct only with micro_batch_size = 1 (Transformer Engine 2.9)."""
     recipe.model.config.cross_entropy_loss_fusion = True
     recipe.model.config.cross_entropy_fusion_impl = "te"
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/engines/nemo/optimizations/fused_swiglu.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/engines/nemo/optimizations/fused_swiglu.py <<'END_OF_FTGEN_FILE' || return
 """Use Transformer Engine's fused SwiGLU, which in FP8 includes the cast.
 
 In: a recipe. Out: the recipe with the op fuser on for the MLP.
 """
 
 from typing import Any
+
+from runtime.engines.nemo.optimizations import op_fuser
+
+
+def missing(recipe: Any, plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing."""
+    return op_fuser.missing(recipe, plan)
 
 
 def apply(recipe: Any, plan: dict[str, Any]) -> None:
@@ -1955,7 +2631,7 @@ def apply(recipe: Any, plan: dict[str, Any]) -> None:
 
         lora.HAVE_TE_FUSED_LORA = False  # otherwise the setting would also fuse the adapters, which rounds their input
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/engines/nemo/optimizations/fused_wgrad_accumulation.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/engines/nemo/optimizations/fused_wgrad_accumulation.py <<'END_OF_FTGEN_FILE' || return
 """Accumulate weight gradients in the GEMM that computes them, without APEX.
 
 In: a recipe. Out: the recipe with the fusion on.
@@ -1969,6 +2645,15 @@ import sys
 from typing import Any
 
 import torch
+
+from runtime.engines.nemo.optimizations import needs
+
+
+def missing(recipe: Any, _plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing."""
+    return needs.missing_in_config(recipe, "gradient_accumulation_fusion") or needs.missing(
+        "megatron.core.tensor_parallel.layers:_grad_accum_fusion_available"
+    )
 
 
 def before_imports() -> None:
@@ -1990,7 +2675,7 @@ def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grad_output: torch.Tensor, main_
     """main_grad [out, in] (float32) += grad_outputᵀ [out, n] @ inputs [n, in]."""
     main_grad.add_(grad_output.t() @ inputs)
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/engines/nemo/optimizations/loss_tokens_only.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/engines/nemo/optimizations/loss_tokens_only.py <<'END_OF_FTGEN_FILE' || return
 """Compute the LM head and the loss only for tokens that have a loss.
 
 In: a recipe. Out: the recipe, with steps that pick those tokens.
@@ -2006,7 +2691,20 @@ from typing import Any
 
 import torch
 
+from runtime.engines.nemo.optimizations import needs
+
 ROWS = 128  # the number of tokens is rounded up to a multiple, so that few shapes occur
+
+
+def missing(recipe: Any, _plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing."""
+    return needs.missing_in_config(recipe, "data_step_fn", "forward_step_fn") or needs.missing(
+        "megatron.core.models.gpt:GPTModel._postprocess(labels)",
+        "megatron.core.models.gpt:GPTModel.compute_language_model_loss",
+        "megatron.core.models.gpt:GPTModel.shared_embedding_or_output_weight",
+        "nemo.collections.llm.gpt.model.base:gpt_data_step",
+        "nemo.collections.llm.gpt.model.base:gpt_forward_step",
+    )
 
 
 def apply(recipe: Any, _plan: dict[str, Any]) -> None:
@@ -2062,7 +2760,7 @@ def _postprocess_with(whole: Any) -> Any:
 
     return postprocess
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/engines/nemo/optimizations/merge_micro_batches.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/engines/nemo/optimizations/merge_micro_batches.py <<'END_OF_FTGEN_FILE' || return
 """Run all packs of a step as one micro-batch.
 
 In: a recipe with packed data. Out: the recipe, with a data module that gives a step's whole batch and a data step
@@ -2074,11 +2772,27 @@ each example. The gradient equals the stock gradient, which averages the mean lo
 token gets a weight to that end. The logged loss is the mean over all tokens, as before.
 """
 
-from typing import Any
+import inspect
+from typing import Any, get_args
 
 import torch
 
+from runtime.engines.nemo.optimizations import needs
 from runtime.engines.nemo.optimizations.packs import ChangedStep, cu_seqlens, ends_of
+
+
+def missing(recipe: Any, _plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing."""
+    lacking = needs.missing_in_config(recipe, "data_step_fn") or needs.missing(
+        "nemo.collections.llm.gpt.data.fine_tuning:FineTuningDataModule.validate_batch_size_for_packed_sequence",
+        "nemo.lightning.megatron_parallel:MaskedTokenLossReduction.forward",
+    )
+    if lacking:
+        return lacking
+    from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
+
+    returned = get_args(inspect.signature(MaskedTokenLossReduction.forward).return_annotation)
+    return "" if len(returned) == 3 else "NeMo's loss does not come with its number of tokens"
 
 
 def apply(recipe: Any, plan: dict[str, Any]) -> None:
@@ -2131,7 +2845,53 @@ def _weighted(stock: Any) -> Any:
 
     return forward
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/engines/nemo/optimizations/op_fuser.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/engines/nemo/optimizations/needs.py <<'END_OF_FTGEN_FILE' || return
+"""Find out whether the installed packages have what an optimization uses.
+
+In: names, such as "megatron.core.optimizer:OptimizerConfig.lr". Out: the first one that is not there, as a phrase.
+
+A name is module:object.attribute. An attribute may also be the field of a dataclass or, written object(name), the
+parameter of a function or a class. Versions are not looked at: images have versions between two releases.
+"""
+
+import inspect
+from importlib import import_module
+from typing import Any
+
+
+def missing(*names: str) -> str:
+    """What is missing of these names, such as "megatron.core.optimizer has no Muon"; "" if nothing is missing."""
+    return next((phrase for name in names if (phrase := _missing(name))), "")
+
+
+def missing_in_config(recipe: Any, *fields: str) -> str:
+    """What is missing of these fields in the config of the recipe's model, which differs from model to model."""
+    config = recipe.model.config.__fn_or_cls__
+    lacking = [field for field in fields if not _has(config, field)]
+    return f"NeMo's {config.__name__} has no {lacking[0]}" if lacking else ""
+
+
+def _missing(name: str) -> str:
+    module, _, path = name.partition(":")
+    path, _, parameter = path.rstrip(")").partition("(")
+    try:
+        found: Any = import_module(module)
+    except ImportError as error:
+        return f"{module} cannot be imported ({error})"
+    for attribute in path.split("."):
+        if not _has(found, attribute):
+            return f"{module} has no {path}"
+        found = getattr(found, attribute, None)
+    if parameter and parameter not in inspect.signature(found).parameters:
+        return f"{module}.{path} has no parameter {parameter}"
+    return ""
+
+
+def _has(owner: Any, attribute: str) -> bool:
+    fields = [key for kind in getattr(owner, "__mro__", ()) for key in vars(kind).get("__annotations__", ())]
+    return getattr(owner, attribute, None) is not None or attribute in fields
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/optimizations/op_fuser.py <<'END_OF_FTGEN_FILE' || return
 """Use Transformer Engine's op fuser for the MLP and the LoRA adapters. It rounds differently.
 
 In: a recipe. Out: the recipe with the op fuser on.
@@ -2139,12 +2899,21 @@ In: a recipe. Out: the recipe with the op fuser on.
 
 from typing import Any
 
+from runtime.engines.nemo.optimizations import needs
+
+
+def missing(recipe: Any, _plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing."""
+    return needs.missing_in_config(recipe, "use_transformer_engine_op_fuser") or needs.missing(
+        "megatron.core.extensions.transformer_engine:TEFusedMLP._make_fused_impl"
+    )
+
 
 def apply(recipe: Any, _plan: dict[str, Any]) -> None:
     """Switch the op fuser on."""
     recipe.model.config.use_transformer_engine_op_fuser = True
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/engines/nemo/optimizations/packs.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/engines/nemo/optimizations/packs.py <<'END_OF_FTGEN_FILE' || return
 """Change batches in a data step, and find the boundaries of packed sequences, for several optimizations.
 
 In: NeMo's data step and its batches on the CPU. Out: a data step and batches that are changed.
@@ -2185,7 +2954,7 @@ def cu_seqlens(ends: list[int]) -> dict[str, torch.Tensor]:
         "cu_seqlens_argmin": torch.tensor([[len(ends)]]),
     }
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/engines/nemo/optimizations/scale_small_tensor.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/engines/nemo/optimizations/scale_small_tensor.py <<'END_OF_FTGEN_FILE' || return
 """Apply LoRA's scale to the small tensor between the adapter's two matrices.
 
 In: a recipe, which stays as it is. Out: NeMo's adapter class, changed for this process.
@@ -2194,6 +2963,13 @@ In: a recipe, which stays as it is. Out: NeMo's adapter class, changed for this 
 from typing import Any
 
 import torch
+
+from runtime.engines.nemo.optimizations import needs
+
+
+def missing(_recipe: Any, _plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing."""
+    return needs.missing("nemo.collections.llm.peft.utils:ParallelLinearAdapter.forward")
 
 
 def apply(_recipe: Any, _plan: dict[str, Any]) -> None:
@@ -2215,7 +2991,7 @@ def scale_small_tensor() -> None:
 
     ParallelLinearAdapter.forward = forward
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/engines/nemo/optimizations/short_padding.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/engines/nemo/optimizations/short_padding.py <<'END_OF_FTGEN_FILE' || return
 """Cut the padding of each pack into several short sequences.
 
 In: a recipe with packed data. Out: the recipe, with a data step that cuts the padding.
@@ -2232,9 +3008,17 @@ from typing import Any
 
 import torch
 
+from runtime.engines.nemo.optimizations import needs
 from runtime.engines.nemo.optimizations.packs import ChangedStep, cu_seqlens, ends_of
 
 MULTIPLE = 64  # tokens in a tile of the attention kernel; the longest sequence is rounded up to a multiple
+
+
+def missing(recipe: Any, _plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing."""
+    return needs.missing_in_config(recipe, "data_step_fn") or needs.missing(
+        "nemo.collections.llm.gpt.data.packed_sequence:PackedSequenceSpecs.packed_metadata_path"
+    )
 
 
 def apply(recipe: Any, _plan: dict[str, Any]) -> None:
@@ -2264,7 +3048,7 @@ def cut_padding(batch: dict[str, Any], longest: int) -> dict[str, Any]:
     cut += [ends[-1]] * (count - len(cut))
     return batch | cu_seqlens(cut) | {"max_seqlen": torch.tensor([[longest]], dtype=torch.int32)}
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/engines/nemo/optimizations/skip_nan_check.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/engines/nemo/optimizations/skip_nan_check.py <<'END_OF_FTGEN_FILE' || return
 """Do not check the gradients of each step for NaN.
 
 In: a recipe. Out: the recipe with other data-parallel settings.
@@ -2272,14 +3056,20 @@ In: a recipe. Out: the recipe with other data-parallel settings.
 
 from typing import Any
 
+from runtime.engines.nemo.optimizations import needs
 from runtime.engines.nemo.recipe import ddp
+
+
+def missing(_recipe: Any, _plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing."""
+    return needs.missing("megatron.core.distributed:DistributedDataParallelConfig.check_for_nan_in_grad")
 
 
 def apply(recipe: Any, _plan: dict[str, Any]) -> None:
     """Switch the check off."""
     recipe.trainer.strategy.ddp = ddp(recipe, check_for_nan_in_grad=False)
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/engines/nemo/optimizations/skip_shard_transposes.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/engines/nemo/optimizations/skip_shard_transposes.py <<'END_OF_FTGEN_FILE' || return
 """Do not transpose the shards of FP8 weights after the optimizer's step.
 
 In: a recipe, which stays as it is. Out: Transformer Engine, changed for this process.
@@ -2290,6 +3080,17 @@ all shards are gathered, Transformer Engine transposes the whole weight.
 """
 
 from typing import Any
+
+from runtime.engines.nemo.optimizations import needs
+
+
+def missing(_recipe: Any, _plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing."""
+    return needs.missing(
+        "transformer_engine.pytorch.tensor.utils:_cast_master_weights_to_fp8_delayed_scaling",
+        "transformer_engine.pytorch.tensor.float8_tensor:Float8Tensor._get_quantizer",
+        "transformer_engine.pytorch.tensor.float8_tensor:Float8Quantizer.set_usage(columnwise)",
+    )
 
 
 def apply(_recipe: Any, _plan: dict[str, Any]) -> None:
@@ -2318,13 +3119,14 @@ def _without_transposes(cast: Any) -> Any:
 
     return cast_rows
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/engines/nemo/optimizations/switch.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/engines/nemo/optimizations/switch.py <<'END_OF_FTGEN_FILE' || return
 """Switch on the optimizations that the plan selects.
 
 In: a recipe and a plan. Out: the recipe, changed.
 
-Each optimization is a file of this folder with a function `apply(recipe, plan)`. If it is off, the stock recipe stays
-as it is. The catalogue's optimizations.toml describes the measured effect and the numerics of each.
+Each optimization is a file of this folder with two functions: `missing(recipe, plan)` says what the installed packages
+lack for it, `apply(recipe, plan)` switches it on. If it is off, the stock recipe stays as it is. The catalogue's
+optimizations.toml describes the measured effect and the numerics of each.
 """
 
 from importlib import import_module
@@ -2343,18 +3145,154 @@ def before_imports(plan: Plan) -> None:
             _module(name).before_imports()
 
 
-def apply(recipe: Any, plan: Plan) -> None:
-    """Apply every optimization that is on."""
-    on = [name for name, is_on in plan["optimizations"].items() if is_on]
+def unavailable(recipe: Any, plan: Plan) -> dict[str, str]:
+    """Those optimizations of the plan that the installed packages cannot do, and what they lack."""
+    lacking = {name: _module(name).missing(recipe, plan) for name in _selected(plan)}
+    return {name: phrase for name, phrase in lacking.items() if phrase}
+
+
+def apply(recipe: Any, plan: Plan, off: dict[str, str]) -> None:
+    """Apply every optimization of the plan, except those that are `unavailable`."""
+    on = [name for name in _selected(plan) if name not in off]
     say(f"optimizations: {', '.join(on) or 'none, the stock recipe'}")
+    for name, lacking in off.items():
+        say(f"warning: the optimization {name} is off: {lacking}")
     for name in on:
         _module(name).apply(recipe, plan)
+
+
+def _selected(plan: Plan) -> list[str]:
+    return [name for name, is_on in plan["optimizations"].items() if is_on]
 
 
 def _module(name: str) -> Any:
     return import_module(f"{__package__}.{name}")
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/engines/nemo/recipe.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/engines/nemo/packages.py <<'END_OF_FTGEN_FILE' || return
+"""Find out whether the installed packages can convert and train, without importing them.
+
+In: sys.path. Out: what is found, and a sentence for each thing that is missing.
+
+`import nemo` takes half a minute. This module finds the packages that `import` would take, and reads their files: so
+sources that come first on sys.path count, and versions of packages do not. NeMo and Megatron-Core fit together if
+Megatron-Core has every name that NeMo imports from it. It uses no other module of the runtime, because the set-up job
+contains its text.
+"""
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+# Packages, by the names that pip knows.
+OTHERS = {
+    "torch": "torch",
+    "lightning": "lightning",
+    "transformers": "transformers",
+    "huggingface_hub": "huggingface_hub",
+    "nemo_run": "nemo_run",
+    "fiddle": "fiddle",
+}
+ON_A_GPU = {"transformer_engine": "transformer-engine"}
+IMPORTERS = ("collections/llm", "lightning")  # folders of NeMo that a training imports
+IMPORT = re.compile(r"^from (megatron\.core[\w.]*) import (?:\(([^)]*)\)|([^\n(]*))", re.MULTILINE)
+NAME = re.compile(r"(\w+)(?: as \w+)?\s*(?:,|$)", re.MULTILINE)
+COMMENT = re.compile(r"#.*")
+
+
+def found() -> str:
+    """What is there, such as "NeMo 2.7.3 in /opt/NeMo/nemo, PyTorch 2.9.0"."""
+    places = (("NeMo", folder("nemo")), ("Megatron-Core", folder("megatron.core")))
+    there = [_named(name, place) for name, place in places if place]
+    others = (("Transformer Engine", _version("transformer-engine")), ("PyTorch", _version("torch")))
+    return ", ".join(there + [f"{name} {number}" for name, number in others if number]) or "no NeMo and no PyTorch"
+
+
+def missing(recipes: list[str], *, gpu: bool) -> Iterator[str]:
+    """A sentence for each thing that is missing. `recipes`: modules in nemo.collections.llm.recipes."""
+    for package, name in (OTHERS | (ON_A_GPU if gpu else {})).items():
+        if not _is_there(package):
+            yield f"the package {name} is not installed"
+    nemo, core = folder("nemo"), folder("megatron.core")
+    for place, name in ((nemo, "nemo_toolkit"), (core, "megatron-core")):
+        if not place:
+            yield f"the package {name} is not installed" + (", only Megatron-Bridge" if _is_there("megatron.bridge") else "")
+    if nemo:
+        yield from _missing_in_nemo(nemo, recipes)
+    if nemo and core:
+        yield from _missing_in_megatron(nemo, core)
+
+
+def folder(package: str) -> Path | None:
+    """The folder that `import` would take the package from. The package is not imported, but those around it are."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except ImportError:
+        return None
+    return next((Path(place) for place in spec.submodule_search_locations or ()), None) if spec else None
+
+
+def release(package: Path) -> str:
+    """The version in package_info.py, as NeMo and Megatron-Core have it; "" if there is no such file."""
+    info = package / "package_info.py"
+    text = info.read_text(encoding="utf-8") if info.is_file() else ""
+    parts = [re.search(rf"^{key} = ['\"]?(\w*)", text, re.MULTILINE) for key in ("MAJOR", "MINOR", "PATCH", "PRE_RELEASE")]
+    number = ".".join(part[1] for part in parts[:3] if part)
+    return number + (parts[3][1] if parts[3] else "")
+
+
+def _named(name: str, package: Path) -> str:
+    return " ".join(filter(None, (name, release(package), "in", str(package))))
+
+
+def _missing_in_nemo(nemo: Path, recipes: list[str]) -> Iterator[str]:
+    library = nemo / "collections" / "llm"
+    if not library.is_dir():
+        yield f"{_named('NeMo', nemo)} has no nemo.collections.llm; versions 2.1 to 2.7 have it"
+        return
+    for recipe in recipes:
+        if not (library / "recipes" / f"{recipe}.py").is_file():
+            yield f"{_named('NeMo', nemo)} has no recipe {recipe}, which this model needs"
+
+
+def _missing_in_megatron(nemo: Path, core: Path) -> Iterator[str]:
+    lacking = dict.fromkeys(name for name in _imported(nemo) if not _has(core, *name))
+    if lacking:
+        names = ", ".join(f"{module}.{name}" for module, name in list(lacking)[:3]) + (", ..." if len(lacking) > 3 else "")
+        yield f"{_named('NeMo', nemo)} does not fit {_named('Megatron-Core', core)}, which lacks {names}"
+
+
+def _imported(nemo: Path) -> Iterator[tuple[str, str]]:
+    """Module and name of what NeMo imports from Megatron-Core, except inside of `try` and of functions."""
+    for place in IMPORTERS:
+        for file in sorted((nemo / place).rglob("*.py")):
+            for module, several, few in IMPORT.findall(file.read_text(encoding="utf-8", errors="replace")):
+                yield from ((module, name) for name in NAME.findall(COMMENT.sub("", several or few)))
+
+
+def _has(core: Path, module: str, name: str) -> bool:
+    place = core.joinpath(*module.split(".")[2:])
+    if (place / f"{name}.py").is_file() or (place / name).is_dir():
+        return True
+    file = place.with_suffix(".py") if place.with_suffix(".py").is_file() else place / "__init__.py"
+    return file.is_file() and bool(re.search(rf"\b{name}\b", file.read_text(encoding="utf-8", errors="replace")))
+
+
+def _is_there(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:
+        return False
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/recipe.py <<'END_OF_FTGEN_FILE' || return
 """Build NeMo's own fine-tuning recipe, with the numbers of the plan.
 
 In: a plan, a checkpoint, data. Out: a recipe, as a `run.Partial`.
@@ -2372,6 +3310,7 @@ import nemo_run as run
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
+from nemo.collections.llm.gpt.data.fine_tuning import FineTuningDataModule
 from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
 from nemo.collections.llm.recipes.precision.mixed_precision import bf16_with_fp8_mixed
 from nemo.lightning import _strategy_lib
@@ -2417,7 +3356,20 @@ def stock(plan: Plan, log_directory: Path) -> Any:
         "performance_mode": True,
     }
     accepted = inspect.signature(library.finetune_recipe).parameters
+    vars(library)["default_finetune_recipe"] = _with_a_list_of_callbacks(library.default_finetune_recipe)
     return library.finetune_recipe(**{key: value for key, value in arguments.items() if key in accepted})
+
+
+def _with_a_list_of_callbacks(default: Any) -> Any:
+    """NeMo 2.1 appends to the callbacks of its default recipe, which has none."""
+
+    @functools.wraps(default)
+    def with_a_list(*args: Any, **kwargs: Any) -> Any:
+        recipe = default(*args, **kwargs)
+        recipe.trainer.callbacks = recipe.trainer.callbacks or []
+        return recipe
+
+    return with_a_list
 
 
 def set_model(recipe: Any, plan: Plan) -> None:
@@ -2433,7 +3385,9 @@ def set_model(recipe: Any, plan: Plan) -> None:
         config.scale_factor = model["rope_scaling_factor"]
     config.seq_length = recipe.data.seq_length = plan["seq_length"]
     # some of NeMo's recipes count embedding and loss as pipeline layers; the plan counts only transformer layers
-    config.account_for_embedding_in_pipeline_split = config.account_for_loss_in_pipeline_split = False
+    for key in ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"):
+        if hasattr(config, key):  # since NeMo 2.2
+            setattr(config, key, False)
 
 
 def _set_scheme(recipe: Any, plan: Plan) -> None:
@@ -2486,7 +3440,10 @@ def _set_precision(recipe: Any, plan: Plan) -> None:
 
 
 def _set_data(recipe: Any, plan: Plan, files: Files) -> None:
-    # The recipe's data module is SquadDataModule. It downloads nothing if training.jsonl exists.
+    # The recipe's data module is SquadDataModule. It downloads nothing if training.jsonl exists. In NeMo 2.1, it takes no
+    # folder; the class that it derives from does.
+    if not hasattr(recipe.data, "dataset_root"):
+        recipe.data = run.Config(FineTuningDataModule, **recipe.data.__arguments__)
     recipe.data.dataset_root = str(files.examples)
     recipe.data.seed = plan["seed"]
     recipe.data.global_batch_size = plan["global_batch_size"]
@@ -2497,8 +3454,9 @@ def _set_data(recipe: Any, plan: Plan, files: Files) -> None:
             packed_sequence_size=plan["seq_length"],
             packed_train_data_path=str(files.packed / "training.npy"),
             packed_val_data_path=str(files.packed / "validation.npy"),
-            packed_metadata_path=str(files.packed / "metadata.json"),
         )
+        if (files.packed / "metadata.json").is_file():  # since NeMo 2.2
+            recipe.data.packed_sequence_specs.packed_metadata_path = str(files.packed / "metadata.json")
 
 
 def _set_trainer(recipe: Any, plan: Plan) -> None:
@@ -2528,7 +3486,7 @@ def _for_the_cpu(recipe: Any) -> None:
     optimizer.clip_grad = 0.0  # its kernel needs CUDA
     recipe.data.num_workers = 0
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/engines/nemo/train.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/engines/nemo/train.py <<'END_OF_FTGEN_FILE' || return
 """Train: one process per rank.
 
 In: a plan, and the rank of this process in the environment. Out: NeMo's own step lines on stdout.
@@ -2543,7 +3501,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.data.prepare import prepare
-from runtime.engines.nemo import convert, imports
+from runtime.engines.nemo import compatibility, convert, imports
 from runtime.engines.nemo.optimizations import switch
 from runtime.job import environment, profile
 from runtime.job.errors import JobError
@@ -2569,16 +3527,19 @@ def train(plan: Plan) -> int:
         import torch
 
         from runtime.engines.nemo import recipe
+
+        compatibility.after_imports()
     if plan["gpu"]["name"] == "cpu":
         from runtime.engines.nemo import cpu
 
         cpu.stand_in()
     elif not torch.cuda.is_available():
         raise JobError("PyTorch finds no GPU in this process", 'see nvidia-smi; gpu = "cpu" in the spec needs no GPU')
-    environment.tell(plan)
+    off = switch.unavailable(recipe.stock(plan, _log_directory()), plan)
+    environment.tell(plan, off)
     files = prepare(plan, weights / "context" / "nemo_tokenizer")
     recipe_of_run = recipe.build(plan, weights, files, _log_directory())
-    switch.apply(recipe_of_run, plan)
+    switch.apply(recipe_of_run, plan, off)
     profile.add(recipe_of_run, plan)
     training = fiddle.build(recipe_of_run)
     say(f"training: {plan['experiment']}, {plan['max_steps']} steps")
@@ -2620,13 +3581,13 @@ def _free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/guard/__init__.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/guard/__init__.py <<'END_OF_FTGEN_FILE' || return
 """Build a folder once, however many jobs and ranks need it, and publish it only when it is complete.
 
 In: a path, what identifies its content, and a function that builds it. Out: the folder. Start with `publish.py`.
 """
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/guard/claim.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/guard/claim.py <<'END_OF_FTGEN_FILE' || return
 """Decide which of many processes builds a folder, by numbered claims on a shared file system.
 
 In: a directory of claims. Out: a `Claim`, the right to build, for one process at a time.
@@ -2636,7 +3597,7 @@ from n by `mkdir n+1`, which succeeds for exactly one process of all machines. (
 cluster file systems they succeed for every process.) A claim is never deleted, so a number never has two owners. A
 claim contains
 
-    owner.json   its owner: host, boot, pid namespace, pid and its start time, Slurm job and restart
+    owner.json   its owner: user, host, boot, pid namespace, pid and its start time, Slurm job and restart
     heartbeat    a counter that the owner increases every few seconds
     released     exists once the owner has finished or failed
 
@@ -2659,6 +3620,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from runtime.job.sharing import user_name
 
 STALE_S = 60.0
 BEATS_PER_STALE = 12  # heartbeats that an owner must miss to count as dead
@@ -2736,7 +3699,7 @@ class Watch:
         if not owner:
             return "an unknown process"
         job = f", Slurm job {owner['slurm_job']}" if owner.get("slurm_job") else ""
-        return f"process {owner.get('pid')} on {owner.get('host')}{job}"
+        return f"process {owner.get('pid')} on {owner.get('host')}{job}, user {owner.get('user', 'unknown')},"
 
     def _is_free(self, current: int) -> bool:
         if (self.claims / str(current) / "released").exists():
@@ -2779,6 +3742,7 @@ def highest(claims: Path) -> int:
 def this_process() -> dict[str, Any]:
     """What identifies this process among all processes of all machines."""
     return {
+        "user": user_name(),
         "host": os.environ.get("FTGEN_HOST") or socket.gethostname(),
         "boot": _read("/proc/sys/kernel/random/boot_id"),
         "pid_namespace": _pid_namespace(),  # a pid in a container is not the same process outside
@@ -2838,7 +3802,7 @@ def _write(path: Path, text: str, *, in_place: bool = False) -> None:
     except OSError:
         pass  # the file system is full or gone: other processes rely on the heartbeat
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/guard/manifest.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/guard/manifest.py <<'END_OF_FTGEN_FILE' || return
 """Write and check the manifest of a published directory.
 
 In: a directory and the source that it must have. Out: manifest.json in the directory, or the first flaw as text.
@@ -2942,7 +3906,7 @@ def _file_flaw(path: Path, entry: dict[str, Any], thorough: bool) -> str | None:
         return f"{path.name} has changed since it was built"
     return None
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/guard/publish.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/guard/publish.py <<'END_OF_FTGEN_FILE' || return
 """Build a directory once, however many jobs and ranks need it, and publish it only when it is complete.
 
 In: its path (`place`), its source, and a function that builds it. Out: the path of the finished directory.
@@ -2972,12 +3936,14 @@ from typing import Any
 from runtime.guard import manifest
 from runtime.guard.claim import Claim, Watch
 from runtime.guard.manifest import Source
-from runtime.job.errors import JobError
+from runtime.job import sharing
+from runtime.job.errors import JobError, causes
 from runtime.job.progress import say
 
 REMIND_S = 60.0  # between two progress lines of a waiting process
 POLL_S = 2.0  # longest time between two looks at the claim
 FULL = {errno.ENOSPC, errno.EDQUOT}
+DENIED = {errno.EACCES, errno.EPERM}
 GIB = 1 << 30
 
 Build = Callable[[Path], dict[str, Any] | None]
@@ -3043,7 +4009,8 @@ def _make(place: Path, source: Source, build: Build, need_bytes: int | Callable[
                 require_space(place.parent, need, place.name)
             staging.mkdir()
             origin = build(staging)
-            manifest.write(staging, source, origin or {})
+            manifest.write(staging, source, {"user": sharing.user_name()} | (origin or {}))
+            sharing.share_tree(staging)
             return _publish(staging, place, source, claim)
     except Exception:
         if claim.is_current():
@@ -3136,39 +4103,740 @@ def _make_directory(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise JobError(
-            f"cannot create {directory}: {error.strerror}", "set STAGE_PATH to a directory that you can write to"
-        ) from error
+        raise _cannot_create(directory, error) from error
     if not os.access(directory, os.W_OK | os.X_OK):
-        raise JobError(f"you cannot write to {directory}", "set STAGE_PATH to a directory that you can write to")
+        raise _cannot_create(directory / "1", PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
+def _cannot_create(path: Path, error: OSError) -> JobError:
+    """The error for a path that this user cannot make or change. It names whose folder that is."""
+    folder = path.parent
+    while not folder.is_dir():
+        folder = folder.parent
+    what, hint = f"cannot create {path}: {error.strerror}", "set STAGE_PATH to a directory that you can write to"
+    owner = sharing.owner_of(folder)
+    if error.errno in DENIED and owner != sharing.user_name():
+        what += f": {folder} belongs to {owner}"
+        hint = f"ask {owner} to run: find {folder} -type d -user {owner} -exec chmod g+rwxs {{}} +. Or {hint}"
+    return JobError(what, hint)
 
 
 @contextmanager
 def _plain_disk_errors(directory: Path) -> Iterator[None]:
-    """Turn an error for a full disk into a JobError, however deep in a library it was raised."""
+    """Turn an error for a full disk, or for a folder of another user, into a JobError, however deep it was raised."""
     try:
         yield
     except Exception as error:
-        if not any(isinstance(cause, OSError) and cause.errno in FULL for cause in _causes(error)):
-            raise
-        raise JobError(
-            f"the disk of {directory} is full, or your quota is used up",
-            "free some space there, or set STAGE_PATH to a directory on a larger file system",
-        ) from error
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+        failed = [cause for cause in causes(error) if isinstance(cause, OSError)]
+        if any(cause.errno in FULL for cause in failed):
+            raise JobError(
+                f"the disk of {directory} is full, or your quota is used up",
+                "free some space there, or set STAGE_PATH to a directory on a larger file system",
+            ) from error
+        denied = [cause for cause in failed if cause.errno in DENIED and str(cause.filename).startswith(str(directory))]
+        if denied:
+            raise _cannot_create(Path(denied[0].filename), denied[0]) from error
+        raise
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/job/__init__.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/hub/__init__.py <<'END_OF_FTGEN_FILE' || return
+"""Repositories of the Hugging Face hub: find them on this machine, or download them once for all jobs.
+
+In: a `Repository`. Out: a folder with its files. Start with `fetch.py`; `find.py` uses neither a network nor a package.
+"""
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/hub/errors.py <<'END_OF_FTGEN_FILE' || return
+"""Turn the errors of huggingface_hub into one line and a hint.
+
+In: an exception of huggingface_hub, of whatever version, requests or httpx below it. Out: a `JobError`.
+
+The text of such an exception can have a URL with a signature, or words of a server that repeats what it was sent. So no
+text of an exception is passed on: only its type, the status, and the name of the host.
+
+Environment: HF_ENDPOINT, HTTPS_PROXY and so on, for the texts.
+"""
+
+import os
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from runtime.guard.publish import FULL
+from runtime.hub import find
+from runtime.hub.repository import Repository
+from runtime.hub.token import has_token, token_file
+from runtime.job.errors import JobError, causes
+
+TOKENS = "https://huggingface.co/settings/tokens"
+AGAIN = "try again: the download continues where it stopped"
+# Words in the names of exceptions that requests, urllib3, httpx and the standard library raise if a connection fails.
+NETWORK = ("Connect", "Timeout", "Proxy", "SSL", "Protocol", "Network", "Transport", "ChunkedEncoding", "gaierror")
+
+
+class UnreachableError(JobError):
+    """The hub cannot be reached from this machine."""
+
+
+def command(script: str) -> str:
+    """The command that downloads what the script's jobs need."""
+    return f"where there is a network: bash {script}.sh --download"
+
+
+@contextmanager
+def plain_errors(repository: Repository, script: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises in the block into a JobError. A full disk stays an OSError, for the guard."""
+    try:
+        yield
+    except JobError:
+        raise
+    except Exception as error:
+        if any(isinstance(cause, OSError) and cause.errno in FULL for cause in causes(error)):
+            raise
+        raise explain(error, repository, script) from error
+
+
+def explain(error: Exception, repository: Repository, script: str) -> JobError:
+    """What the exception means for the user."""
+    from huggingface_hub.utils import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    status: int | None = getattr(getattr(error, "response", None), "status_code", None)
+    page = f"https://huggingface.co/{'datasets/' if repository.kind == 'dataset' else ''}{repository.name}"
+    if isinstance(error, GatedRepoError):
+        return _gated(repository, status, page)
+    if isinstance(error, RevisionNotFoundError):
+        return JobError(f"{repository.name} has no revision {repository.revision!r}", f"see {page}/tree/main")
+    if isinstance(error, RepositoryNotFoundError):
+        return _unknown(repository, status, page)
+    if status:
+        return _refused(repository, status)
+    if any(word in kind.__name__ for cause in causes(error) for kind in type(cause).__mro__ for word in NETWORK):
+        return UnreachableError(f"{repository} cannot be downloaded: {_reason(error)}", command(script))
+    return JobError(f"{repository}: the download failed with {type(error).__name__}", AGAIN)
+
+
+def offline(repository: Repository, script: str) -> JobError:
+    """The error for a repository that is not on this machine, where a variable forbids the hub."""
+    what = f"{find.offline_variable()} is set, and {repository} is not on this machine: {find.what_is_missing(repository)}"
+    return JobError(what, command(script))
+
+
+def no_token(repository: Repository, script: str) -> JobError:
+    """The error for a gated repository without a token."""
+    return JobError(
+        f"{repository.name} is gated, and there is no Hugging Face token",
+        f"run hf auth login, which writes {token_file()}, or export HF_TOKEN=<your token>; or {command(script)}",
+    )
+
+
+def _gated(repository: Repository, status: int | None, page: str) -> JobError:
+    if status == 403:
+        return JobError(
+            f"{repository.name} is gated, and the account of this token has no access to it (403)",
+            f"request access on {page} and wait until you have it; a fine-grained token also needs the permission to "
+            "read gated repositories",
+        )
+    if has_token():
+        return _bad_token(repository)
+    return JobError(
+        f"{repository.name} is gated, and there is no Hugging Face token (401)",
+        f"request access on {page}, then run hf auth login or export HF_TOKEN=<your token>",
+    )
+
+
+def _unknown(repository: Repository, status: int | None, page: str) -> JobError:
+    if status == 401 and not has_token():
+        return JobError(
+            f"{repository.name} is not public or does not exist, and there is no Hugging Face token (401)",
+            f"look at {page}; if it is private, run hf auth login or export HF_TOKEN=<your token>",
+        )
+    return JobError(f"{repository.name} is not on the hub, or this token has no access to it ({status})", f"look at {page}")
+
+
+def _bad_token(repository: Repository) -> JobError:
+    where = "HF_TOKEN" if os.environ.get("HF_TOKEN") else str(token_file())
+    return JobError(
+        f"{repository.name}: the hub does not accept the token of {where} (401)",
+        f"create a token on {TOKENS}, then run hf auth login or export HF_TOKEN=<your token>",
+    )
+
+
+def _refused(repository: Repository, status: int) -> JobError:
+    if status == 401:
+        return _bad_token(repository)
+    if status == 403:
+        return JobError(f"{repository.name}: the hub refuses this token (403)", f"see its permissions on {TOKENS}")
+    if status == 404:
+        return JobError(f"{repository.name}: {_endpoint()} does not have it (404)", "correct HF_ENDPOINT")
+    if status == 407:
+        return JobError(
+            f"{repository.name}: the proxy {_proxy(_endpoint())} wants a password (407)", "export it in HTTPS_PROXY"
+        )
+    if status == 429:
+        return JobError(f"{repository.name}: too many requests to the hub (429)", f"wait some minutes, then {AGAIN}")
+    return JobError(f"{repository.name}: the hub answers {status}", AGAIN)
+
+
+def _reason(error: BaseException) -> str:
+    """Which host does not answer, and why."""
+    url, chain = _url(error), list(causes(error))
+    host, proxy = _host(url), _proxy(url)
+    refused = any(isinstance(cause, ConnectionRefusedError | socket.gaierror) for cause in chain)
+    if any("Proxy" in type(cause).__name__ for cause in chain) or (proxy and refused):
+        return f"the proxy {proxy} gives no way to {host}"
+    if any(isinstance(cause, ssl.SSLError) or type(cause).__name__ == "SSLError" for cause in chain):
+        return f"the certificate of {host} is not accepted; for a proxy's own, see SSL_CERT_FILE and REQUESTS_CA_BUNDLE"
+    if any(isinstance(cause, socket.gaierror) for cause in chain):
+        return f"the name {host} cannot be resolved"
+    if refused:
+        return f"{host} refuses the connection"
+    through = f" through the proxy {proxy}" if proxy else ""
+    if any(isinstance(cause, TimeoutError) or "Timeout" in type(cause).__name__ for cause in chain):
+        return f"{host} does not answer{through}"
+    return f"the connection to {host}{through} fails"
+
+
+def _url(error: BaseException) -> str:
+    """The address of the request that failed: of the hub, or where the hub redirects to for large files."""
+    for cause in causes(error):
+        try:
+            return str(cause.request.url)  # type: ignore[attr-defined]
+        except (AttributeError, RuntimeError):  # httpx raises the latter if an exception has no request
+            continue
+    return _endpoint()
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+
+
+def _proxy(url: str) -> str:
+    """The proxy for an address, or an empty text."""
+    proxies = getproxies()
+    if proxy_bypass(urlsplit(url).hostname or ""):
+        return ""
+    return _host(proxies.get(urlsplit(url).scheme) or proxies.get("all") or "")
+
+
+def _host(url: str) -> str:
+    """Host and port, without the user and password that the address of a proxy can have."""
+    return urlsplit(url).netloc.rpartition("@")[2]
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/hub/fetch.py <<'END_OF_FTGEN_FILE' || return
+"""Download a repository from the Hugging Face hub, once for all jobs.
+
+In: a `Repository`. Out: a folder with its files, or a JobError.
+
+The guard publishes the folder, so of many jobs and ranks one downloads and the others wait. The bytes go into a folder
+beside it, which stays if the download is interrupted, so the next one continues it (see transfer.py).
+
+Environment: what huggingface_hub reads, such as HF_TOKEN, HF_TOKEN_PATH, HF_ENDPOINT, HTTPS_PROXY.
+"""
+
+import os
+import queue
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from runtime.guard import publish
+from runtime.hub import errors, find, transfer
+from runtime.hub.repository import Repository
+from runtime.job.errors import JobError
+from runtime.job.progress import timed
+
+ANSWER_S = 10.0  # longest time until the hub answers a request
+LISTING_S = 20.0  # longest time until the list of the files is there, with all addresses of the hub that are tried
+
+
+class Listing(NamedTuple):
+    """The files of a repository that a job reads, at one commit."""
+
+    commit: str
+    files: tuple[transfer.File, ...]
+
+
+def fetch(repository: Repository, script: str, *, into_home: bool = False) -> Path:
+    """A folder with the repository's files. It is downloaded if it is not on this machine.
+
+    `script` is the name of the job's script, for hints. `into_home` copies from a hub cache that other machines may not
+    see. JobError: no access, no network, no room, a file with another checksum.
+    """
+    found = find.find(repository)
+    if found and (not into_home or found.is_relative_to(find.home())):
+        return found
+    place = find.place(repository)
+    if found:
+        files = [path for path in found.rglob("*") if repository.wants(path.relative_to(found).as_posix())]
+        need = sum(path.stat().st_size for path in files)
+        publish.ensure(place, find.source(repository), lambda staging: _copy(found, files, staging), need_bytes=need)
+        return place
+    publish.ensure(
+        place,
+        find.source(repository),
+        lambda staging: _build(repository, script, place, staging),
+        need_bytes=lambda: bytes_to_download(repository, script),
+    )
+    for partial in _partials(place):
+        shutil.rmtree(partial, ignore_errors=True)
+    return place
+
+
+def bytes_to_download(repository: Repository, script: str) -> int:
+    """Bytes that `fetch` still has to download. JobError: the hub does not tell."""
+    if find.find(repository):
+        return 0
+    listing = _listing(repository, script)
+    partial = _partial(find.place(repository), listing)
+    there = transfer.size_of(partial) if partial.exists() else 0
+    return max(0, sum(file.size or 0 for file in listing.files) - there)
+
+
+@cache
+def _listing(repository: Repository, script: str) -> Listing:
+    """Ask the hub for the commit and the files. It is asked once: a commit that comes meanwhile must not matter."""
+    if find.offline_variable():
+        raise errors.offline(repository, script)
+    hub = _huggingface_hub()
+    with errors.plain_errors(repository, script):
+        info = _within(
+            LISTING_S,
+            lambda: hub.HfApi().repo_info(
+                repository.name,
+                repo_type=repository.kind,
+                revision=repository.revision,
+                files_metadata=True,
+                timeout=ANSWER_S,
+            ),
+        )
+    files = tuple(_file(sibling) for sibling in info.siblings or [] if repository.wants(sibling.rfilename))
+    return Listing(str(info.sha), files)
+
+
+def _huggingface_hub() -> Any:
+    """The package, without its progress bars and warnings: those have URLs with signatures."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ["HF_HUB_ENABLE_HF_TRANSFER"] = "0"  # its unfinished files have holes, and the size of finished ones
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise JobError(
+            f"{sys.executable} has no huggingface_hub",
+            "python3 -m venv FOLDER && FOLDER/bin/pip install huggingface_hub, then export FTGEN_PYTHON=FOLDER/bin/python",
+        ) from error
+    huggingface_hub.logging.set_verbosity_error()
+    return huggingface_hub
+
+
+def _within(seconds: float, ask: Callable[[], Any]) -> Any:
+    """The answer of `ask`. TimeoutError: it takes longer. A library's own limit holds for each address of a host anew."""
+    answers: queue.Queue[Any] = queue.Queue()
+
+    def work() -> None:
+        try:
+            answers.put((ask(), None))
+        except Exception as error:
+            answers.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        answer, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:.0f} s") from None
+    if error:
+        raise error
+    return answer
+
+
+def _file(sibling: Any) -> transfer.File:
+    lfs = sibling.lfs or {}
+    return transfer.File(sibling.rfilename, sibling.size, lfs.get("sha256"), None if lfs else sibling.blob_id)
+
+
+def _build(repository: Repository, script: str, place: Path, staging: Path) -> dict[str, Any]:
+    """Download into the partial folder, and link its files into the staging folder. Returns the commit."""
+    listing = _listing(repository, script)
+    partial = _partial(place, listing)
+    partial.mkdir(parents=True, exist_ok=True)
+    size = sum(file.size or 0 for file in listing.files)
+    with timed(f"downloading {repository}: {len(listing.files)} files, {size / transfer.GB:.1f} GB"):
+        transfer.download(repository, script, listing.commit, listing.files, partial)
+    if lacking := repository.missing(partial):
+        raise JobError(f"{repository} has no {', '.join(lacking)}", "use another repository or revision")
+    for file in listing.files:
+        _link(partial / file.path, staging / file.path)
+    return {"commit": listing.commit}
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name, so that the partial folder stays whole until the folder is published. A move, where links fail."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        source.rename(target)
+
+
+def _copy(snapshot: Path, files: list[Path], staging: Path) -> dict[str, Any]:
+    """Copy files of a hub cache, where they are links."""
+    with timed(f"copying {snapshot}"):
+        for file in files:
+            target = staging / file.relative_to(snapshot)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+    return {"commit": snapshot.name}
+
+
+def _partial(place: Path, listing: Listing) -> Path:
+    return place.parent / f".{place.name}.partial-{listing.commit[:12]}"
+
+
+def _partials(place: Path) -> list[Path]:
+    return list(place.parent.glob(f".{place.name}.partial-*"))
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/hub/find.py <<'END_OF_FTGEN_FILE' || return
+"""Find a repository of the hub on this machine, without a network, a token or huggingface_hub.
+
+In: a `Repository`. Out: a folder with its files, or what is missing.
+
+Two kinds of places are looked at: the folder that `fetch` publishes, and hub caches, whose layout huggingface_hub
+documents as <cache>/models--org--name/{refs/<revision>,snapshots/<commit>/<file>}. A snapshot is used only if it has
+all that a job reads, because an interrupted download leaves a snapshot with some of the files.
+
+Environment: HF_HOME (in a job $STAGE_PATH/HF_ckpt), STAGE_PATH, HF_HUB_CACHE; FTGEN_HUB_CACHE, the hub cache of the
+user who submitted the job; HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE.
+"""
+
+import json
+import os
+import sys
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from runtime.guard import manifest
+from runtime.hub.repository import Repository
+
+SHOWN = 6  # number of missing files that an error names
+
+
+def find(repository: Repository) -> Path | None:
+    """A folder with all the files that a job reads, or None."""
+    return published(repository) or in_cache(repository)
+
+
+def published(repository: Repository) -> Path | None:
+    """The folder that `fetch` published, or None."""
+    folder = place(repository)
+    return folder if manifest.flaw(folder, source(repository)) is None else None
+
+
+def in_cache(repository: Repository) -> Path | None:
+    """A complete snapshot in a hub cache, or None. Its name is the commit."""
+    complete = (folder for folder in snapshots(repository) if not repository.missing(folder))
+    return next(complete, None)
+
+
+def commit(folder: Path) -> str:
+    """The commit that a folder of `find` has."""
+    try:
+        return str(json.loads((folder / manifest.NAME).read_text())["origin"]["commit"])
+    except FileNotFoundError:
+        return folder.name  # a snapshot in a hub cache
+
+
+def place(repository: Repository) -> Path:
+    """The folder that `fetch` publishes. Its name has a hash of `needed`: two plans may read other files of a data set."""
+    revision = repository.revision.replace("/", "--")
+    files = sha256(json.dumps(repository.needed).encode()).hexdigest()[:6]
+    return home() / "downloads" / f"{repository.kind}s" / f"{repository.name}@{revision}-{files}"
+
+
+def source(repository: Repository) -> dict[str, Any]:
+    """What identifies the published folder. Without `wanted`: a new ftgen must not download 100 GB for a small file."""
+    asked = {"repository": repository.name, "type": repository.kind, "revision": repository.revision}
+    return {"kind": "download", **asked, "needed": repository.needed}
+
+
+def home() -> Path:
+    """The folder of all that jobs take from the hub."""
+    return Path(os.environ.get("HF_HOME") or Path(os.environ.get("STAGE_PATH") or Path.cwd(), "HF_ckpt"))
+
+
+def caches() -> list[Path]:
+    """The hub caches to look at: that of the jobs, then those of the site and of the user."""
+    others = (os.environ.get(name) for name in ("HF_HUB_CACHE", "FTGEN_HUB_CACHE"))
+    paths = [home() / "hub", *(Path(os.path.expandvars(path)).expanduser() for path in others if path)]
+    return list(dict.fromkeys(paths))
+
+
+def snapshots(repository: Repository) -> list[Path]:
+    """The folders of this revision in the hub caches, complete or not."""
+    found = []
+    for cache in caches():
+        folder = cache / f"{repository.kind}s--{repository.name.replace('/', '--')}"
+        try:
+            name = (folder / "refs" / repository.revision).read_text().strip()
+        except OSError:
+            name = repository.revision
+        if name and (snapshot := folder / "snapshots" / name).is_dir():
+            found.append(snapshot)
+    return found
+
+
+def what_is_missing(repository: Repository) -> str:
+    """Names of the missing files, and the folder that lacks them, as text for an error."""
+    folder = next(iter(snapshots(repository)), place(repository))
+    names = repository.missing(folder)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{folder} lacks {', '.join(names[:SHOWN])}{more}"
+
+
+def offline_variable() -> str:
+    """The variable by which the user forbids the hub, or an empty text. These two count for huggingface_hub."""
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return next((name for name in names if os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}), "")
+
+
+def go_offline() -> None:
+    """Forbid the hub from now on, unless HF_HUB_OFFLINE is set: libraries must not wait for a network that is not there."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if "huggingface_hub.constants" in sys.modules:
+        sys.modules["huggingface_hub.constants"].HF_HUB_OFFLINE = bool(offline_variable())  # type: ignore[attr-defined]
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/hub/repository.py <<'END_OF_FTGEN_FILE' || return
+"""A repository of the Hugging Face hub, and which of its files a job reads.
+
+In: a name, patterns of files, a folder. Out: a `Repository`, and the files that the folder lacks.
+"""
+
+import json
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Repository(NamedTuple):
+    """One revision of a repository. A pattern matches the path of a file; `*` matches no slash."""
+
+    name: str  # org/name
+    kind: str  # "model" or "dataset"
+    revision: str  # branch, tag or commit
+    wanted: tuple[str, ...]  # patterns of the files to download
+    needed: tuple[str, ...]  # patterns that match at least one file of a complete download
+
+    def __str__(self) -> str:
+        """Its name, with its revision if that is not main."""
+        return self.name if self.revision == "main" else f"{self.name} at {self.revision}"
+
+    def wants(self, file: str) -> bool:
+        """Whether the file at this path in the repository is downloaded."""
+        return ".." not in file.split("/") and any(_matches(file, pattern) for pattern in self.wanted)
+
+    def missing(self, folder: Path) -> list[str]:
+        """Patterns of `needed` that no file in the folder matches, and shards of the weights that their index names."""
+        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        lacking = [pattern for pattern in self.needed if not any(_matches(file, pattern) for file in files)]
+        return lacking + sorted(_shards(folder) - set(files))
+
+
+def _matches(file: str, pattern: str) -> bool:
+    return file.count("/") == pattern.count("/") and fnmatch(file, pattern)
+
+
+def _shards(folder: Path) -> set[str]:
+    shards: set[str] = set()
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            shards |= set(json.loads(index.read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError):
+            shards.add(index.name)  # it cannot be read
+    return shards
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/hub/token.py <<'END_OF_FTGEN_FILE' || return
+"""Whether there is a Hugging Face token. The token itself is never returned, printed or written.
+
+In: the environment. Out: the path of the token file; whether huggingface_hub will find a token.
+
+Environment: HF_TOKEN, HUGGING_FACE_HUB_TOKEN, HF_TOKEN_PATH, HF_HOME, XDG_CACHE_HOME.
+"""
+
+import os
+from pathlib import Path
+
+
+def token_file() -> Path:
+    """Path of the file in which `hf auth login` keeps the token."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    path = os.environ.get("HF_TOKEN_PATH") or f"{os.environ.get('HF_HOME') or f'{cache}/huggingface'}/token"
+    return Path(os.path.expandvars(path)).expanduser()
+
+
+def has_token() -> bool:
+    """Whether the environment or the token file has a token."""
+    if os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"):
+        return True
+    try:
+        return bool(token_file().read_text().strip())
+    except OSError:
+        return False
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/hub/transfer.py <<'END_OF_FTGEN_FILE' || return
+"""Download files of a repository, several at a time, and continue in the middle of a file that was interrupted.
+
+In: the `File`s of a commit, and a folder. Out: the files in the folder, whose checksums are those of the hub.
+
+huggingface_hub does the requests: the token, HF_ENDPOINT, the proxies and the certificates are its matter. Only its
+function for one request is used, because its hf_hub_download begins an interrupted file again in version 1.33, and takes
+a damaged file for good (tried over plain HTTP with 0.23.5, 0.36.2 and 1.33.0).
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from hashlib import sha1
+from pathlib import Path
+from typing import NamedTuple
+
+from runtime.guard.manifest import sha256_of
+from runtime.hub import errors
+from runtime.hub.repository import Repository
+from runtime.job.errors import JobError
+from runtime.job.progress import say
+
+THREADS = 8  # files that are downloaded at the same time, as huggingface_hub's snapshot_download does
+REPORT_S = 15.0  # between two progress lines
+GB = 1e9
+
+
+class File(NamedTuple):
+    """A file of a repository. A mirror can leave out size and hashes."""
+
+    path: str
+    size: int | None  # bytes
+    sha256: str | None  # of a large file
+    git_sha1: str | None  # of a small file: of its Git blob
+
+
+def download(repository: Repository, script: str, commit: str, files: Sequence[File], folder: Path) -> None:
+    """Download the files into the folder. JobError: no access, no network, a file with another checksum.
+
+    The threads are daemons: a signal must end the process at once, and not after another 5 GB.
+    """
+    waiting: queue.SimpleQueue[File] = queue.SimpleQueue()
+    for file in sorted(files, key=lambda file: file.size or 0):  # a refusal shows at once
+        waiting.put(file)
+    ended: queue.Queue[Exception | None] = queue.Queue()
+
+    def work() -> None:
+        try:
+            while not waiting.empty():
+                _download_file(repository, script, commit, waiting.get_nowait(), folder)
+        except queue.Empty:
+            pass
+        except Exception as error:
+            ended.put(error)
+            return
+        ended.put(None)
+
+    for _ in range(THREADS):
+        threading.Thread(target=work, daemon=True).start()
+    _wait_for_threads(ended, folder, sum(file.size or 0 for file in files))
+
+
+def _wait_for_threads(ended: "queue.Queue[Exception | None]", folder: Path, size: int) -> None:
+    """Wait until all threads have ended, or raise the first error of one. Prints progress lines."""
+    running, said = THREADS, time.monotonic()
+    while running:
+        try:
+            error = ended.get(timeout=REPORT_S)
+        except queue.Empty:
+            error = None
+        else:
+            if error:
+                raise error
+            running -= 1
+        if time.monotonic() - said >= REPORT_S:
+            said = time.monotonic()
+            say(f"downloaded {size_of(folder) / GB:.1f} of {size / GB:.1f} GB")
+
+
+def _download_file(repository: Repository, script: str, commit: str, file: File, folder: Path) -> None:
+    """Download one file, or the rest of it. Its name has .part until its checksum is right."""
+    target = folder / file.path
+    part = target.with_name(f"{target.name}.part")
+    if target.is_file():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    while not _get(repository, script, commit, file, part):
+        say(f"the connection broke: {file.path} goes on from {_bytes(part) / GB:.2f} GB", any_rank=True)
+    if flaw := _flaw(part, file):
+        part.unlink()
+        raise JobError(
+            f"{repository}: {file.path} has arrived damaged: {flaw}",
+            "try again: this file is downloaded again; if it comes again, the mirror of HF_ENDPOINT or the proxy changes it",
+        )
+    part.rename(target)
+
+
+def _get(repository: Repository, script: str, commit: str, file: File, part: Path) -> bool:
+    """Download the file, or what comes after the bytes that are there. False: the connection broke, after more bytes."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    url = hf_hub_url(repository.name, file.path, repo_type=repository.kind, revision=commit)
+    there = _bytes(part) if file.sha256 and file.size else 0
+    try:
+        with part.open("r+b" if there else "wb") as opened, errors.plain_errors(repository, script):
+            opened.seek(there)
+            http_get(url, opened, resume_size=there, headers=build_hf_headers(), expected_size=file.size)
+    except JobError:
+        if file.sha256 and file.size and there < _bytes(part) < file.size:
+            return False
+        raise
+    return True
+
+
+def _flaw(path: Path, file: File) -> str | None:
+    """What is wrong with the bytes, by the hub's own size and hash."""
+    size = path.stat().st_size
+    if file.size is not None and size != file.size:
+        return f"it has {size} bytes, not {file.size}"
+    if file.sha256 and (found := sha256_of(path)) != file.sha256:
+        return f"its SHA-256 is {found}, not {file.sha256}"
+    if file.git_sha1:
+        content = path.read_bytes()
+        found = sha1(b"blob %d\0" % size + content, usedforsecurity=False).hexdigest()
+        if found != file.git_sha1:
+            return f"its Git hash is {found}, not {file.git_sha1}"
+    return None
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files in the folder."""
+    return sum(_bytes(path) for path in folder.rglob("*"))
+
+
+def _bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except FileNotFoundError:
+        return 0  # a thread has renamed it
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/job/__init__.py <<'END_OF_FTGEN_FILE' || return
 """Errors, progress lines, environment and profiling of a job.
 
 In: a plan and the process environment. Out: lines in the log. Start with `progress.py` and `errors.py`.
 """
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/job/caches.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/job/caches.py <<'END_OF_FTGEN_FILE' || return
 """Give Triton and TorchInductor a folder for the kernels that they compile, unless the user has set one.
 
 In: the environment. Out: TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR, and their folders.
@@ -3204,7 +4872,7 @@ def _place() -> Path:
         pass
     return Path(os.environ.get("FTGEN_RUN_DIR") or Path.cwd(), "cache", os.environ.get("SLURM_NODEID", "0"))
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/job/environment.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/job/environment.py <<'END_OF_FTGEN_FILE' || return
 """Write the environment of a training into its log: versions, machine, Slurm job. `ftgen report` shows it.
 
 In: a plan and the process environment. Out: one line in the log, `ftgen environment: {...}`.
@@ -3213,26 +4881,30 @@ In: a plan and the process environment. Out: one line in the log, `ftgen environ
 import json
 import os
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "nemo_toolkit", "megatron-core", "transformer-engine", "lightning", "transformers", "numpy")
+# Where a package that is imported has its version: sources that a spec adds have no other.
+IMPORTED = {"nemo_toolkit": "nemo", "megatron-core": "megatron.core"}
 DRIVER = Path("/sys/module/nvidia/version")
 JOB = {"job": "SLURM_JOB_ID", "nodes": "SLURM_JOB_NODELIST", "partition": "SLURM_JOB_PARTITION"}
 
 
-def tell(plan: dict[str, Any]) -> None:
-    """Print the line; only rank 0 does."""
+def tell(plan: dict[str, Any], off: dict[str, str] | None = None) -> None:
+    """Print the line; only rank 0 does. `off`: optimizations of the plan that these packages cannot do, and why."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"ftgen environment: {json.dumps(found(plan))}", flush=True)
+        facts = found(plan) | ({"optimizations_off": off} if off else {})
+        print(f"ftgen environment: {json.dumps(facts)}", flush=True)
 
 
 def found(plan: dict[str, Any]) -> dict[str, Any]:
     """The environment as names and values; what this machine does not have is left out."""
     facts: dict[str, Any] = {
         "python": platform.python_version(),
-        "packages": {name: number for name in PACKAGES if (number := _version(name))},
+        "packages": {name: number for name in PACKAGES if (number := installed(name))},
         "system": platform.platform(),
         "cpus": os.cpu_count(),
         **{name: os.environ[variable] for name, variable in JOB.items() if os.environ.get(variable)},
@@ -3254,17 +4926,22 @@ def _gpu() -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """The version of a package: of the one that is imported, if it is. None if it is not installed."""
+    if found := getattr(sys.modules.get(IMPORTED.get(package, "")), "__version__", None):
+        return str(found)
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/job/errors.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/job/errors.py <<'END_OF_FTGEN_FILE' || return
 """The error for everything that the user can fix.
 
 In: what is wrong and what to do, one line each. Out: an exception, which the entrypoint prints as `ftgen: error: ...`.
 """
+
+from collections.abc import Iterator
 
 
 class JobError(Exception):
@@ -3279,8 +4956,15 @@ class JobError(Exception):
     def __str__(self) -> str:
         """What is wrong, then the hint."""
         return self.what + (f"\n  hint: {self.hint}" if self.hint else "")
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The exception, and those that it was raised from or while."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/job/prefix.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/job/prefix.py <<'END_OF_FTGEN_FILE' || return
 """Start a task of the training again with a command in front of it, such as numactl.
 
 In: plan["prefix"], and the ranks of this task. Out: this process becomes the command, which starts Python again.
@@ -3321,7 +5005,7 @@ def with_ranks(word: str) -> str:
 
     return re.sub(r"\{(rank|local_rank|node_rank)(?://([1-9][0-9]*))?\}", number, word)
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/job/profile.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/job/profile.py <<'END_OF_FTGEN_FILE' || return
 """Profile some steps of some ranks.
 
 In: plan["profile"]. Out: one file per profiled rank in $FTGEN_RUN_DIR/profile.
@@ -3388,7 +5072,7 @@ def _callback() -> Any:
 
     return Profiler
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/job/profiler.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/job/profiler.py <<'END_OF_FTGEN_FILE' || return
 """The Lightning callback that starts and stops the profiler.
 
 In: the tool, the first and the last step, a file. Out: the profile that the tool writes.
@@ -3440,7 +5124,7 @@ class Profiler(Callback):  # type: ignore[misc]
             say(f"profile: {self.file}.json")
             self.profile = None
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/job/progress.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/job/progress.py <<'END_OF_FTGEN_FILE' || return
 """Print progress lines into the log.
 
 In: a text. Out: a line `ftgen: text` on stdout, printed at once. With several ranks, only rank 0 prints.
@@ -3466,7 +5150,145 @@ def timed(what: str) -> Iterator[None]:
     yield
     say(f"{what}: done in {time.monotonic() - begin:.1f} s")
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/job/variables.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/job/ranks.py <<'END_OF_FTGEN_FILE' || return
+"""Give a process its place: as the only one, or as one rank of a training.
+
+In: a plan, and the variables of whatever started the process. Out: RANK, LOCAL_RANK, NODE_RANK, WORLD_SIZE and
+LOCAL_WORLD_SIZE, and no variable that contradicts them.
+
+A framework counts the tasks itself, by the first such variable that it finds. Lightning takes SLURM_NTASKS for the
+world size: a conversion in one task of a job with eight then waits for seven others for ever.
+
+Environment: SLURM_PROCID, SLURM_LOCALID, SLURM_NODEID and SLURM_STEP_NUM_TASKS, which srun sets; FTGEN_NODES, the names of
+the job's nodes in the order of their ranks; SLURMD_NODENAME; CUDA_VISIBLE_DEVICES.
+"""
+
+import os
+import re
+from typing import Any
+
+from runtime.job.errors import JobError
+
+Plan = dict[str, Any]
+FROM_SLURM = {
+    "RANK": "SLURM_PROCID",
+    "LOCAL_RANK": "SLURM_LOCALID",
+    "NODE_RANK": "SLURM_NODEID",
+    "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
+}
+# What counts tasks or numbers them: Slurm's, and those of other launchers that Lightning and NeMo read.
+COUNTS_OF_LAUNCHERS = re.compile(
+    r"SLURM_(NTASKS|NPROCS|NNODES|TASKS_PER|PROCID|LOCALID|NODEID|GTIDS|STEP)|(OMPI|PMI|PMIX|MV2|LSB|JSM|TORCHELASTIC)_"
+)
+OF_A_RANK = {"RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
+RENDEZVOUS = {"MASTER_ADDR", "MASTER_PORT"}
+HINT_BLOCKS = "remove --distribution and --nodelist from srun_flags: ranks must be in blocks, in the order of the nodes"
+HINT_GPUS = "every rank needs all GPUs of its node: submit without --gpus-per-task, --gpu-bind and --ntasks-per-gpu"
+
+
+def be_alone() -> None:
+    """Make this process the only one, whatever started it."""
+    for name in list(os.environ):
+        if COUNTS_OF_LAUNCHERS.match(name) or name in OF_A_RANK | RENDEZVOUS:
+            del os.environ[name]
+
+
+def be_a_rank(plan: Plan) -> None:
+    """Copy Slurm's numbers of this task to the variables that PyTorch reads. JobError: the task is in the wrong place.
+
+    They override what a shell or an image has set. Without a step of Slurm that has the plan's tasks, the variables of
+    the user hold, and Slurm's are removed: they are those of a session in which the user started the processes.
+    """
+    env = os.environ
+    in_a_step = all(name in env for name in FROM_SLURM.values())
+    if in_a_step and (int(env["SLURM_STEP_NUM_TASKS"]) == plan["gpus"] or "RANK" not in env):
+        env.update({name: env[slurm] for name, slurm in FROM_SLURM.items()})
+        env["LOCAL_WORLD_SIZE"] = str(plan["gpus_per_node"])
+        _refuse_a_wrong_place(plan)
+        _refuse_too_few_gpus(plan)
+    else:
+        for name in [name for name in env if COUNTS_OF_LAUNCHERS.match(name) and not name.startswith("TORCHELASTIC_")]:
+            del env[name]
+    env.setdefault("LOCAL_WORLD_SIZE", str(min(int(env.get("WORLD_SIZE", "1")), plan["gpus_per_node"])))
+
+
+def _refuse_a_wrong_place(plan: Plan) -> None:
+    rank, local_rank, node_rank = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "NODE_RANK"))
+    node, local = divmod(rank, plan["gpus_per_node"])
+    nodes, here = os.environ.get("FTGEN_NODES", "").split(), os.environ.get("SLURMD_NODENAME", "")
+    if (node_rank, local_rank) != (node, local):
+        found = f"local rank {local_rank} of node {node_rank}"
+        raise JobError(f"rank {rank} must be local rank {local} of node {node}, but is {found}", HINT_BLOCKS)
+    if here and node < len(nodes) and nodes[node] != here:
+        raise JobError(f"rank {rank} must be on {nodes[node]}, but is on {here}", HINT_BLOCKS)
+
+
+def _refuse_too_few_gpus(plan: Plan) -> None:
+    """A list of GPUs that is shorter than the node's. Without a list, the driver decides: see runtime/check.py."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if plan["gpu"]["name"] == "cpu" or visible is None:
+        return
+    count = len([device for device in visible.split(",") if device.strip()])
+    if count < plan["gpus_per_node"]:
+        what = f"this rank can use only {count} of its node's {plan['gpus_per_node']} GPUs (CUDA_VISIBLE_DEVICES={visible})"
+        raise JobError(what, HINT_GPUS)
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/job/sharing.py <<'END_OF_FTGEN_FILE' || return
+"""Let a group share what jobs make: folders and files below a STAGE_PATH that the group may write.
+
+In: a folder. Out: the umask of this process, or the modes of files. A user's umask of 022 would close to the group what
+this process makes, and the next job that needs the checkpoint may be that of another member.
+
+The name of who made something is in the guard's claims and manifests.
+"""
+
+import os
+import pwd
+import stat
+from pathlib import Path
+
+GROUP = stat.S_IRGRP | stat.S_IWGRP
+
+
+def is_shared(folder: Path) -> bool:
+    """Whether the group of the folder may write to it."""
+    try:
+        return bool(folder.stat().st_mode & stat.S_IWGRP)
+    except OSError:
+        return False
+
+
+def share_new_files(stage: Path) -> None:
+    """Leave the group its rights to what this process makes from now on, if `stage` is shared."""
+    if is_shared(stage):
+        os.umask(os.umask(0o777) & ~stat.S_IRWXG)
+
+
+def share_tree(tree: Path) -> None:
+    """Give the group its rights to a tree, if the folder above is shared. Some libraries make files for their user alone."""
+    if not is_shared(tree.parent):
+        return
+    for path in [tree, *tree.rglob("*")]:
+        mode = path.lstat().st_mode
+        wanted = mode | GROUP | (stat.S_IXGRP if stat.S_ISDIR(mode) else 0)
+        if wanted != mode and not stat.S_ISLNK(mode):
+            path.chmod(stat.S_IMODE(wanted))
+
+
+def user_name(uid: int | None = None) -> str:
+    """The name of a user, by default of this process. In an image, a user may have a number alone."""
+    number = os.getuid() if uid is None else uid
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"
+
+
+def owner_of(path: Path) -> str:
+    """Whose file or folder it is."""
+    return user_name(path.stat().st_uid)
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/job/variables.py <<'END_OF_FTGEN_FILE' || return
 """Set the variables of [environment]. Their texts may refer to the variables that are there.
 
 In: names and texts. Out: os.environ; perhaps a new start of Python, because it reads some variables only when it starts.
@@ -3529,111 +5351,108 @@ def path_with_values(key: str, path: str) -> str:
 
     return REFERENCE.sub(value, f"$HOME{path[1:]}" if path == "~" or path.startswith("~/") else path)
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/weights/__init__.py <<'END_OF_FTGEN_FILE'
-"""Get weights in Hugging Face format: download them, or generate random ones; and read a checkpoint ahead.
+    cat >"$1"/runtime/job/watchdog.py <<'END_OF_FTGEN_FILE' || return
+"""Tell in which call this process waits, when the job's script asks for it.
 
-In: a plan. Out: a folder with safetensors. Start with `hub.py`.
+In: the file `stacks/wanted` in $FTGEN_RUN_DIR, which the script writes when the log has not grown for FTGEN_QUIET_S seconds
+(600). Out: `stacks/<command>_<rank>.txt`, the calls of the main thread, the innermost first.
+
+The files lie on the shared file system, because the processes of a job are on many nodes, and a signal would end a
+process that does not expect it.
+
+A library can wait without releasing Python's lock. Then the thread of this module cannot run, and Python's own
+faulthandler, which needs no lock, prints the calls of all threads into the log.
+"""
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+QUIET_S = 600.0
+POLLS = 20  # in FTGEN_QUIET_S: how often to look for the file
+CALLS = 30  # of the innermost are written
+
+
+def begin(command: str) -> None:
+    """Start the thread. It ends with the process."""
+    quiet = float(os.environ.get("FTGEN_QUIET_S") or QUIET_S)
+    folder = Path(os.environ["FTGEN_RUN_DIR"], "stacks")
+    threading.Thread(target=_answer, args=(folder, command, quiet), daemon=True).start()
+
+
+def _answer(folder: Path, command: str, quiet: float) -> None:
+    # the main thread handles signals: one that arrives here would not interrupt a long call of the main thread
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    seen = _asked(folder)
+    while True:
+        faulthandler.dump_traceback_later(quiet, repeat=True)
+        time.sleep(quiet / POLLS)
+        if (asked := _asked(folder)) != seen:
+            seen = asked
+            _write(folder / f"{command}_{os.environ.get('RANK', '0')}.txt", calls_of_the_main_thread())
+
+
+def calls_of_the_main_thread() -> list[str]:
+    """`file:line function` of each call, the innermost first."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    stack = traceback.StackSummary.extract(traceback.walk_stack(frame), limit=CALLS, lookup_lines=False)
+    return [f"{call.filename}:{call.lineno} {call.name}" for call in stack]
+
+
+def _asked(folder: Path) -> int:
+    try:
+        return (folder / "wanted").stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _write(path: Path, lines: list[str]) -> None:
+    """Complete or not at all, because the script reads the file as soon as it exists."""
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_text("\n".join(lines) + "\n")
+        partial.rename(path)
+    except OSError:
+        pass  # the disk is full or gone: the script says without it where the job waits
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/weights/__init__.py <<'END_OF_FTGEN_FILE' || return
+"""Weights in Hugging Face format: which repository has them, or random ones; and read a checkpoint ahead.
+
+In: a plan. Out: a repository, or a folder with safetensors. Start with `hub.py`.
 """
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/weights/hub.py <<'END_OF_FTGEN_FILE'
-"""Download a model from the Hugging Face hub.
+    cat >"$1"/runtime/weights/hub.py <<'END_OF_FTGEN_FILE' || return
+"""Name the repository of a model's weights, and the files of it that the importer reads.
 
-In: a repository and a revision. Out: a directory, or a JobError.
-
-huggingface_hub finds the token itself (HF_TOKEN, or the file HF_TOKEN_PATH). This module never passes it on or prints it.
+In: a plan with checkpoint.source = "hub". Out: a `Repository`.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from runtime.job.errors import JobError
+from runtime.hub.repository import Repository
 
-# The files that the importer reads. Many repositories also have the weights in Meta's own format ("original/", *.pth).
-PATTERNS = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "*.safetensors*"]
-OUTSIDE = ["*/*"]  # PATTERNS also match files in sub-folders
-
-
-class UnreachableError(JobError):
-    """The hub cannot be reached from this machine."""
-
-
-def download(repository: str, revision: str | None) -> Path:
-    """Folder of the revision's newest commit in the cache of $HF_HOME. An interrupted download continues."""
-    from huggingface_hub import snapshot_download
-
-    with _plain_errors(repository, revision):
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=PATTERNS, ignore_patterns=OUTSIDE))
+# Many repositories also have the weights in other formats: "original/" and *.pth of Meta, consolidated.* of Mistral.
+WANTED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template*",
+    "model*.safetensors*",
+)
+NEEDED = ("config.json", "tokenizer.*", "model*.safetensors")
 
 
-def bytes_to_download(repository: str, revision: str | None) -> int:
-    """Bytes that `download` would still have to download."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.utils import filter_repo_objects
-
-    try:
-        with _plain_errors(repository, revision):
-            info = HfApi().model_info(repository, revision=revision, files_metadata=True)
-    except UnreachableError:
-        return 0  # the cache may have everything; if it does not, `download` raises this error again
-    wanted = filter_repo_objects(
-        info.siblings or [], allow_patterns=PATTERNS, ignore_patterns=OUTSIDE, key=lambda file: str(file.rfilename)
-    )
-    missing = [
-        file for file in wanted if not isinstance(try_to_load_from_cache(repository, file.rfilename, revision=info.sha), str)
-    ]
-    return sum(file.size or 0 for file in missing)
-
-
-def has_token() -> bool:
-    """Whether there is a token, in the environment or in a file."""
-    from huggingface_hub import get_token
-
-    return bool(get_token())
-
-
-@contextmanager
-def _plain_errors(repository: str, revision: str | None) -> Iterator[None]:
-    from huggingface_hub import errors
-
-    page = f"https://huggingface.co/{repository}"
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise JobError(
-            f"{repository} is gated, and this token has no access to it" if has_token() else f"{repository} is gated",
-            f"ask for access on {page}" + ("" if has_token() else ", then export HF_TOKEN=<your token>"),
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise JobError(f"{repository} has no revision {revision!r}", f"see {page}/tree/main") from error
-    except errors.RepositoryNotFoundError as error:
-        raise JobError(
-            f"{repository} is not on the Hugging Face hub, or this token has no access to it",
-            f"look at {page}; if it is private, export HF_TOKEN=<your token>",
-        ) from error
-    except Exception as error:
-        offline = isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError)
-        if offline or any(word in type(error).__name__ for word in ("Connect", "Timeout")):
-            raise UnreachableError(
-                f"{repository} is not in the cache, and the Hugging Face hub cannot be reached from this machine",
-                'convert on a node with network, or set checkpoint.source = "random" or "directory" in the spec',
-            ) from error
-        raise _refusal(repository, error) from error
-
-
-def _refusal(repository: str, error: Exception) -> Exception:
-    """The hub's answer as a JobError. An error without an HTTP status is returned unchanged."""
-    status: Any = getattr(getattr(error, "response", None), "status_code", None)
-    if status in {401, 403}:
-        return JobError(f"the Hugging Face hub refuses {repository} ({status})", "export HF_TOKEN=<a token with access>")
-    if status:
-        return JobError(
-            f"the Hugging Face hub answers {status} for {repository}", "try again: the download continues where it stopped"
-        )
-    return error
+def repository(plan: dict[str, Any]) -> Repository:
+    """The repository of the plan's model."""
+    return Repository(plan["model"]["hf_id"], "model", plan["checkpoint"]["revision"] or "main", WANTED, NEEDED)
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/weights/random_llama.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/weights/random_llama.py <<'END_OF_FTGEN_FILE' || return
 """Generate a Llama with the plan's shape and random weights, in Hugging Face format.
 
 In: a plan. Out: a directory that the importer reads.
@@ -3781,7 +5600,7 @@ def _weight(shape: tuple[int, ...], dtype: "torch.dtype", generator: "torch.Gene
     mean = 1 if len(shape) == 1 else 0  # only norms have one dimension
     return torch.empty(shape, dtype=dtype).normal_(mean, STD, generator=generator)
 END_OF_FTGEN_FILE
-    cat >"$1"/runtime/weights/read_ahead.py <<'END_OF_FTGEN_FILE'
+    cat >"$1"/runtime/weights/read_ahead.py <<'END_OF_FTGEN_FILE' || return
 """Read the checkpoint into the page cache while NeMo is imported, so that loading it is faster.
 
 In: a folder. Out: a thread that reads the folder's files.

@@ -2,53 +2,60 @@
 
 In: a plan and the environment. Out: an exit code, and on stderr one error for each thing that is missing.
 
-The check takes about a second, because it imports no framework: it reads versions from the metadata of the packages,
-and counts the GPUs of this host by its driver.
+The check takes about a second, because it imports no framework: it looks into the files of the packages, and counts the
+GPUs of this host by its driver.
 
-Environment: STAGE_PATH, NEMO_HOME, HF_TOKEN, HF_TOKEN_PATH, HF_HOME, CUDA_VISIBLE_DEVICES.
+Environment: STAGE_PATH, NEMO_HOME, HF_TOKEN, HF_TOKEN_PATH, HF_HOME, HF_HUB_OFFLINE, CUDA_VISIBLE_DEVICES,
+SLURM_JOB_CPUS_PER_NODE.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+<<<<<<< HEAD
 from runtime.data import held_out, jsonl
 from runtime.engines.nemo import convert
 from runtime.guard import checkpoints, publish
+=======
+from runtime import download
+from runtime.data import jsonl
+from runtime.engines.nemo import convert
+from runtime.engines.nemo import packages as nemo_packages
+from runtime.hub import errors, find
+from runtime.hub.token import has_token
+>>>>>>> main
 from runtime.job.errors import JobError
 from runtime.job.progress import say
 
 Plan = dict[str, Any]
-# Package, prefix of the versions that work, and the reason why no other version works.
-PACKAGES = (
-    ("nemo_toolkit", "2.7.", "2.7 is the last version with nemo.collections.llm"),
-    ("megatron-core", "0.15.", "NeMo 2.7 works with no other version"),
-    ("torch", "", ""),
-    ("lightning", "", ""),
-    ("transformers", "", ""),
-    ("huggingface_hub", "", ""),
-)
-ON_A_GPU = (("transformer-engine", "", ""),)
 DRIVER = Path("/proc/driver/nvidia/gpus")
 
 
 def check(plan: Plan) -> int:
     """Exit code 0 if the job can start. Otherwise 1, and on stderr an error and a hint for each thing that is missing."""
+<<<<<<< HEAD
     problems = [*_stage_path(), *_packages(plan), *_weights(plan), *_data(plan), *_checkpoints(plan), *_gpus(plan)]
+=======
+    say(f"packages: {nemo_packages.found()}")
+    problems = [*_stage_path(), *_packages(plan), *_weights(plan), *_data(plan), *_hub(plan), *_gpus(plan)]
+>>>>>>> main
     for problem in problems:
         print(f"ftgen: error: {problem}", file=sys.stderr, flush=True)
     if not problems:
         say(f"nothing is missing for {plan['experiment']}")
+    _warn_of_few_cpus(plan)
     return 1 if problems else 0
 
 
 def packages(plan: Plan) -> int:
     """Check only the packages of this Python, which works on a login node too. Exit code 0 if they are right."""
+    say(f"packages: {nemo_packages.found()}")
     problems = list(_packages(plan))
     for problem in problems:
         print(f"ftgen: error: {problem}", file=sys.stderr, flush=True)
@@ -67,15 +74,18 @@ def _stage_path() -> Iterator[JobError]:
 
 
 def _packages(plan: Plan) -> Iterator[JobError]:
-    hint = f"install ftgen's extra {'runtime' if plan['gpu']['name'] == 'cpu' else 'gpu'} for {sys.executable}"
-    for name, wanted, why in PACKAGES + (() if plan["gpu"]["name"] == "cpu" else ON_A_GPU):
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            yield JobError(f"the package {name} is not installed", hint)
-            continue
-        if not found.startswith(wanted):
-            yield JobError(f"{name} {found} is installed, {wanted}x is needed: {why}", hint)
+    gpu = plan["gpu"]["name"] != "cpu"
+    for what in nemo_packages.missing([plan["model"]["nemo_recipe"]], gpu=gpu):
+        yield JobError(what, _hint(plan["python"]["kind"], "gpu" if gpu else "runtime"))
+
+
+def _hint(kind: str, extra: str) -> str:
+    """What to do about packages. Nothing can be installed in an image that is read-only."""
+    if kind in {"container", "apptainer", "singularity"}:
+        return "set python.image in the site profile to another image: `ftgen list --images` says which fit"
+    if kind == "venv":
+        return "submit the script of `ftgen setup` again, which installs them"
+    return f"install ftgen's extra {extra} for {sys.executable}, or set FTGEN_PYTHON to a Python that has them"
 
 
 def _weights(plan: Plan) -> Iterator[JobError]:
@@ -84,20 +94,15 @@ def _weights(plan: Plan) -> Iterator[JobError]:
         return
     if asked["source"] == "directory" and not (folder := convert.user_directory(plan)).is_dir():
         yield JobError(f"checkpoint.path: the folder {folder} does not exist", "give the path of a Hugging Face checkpoint")
-    if asked["gated"] and not _has_token():
-        yield JobError(
-            f"{plan['model']['hf_id']} is gated, and there is no Hugging Face token",
-            "export HF_TOKEN=<your token>, or run huggingface-cli login",
-        )
 
 
-def _has_token() -> bool:
-    """Whether huggingface_hub will find a token. The token itself is not read here."""
-    if os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"):
-        return True
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    file = Path(os.environ.get("HF_TOKEN_PATH") or Path(home, "token"))
-    return file.is_file() and file.stat().st_size > 0
+def _hub(plan: Plan) -> Iterator[JobError]:
+    """What a job cannot get from the hub: it is offline, or there is no token. Whether it answers, the download shows."""
+    for repository in download.missing(plan):
+        if find.offline_variable():
+            yield errors.offline(repository, plan["name"])
+        elif repository.kind == "model" and plan["checkpoint"]["gated"] and not has_token():
+            yield errors.no_token(repository, plan["name"])
 
 
 def _data(plan: Plan) -> Iterator[JobError]:
@@ -139,6 +144,13 @@ def _gpus(plan: Plan) -> Iterator[JobError]:
             f"the plan needs {plan['gpus_per_node']} GPUs on each node, but this process can use only {count}",
             'set gpu_request in the site profile, or set gpus in the spec; gpu = "cpu" needs no GPU',
         )
+
+
+def _warn_of_few_cpus(plan: Plan) -> None:
+    """A job on a part of a node often gets one CPU for each task, unless it asks for more."""
+    found = re.match("[0-9]+", os.environ.get("SLURM_JOB_CPUS_PER_NODE", ""))
+    if found and plan["gpu"]["name"] != "cpu" and int(found[0]) < 2 * plan["gpus_per_node"]:
+        say(f"warning: {found[0]} CPUs for {plan['gpus_per_node']} GPUs of a node: set cpus_per_gpu in the site profile")
 
 
 def gpu_count() -> int | None:

@@ -1,8 +1,9 @@
-"""Keeps facts as data: models, GPUs, optimizations and published results, as TOML.
+"""Keeps facts as data: models, GPUs, images, optimizations and published results, as TOML.
 
 In: the TOML files of this folder. Out: frozen records by name. Start with `models.toml`, then `reader.py`.
 """
 
+from ftgen.catalogue.images import NEMO_IMAGE, Image, image_named, images, why_unfit
 from ftgen.catalogue.publications import Publication, Published, TimeToTrain, publications, published, published_for
 from ftgen.catalogue.reader import (
     Gpu,
@@ -18,7 +19,9 @@ from ftgen.catalogue.reader import (
 )
 
 __all__ = [
+    "NEMO_IMAGE",
     "Gpu",
+    "Image",
     "Model",
     "Optimization",
     "Publication",
@@ -28,10 +31,13 @@ __all__ = [
     "UserCatalogue",
     "gpu_from",
     "gpus",
+    "image_named",
+    "images",
     "model_from",
     "models",
     "optimizations",
     "publications",
     "published",
     "published_for",
+    "why_unfit",
 ]

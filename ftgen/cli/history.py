@@ -33,14 +33,14 @@ def add(logs: tuple[Path, ...], history: Path | None) -> None:
 
     A run that is there already is replaced if its log has changed.
     """
-    from ftgen.logs.find import find_folders
+    from ftgen.logs.find import runs_below
     from ftgen.results.record import records
     from ftgen.show.progress import reading
 
     file = read_history(history)
-    folders = find_folders(logs, warn)
+    runs = runs_below(logs, warn)
     with reading() as (found, read):
-        made = records(map(found, folders), progress=read)
+        made = records(map(found, runs), progress=read)
     added = file.add(made)
     click.echo(f"{file.path}: {added.new} new, {added.changed} changed, {added.same} unchanged")
 
@@ -81,7 +81,7 @@ def show(run_id: str, history: Path | None) -> None:
 @history_option
 @click.option("--fail-on-change", is_flag=True, help="Exit with code 1 if a work became slower.")
 def trend(conditions: tuple[str, ...], history: Path | None, fail_on_change: bool) -> None:
-    """Find when the step time of a work changed, how much, and which versions changed there.
+    """Find when a step time changed, and what changed there.
 
     Conditions select runs, for example model=llama3_8b.
     """

@@ -94,14 +94,14 @@ def read_window_option(text: str | None) -> Window | None:
 
 def read_summaries(logs: tuple[Path, ...], window: str | None) -> list[Summary]:
     """A summary of every run in LOGS. Stderr gets a progress bar on a terminal, and a line for each file that is skipped."""
-    from ftgen.logs.find import find_folders
+    from ftgen.logs.find import runs_below
     from ftgen.results.summary import summarize_all
     from ftgen.show.progress import reading
 
     steps = read_window_option(window)
-    folders = find_folders(logs, warn)
+    runs = runs_below(logs, warn)
     with reading() as (found, read):
-        return summarize_all(map(found, folders), window=steps, progress=read)
+        return summarize_all(map(found, runs), window=steps, progress=read)
 
 
 def warn(text: str) -> None:

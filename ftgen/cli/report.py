@@ -33,15 +33,15 @@ def command(
     The report covers every run in LOGS, and a browser needs no network to open it.
     """
     from ftgen import files
-    from ftgen.logs.find import find_folders
+    from ftgen.logs.find import runs_below
     from ftgen.results.keys import View
     from ftgen.show.progress import reading
     from ftgen.show.report import read, report
 
     view = View((), read_baseline_option(baseline, tolerance))
     steps = read_window_option(window)
-    folders = find_folders(logs, warn)
+    below = runs_below(logs, warn)
     with reading() as (found, progress):
-        runs = read(map(found, folders), steps, progress)
+        runs = read(map(found, below), steps, progress)
     (path,) = files.write(output.parent, {output.name: report(runs, view, title=title)})
     click.echo(path)

@@ -4,7 +4,7 @@ A log may have gigabytes of other text. One word is looked for at a time, which 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 # Each kind of line: the words that it is found by, and its pattern.
@@ -53,7 +53,8 @@ RANK = re.compile(
 LONGEST_JSON = 1 << 20  # bytes
 LONGEST_TRACEBACK = 1 << 16  # bytes
 LONGEST_NOTE = 200  # bytes kept of a line, on each side of the words
-RARE = b"{`*(DOI"  # looking for one byte takes a twentieth of the time that looking for a word takes
+# The rarest first, in what stands between the step lines of tests/logs. To look for a byte takes a tenth of the time.
+RARE = b"*{EOCD`(I"
 
 
 class Told(NamedTuple):
@@ -70,24 +71,27 @@ class Told(NamedTuple):
     steps_before: int = 0  # step lines before it
 
 
+def _words(kinds: Iterable[str]) -> list[tuple[bytes, bytes]]:
+    """The words of these kinds, each behind the rarest byte in it or nothing."""
+    words = dict.fromkeys(word for kind in kinds for word in KINDS[kind][0])
+    return [(next((bytes([rare]) for rare in RARE if rare in word), b""), word) for word in words]
+
+
 PATTERNS = {kind: re.compile(pattern) for kind, (_, pattern) in KINDS.items()}
 PATTERN = re.compile(b"|".join(pattern for _, pattern in KINDS.values()))
-WORDS = dict.fromkeys(word for words, _ in KINDS.values() for word in words)
-# each behind a rare byte in it, or nothing
-BETWEEN = [
-    (next((bytes([byte]) for byte in RARE if byte in word), b""), word)
-    for word in dict.fromkeys(word for kind in ANYWHERE for word in KINDS[kind][0])
-]
+WORDS, WORDS_ANYWHERE = _words(KINDS), _words(ANYWHERE)
 
 
-def may_tell(text: bytes, start: int, stop: int) -> bool:
-    """Whether text with step lines has the words of a kind that is looked for ANYWHERE."""
-    return any(text.find(rare, start, stop) >= 0 and text.find(word, start, stop) >= 0 for rare, word in BETWEEN)
+def has_words(text: bytes, start: int = 0, stop: int | None = None, *, anywhere: bool = False) -> bool:
+    """Whether a part of a text has the words of a kind, or of a kind that is looked for ANYWHERE."""
+    words = WORDS_ANYWHERE if anywhere else WORDS
+    # rfind() takes half the time of find()
+    return any(text.find(rare, start, stop) >= 0 and text.rfind(word, start, stop) >= 0 for rare, word in words)
 
 
 def find(text: bytes) -> Iterator[Told]:
     """The first line of each kind in the text, in the text's order; of REPEATED kinds every line."""
-    if not any(word in text for word in WORDS):
+    if not has_words(text):
         return
     seen: set[str] = set()
     for match in PATTERN.finditer(text):

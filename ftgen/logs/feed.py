@@ -3,15 +3,14 @@
 `feed` is the only way into a log, so that a log that grows says what a fresh read of it would say.
 """
 
-import json
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Any
 
 from ftgen.logs import attempts, failures, formats, settings
 from ftgen.logs.blocks import Block
 from ftgen.logs.failures import Told
 from ftgen.logs.formats import bridge, nemo
+from ftgen.logs.identity import document
 from ftgen.logs.log import NEAR, Log
 from ftgen.logs.step import StepLine, StepTime
 from ftgen.logs.steps import Steps
@@ -32,30 +31,25 @@ def feed(log: Log, block: Block) -> None:
 
 
 def _feed(log: Log, text: bytes, block: Block) -> None:
-    """Text before the first step line, step lines with other text between them, text behind the last one."""
+    """Text before the first step line, and from there on step lines and other lines in turn."""
     words = formats.words_in(text)
     if not words or (words == [nemo.UNTIMED] and log.timed):  # a line that lost its time is none
-        _take_other(log, text, block)
+        _take_text(log, text, block)
         return
     start = text.rfind(b"\n", 0, min(map(text.find, words))) + 1
-    stop = _line_after(text, max(map(text.rfind, words)))
-    if b"{" in text and (head := text.find(HEAD, start, stop)) >= 0 and (head := text.rfind(b"\n", 0, head) + 1) > start:
-        _feed(log, text[:head], block)  # another attempt begins between these steps
+    if b"{" in text and (head := text.find(HEAD, start)) >= 0 and (head := text.rfind(b"\n", 0, head) + 1) > start:
+        _feed(log, text[:head], block)  # another attempt begins behind these steps
         _feed(log, text[head:], block)
         return
-    _take_other(log, text[:start], block)
+    _take_text(log, text[:start], block)
     if words != [nemo.UNTIMED] and not log.timed:
         _forget_untimed(log)
-    alike = _take_alike(log, text, start, stop, block) if words == [nemo.WORD] else 0
-    for is_step, lines in _grouped(text[alike or start : stop], words):
-        if is_step and alike:
-            log.step_lines += len(lines)
-        elif is_step:
+    done = _take_alike(log, text, start, block) if words == [nemo.WORD] else start
+    for is_step, lines in _grouped(text[done:], words):
+        if is_step:
             _take_lines(log, lines, block)
         else:
             _take_text(log, b"".join(lines), block)
-        log.width = len(lines[-1])
-    _take_other(log, text[stop:], block)
 
 
 def _forget_untimed(log: Log) -> None:
@@ -66,21 +60,21 @@ def _forget_untimed(log: Log) -> None:
     log.has_losses, log.skipped = False, []
 
 
-def _take_alike(log: Log, text: bytes, start: int, stop: int, block: Block) -> int:
-    """Many of NeMo's step lines at once, with whatever stands between them; 0 where they are not that plain.
-
-    Else where the last few of them begin: only what stands between those can be near the end of the run.
-    """
+def _take_alike(log: Log, text: bytes, start: int, block: Block) -> int:
+    """Many of NeMo's step lines at once, with whatever stands between them, if they are that plain. Where they end."""
+    stop = text.rfind(nemo.WORD)
+    stop = text.find(b"\n", stop) + 1
     count = text.count(nemo.WORD, start, stop)
-    if count <= NEAR or log.traceback or text[stop - 1 : stop] != b"\n":
-        return 0
+    if count <= NEAR or log.traceback:
+        return start
     scanned = nemo.scan(text, start, stop)
-    final = text[text.rfind(b"\n", start, stop - 1) + 1 : stop]
-    if not scanned or len(scanned.numbers) != count or not nemo.is_plain(final):
-        return 0
-    last = stop
+    final = nemo.parse(text[text.rfind(b"\n", start, stop - 1) + 1 : stop])
+    if not scanned or len(scanned.numbers) != count or not final or final.step.grad_norm is not None:
+        return start  # a gradient norm may be infinite
+    last = stop  # what stands after this line may be near the end of the run
     for _ in range(NEAR + 1):
         last = text.rfind(nemo.WORD, start, last)
+<<<<<<< HEAD
     last = _line_after(text, last)
     if count < block.rows and failures.may_tell(text, start, last):
         return 0
@@ -88,10 +82,23 @@ def _take_alike(log: Log, text: bytes, start: int, stop: int, block: Block) -> i
         return 0
     if count < block.rows:
         log.history.take(text, start, last)
+=======
+    last = text.find(b"\n", last) + 1
+    if count < block.rows and failures.has_words(text, start, last, anywhere=True):
+        return start
+    if not attempts.goes_on(log, scanned.numbers[0]) or not log.steps.add_scanned(text, scanned):
+        return start
+>>>>>>> main
     log.last_of[failures.rank_of(text[start : start + LABEL])] = scanned.numbers[-1]
     log.has_losses = True
     log.step_lines += count - NEAR
-    return last
+    for is_step, lines in _grouped(text[last:stop], [nemo.WORD]):
+        if is_step:
+            log.step_lines += len(lines)
+        else:
+            _take_text(log, b"".join(lines), block)
+        log.width = len(lines[-1])
+    return stop
 
 
 def _take_lines(log: Log, lines: list[bytes], block: Block) -> None:
@@ -132,19 +139,14 @@ def _next(log: Log, line: StepLine) -> int:
     return 0 if last < 0 else last + (line.step.consumed_samples != log.steps[last].consumed_samples)
 
 
-def _take_other(log: Log, text: bytes, block: Block) -> None:
-    """Text before or behind step lines."""
-    if not text:
-        return
-    _take_text(log, text, block)
-    if not log.steps:
-        log.said = dict(sorted((settings.find(text) | log.said).items()))  # what is said first counts
-    log.width = len(text) - text.rfind(b"\n", 0, len(text) - 1) - 1
-
-
 def _take_text(log: Log, text: bytes, block: Block) -> None:
     """Text without step lines."""
+<<<<<<< HEAD
     log.history.take(text)
+=======
+    if not text:
+        return
+>>>>>>> main
     if log.traceback and (told := failures.exception(text, 0, log.traceback)):
         _take(log, told, block)
     log.traceback = max(0, log.traceback - len(text))
@@ -154,6 +156,9 @@ def _take_text(log: Log, text: bytes, block: Block) -> None:
         _take(log, told, block)
         if told.kind == "traceback":
             log.traceback = failures.LONGEST_TRACEBACK - (len(text) - text.find(told.line) - len(told.line))
+    if not log.steps:
+        log.said = dict(sorted((settings.find(text) | log.said).items()))  # what is said first counts
+    log.width = len(text) - text.rfind(b"\n", 0, len(text) - 1) - 1
 
 
 def _take(log: Log, told: Told, block: Block) -> None:
@@ -161,23 +166,10 @@ def _take(log: Log, told: Told, block: Block) -> None:
     if told.kind == "plan":
         attempts.begin_plan(log, told.json)
     elif told.kind == "environment":
-        log.environment = _json(told.json)
+        log.environment = document(told.json)
     elif told.kind == "exception":
         log.traceback = 0
     log.tell(told._replace(row=log.rows + block.row_of(told.kind, told.line)))
-
-
-def _json(text: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _line_after(text: bytes, at: int) -> int:
-    """Where the line ends that `at` is in."""
-    return text.find(b"\n", at) + 1 or len(text)
 
 
 def _grouped(text: bytes, words: list[bytes]) -> Iterator[tuple[bool, list[bytes]]]:

@@ -1,4 +1,4 @@
-"""Where runs are. In: directories and files. Out: the `Folder`s with logs in them, and a `Run` for each run there.
+"""Where runs are. In: directories and files. Out: a `Run` for each run there.
 
 A file is a log by its name, as the recipe and NeMo-Run name logs; by being asked for; or because step lines are in it,
 which a look at its beginning and its end shows.
@@ -39,20 +39,7 @@ class Run(NamedTuple):
     earlier: tuple[str, ...]  # logs of the restarts before it, oldest first
     plan: Path | None
     beside: tuple[Path, ...] = ()  # the batch script's own log, and what was written to stderr
-    size: int = 0  # bytes of the log
-
-
-class Folder(NamedTuple):
-    """A directory with logs in it. Paths are strings: in large trees the others cost more than all the rest."""
-
-    path: str
-    logs: dict[str, int]  # bytes, by name
-    others: list[str]  # names of what may belong to them
-
-    @property
-    def size(self) -> int:
-        """Bytes of all the logs."""
-        return sum(self.logs.values())
+    size: int = 0  # bytes of all its logs
 
 
 def find_runs(paths: Iterable[str | Path], tell: Tell = lambda _: None) -> list[Run]:
@@ -60,7 +47,7 @@ def find_runs(paths: Iterable[str | Path], tell: Tell = lambda _: None) -> list[
 
     Links to directories are followed in `paths` only. LogError: a path that is not there, or no run at all.
     """
-    return sorted((run for folder in find_folders(paths, tell) for run in runs_in(folder)), key=order)
+    return sorted(runs_below(paths, tell), key=order)
 
 
 def order(run: Run) -> tuple[str, int, str, str]:
@@ -68,8 +55,8 @@ def order(run: Run) -> tuple[str, int, str, str]:
     return run.experiment, len(run.run_id), run.run_id, run.log
 
 
-def find_folders(paths: Iterable[str | Path], tell: Tell = lambda _: None) -> Iterator[Folder]:
-    """The directories that the runs are in, as they are found; each log once. LogError as `find_runs`."""
+def runs_below(paths: Iterable[str | Path], tell: Tell = lambda _: None) -> Iterator[Run]:
+    """The runs as they are found; each log once. LogError as `find_runs`."""
     tops = [os.fspath(Path(path)) for path in paths]
     if missing := [Problem((), f"there is no {top}") for top in tops if not os.path.lexists(top)]:
         raise LogError(*missing)
@@ -79,9 +66,8 @@ def find_folders(paths: Iterable[str | Path], tell: Tell = lambda _: None) -> It
         left_out += texts
         within = _within(path)
         logs = {name: size for name in names if (size := _size(within + name, seen, tell)) is not None}
-        if logs:
-            none = False
-            yield Folder(path, logs, others)
+        none = none and not logs
+        yield from _runs_in(path, logs, others)
     looked = f"{left_out} other file{'' if left_out == 1 else 's'} without step lines"
     if none:
         what = f"no run found below {', '.join(tops) or 'no directory'}"
@@ -92,27 +78,28 @@ def find_folders(paths: Iterable[str | Path], tell: Tell = lambda _: None) -> It
         tell(f"left out: {looked}")
 
 
-def runs_in(folder: Folder) -> Iterator[Run]:
+def _runs_in(folder: str, logs: dict[str, int], others: list[str]) -> Iterator[Run]:
     """The runs of one directory; the highest restart of each is its log. A compressed copy of a log is left out."""
-    restarts: dict[tuple[str, str], dict[int, tuple[str, int]]] = {}
-    for name, size in sorted(folder.logs.items()):
+    restarts: dict[tuple[str, str], dict[int, str]] = {}
+    for name in sorted(logs):
         match = LOG_NAME.fullmatch(name)
         if match:
             key, restart = (match["stem"], match["id"]), int(match["restart"])
         else:
             key, restart = (name.removesuffix(".gz").removesuffix(".zst"), ""), 0
-        restarts.setdefault(key, {}).setdefault(restart, (name, size))
-    place = _within(folder.path)
+        restarts.setdefault(key, {}).setdefault(restart, name)
+    place = _within(folder)
     # if several runs' logs are in one directory, a plan beside them belongs to one of them at most
-    plan = Path(place + PLAN) if PLAN in folder.others and len(restarts) == 1 else None
+    plan = Path(place + PLAN) if PLAN in others and len(restarts) == 1 else None
     for (stem, run_id), found in restarts.items():
         *before, newest = sorted(found)
-        name, size = found[newest]
-        earlier = tuple(place + found[restart][0] for restart in before)
-        experiment, number = (_experiment(folder.path, stem), run_id) if run_id else _by_path(folder.path, stem)
+        name = found[newest]
+        earlier = tuple(place + found[restart] for restart in before)
+        experiment, number = (_experiment(folder, stem), run_id) if run_id else _by_path(folder, stem)
         array = stem.rpartition(f"{experiment}_")[2]
         number = f"{array}_{number}" if run_id and array != stem and array.isdecimal() else number
-        beside = tuple(Path(place + other) for other in folder.others if _belongs(other, name, number))
+        beside = tuple(Path(place + other) for other in others if _belongs(other, name, number))
+        size = sum(logs[each] for each in found.values())
         yield Run(experiment, number, place + name, newest, earlier, plan, beside, size)
 
 

@@ -126,6 +126,15 @@ def from_log(experiment: str, global_batch_size: int | None, said: Mapping[str, 
     return _with_peaks(what._replace(**known, assumed=assumed))  # type: ignore[arg-type]
 
 
+def document(text: bytes) -> dict[str, Any] | None:
+    """What the JSON object in the text says; None for any other text."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def is_name(experiment: str) -> bool:
     """Whether this tells one experiment from others: not `slurm`, or `a/stdout`."""
     return experiment.rpartition("/")[2].lower() not in COMMON_NAMES

@@ -1,6 +1,5 @@
 """Reading a log. In: a `Run`. Out: the `Log` of its newest restart, read a block at a time."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -102,7 +101,8 @@ def _identify(run: Run, log: Log) -> None:
         plan = run.plan.read_bytes() if run.plan else None
     except OSError as error:
         log.problems.append(f"plan.json: cannot be read: {error.strerror}")
-    if plan and log.head and not _same(plan, log.head):
+    beside, printed = (identity.document(text) if text else None for text in (plan, log.head))
+    if beside and printed and beside != printed:
         log.problems.append("plan.json is not the plan in the log's head line")
     for text, file in ((plan, "plan.json"), (log.head, Path(run.log).name if log.head else "")):
         try:
@@ -112,15 +112,6 @@ def _identify(run: Run, log: Log) -> None:
         except LogError as error:
             log.problems.append("; ".join(map(str, error.problems)))
     log.identity = identity.from_log(run.experiment, _batch(log), log.said)
-
-
-def _same(plan: bytes, head: bytes) -> bool:
-    if plan.strip() == head.strip():
-        return True
-    try:
-        return bool(json.loads(plan) == json.loads(head))
-    except (ValueError, RecursionError):
-        return True  # another problem says so
 
 
 def _batch(log: Log) -> int | None:

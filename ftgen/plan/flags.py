@@ -37,6 +37,9 @@ SET_BY_SRUN = {
     "--container-writable": "site.python.writable",
     **dict.fromkeys(("--container-mount-home", "--no-container-mount-home"), "site.python.mount_home"),
 }
+# Options that give each task only some GPUs of its node. NeMo and Lightning choose the GPU by the local rank: with one GPU
+# for each task, rank 1 would ask for a second GPU that it does not see.
+GPUS_OF_A_TASK = {"--gpus-per-task", "--gpu-bind", "--ntasks-per-gpu", "--tres-per-task", "--tres-bind"}
 
 
 def flag_problems(site: Site) -> Iterator[Problem]:
@@ -58,3 +61,16 @@ def _flags(key: str, flags: list[str]) -> Iterator[Problem]:
             yield Problem(where, f"must not have {option}: {SET_ELSEWHERE[option]} sets it")
         elif key == "srun_flags" and option in SET_BY_SRUN:
             yield Problem(where, f"must not have {option}: {SET_BY_SRUN[option]} sets it")
+        elif key != "convert_flags":
+            yield from _placement(where, flag)
+
+
+def _placement(where: KeyPath, flag: str) -> Iterator[Problem]:
+    """Options that would change which GPUs a rank has, and on which node it runs."""
+    option, _, value = flag.partition("=")
+    if option in GPUS_OF_A_TASK and value != "none":
+        rule = f"must not have {option}: every rank needs all GPUs of its node, because it chooses its GPU by its local rank"
+        yield Problem(where, rule, "remove it: gpu_request asks for the GPUs of a node")
+    if option == "--distribution" and not value.startswith("block"):
+        rule = f"must have ranks in blocks, so that tensor-parallel ranks share a node, found {flag}"
+        yield Problem(where, rule, "remove it, or use --distribution=block:...")

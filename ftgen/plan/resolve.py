@@ -161,7 +161,7 @@ def python_of(site: Site) -> PythonPlan:
     # therefore always pass --container-writable (Megatron-Bridge, scripts/performance/utils/executors.py)
     writable = python.kind == "container" if python.writable is None else python.writable
     return PythonPlan(
-        **dict(python)
+        **{key: value for key, value in python if key != "image_fits"}  # a rule alone reads it
         | {
             "image": image_for(python.kind, python.image) if python.image else python.image,
             "image_from": import_name(python.kind, python.image_from) if python.image_from else python.image_from,

@@ -19,6 +19,7 @@ from ftgen.units import parse_walltime
 # that does what the user may want.
 SET_BY_THE_SCRIPT = {
     **dict.fromkeys(("NEMO_HOME", "HF_HOME", "HF_TOKEN_PATH", "NEMORUN_HOME", "FTGEN_RUN_DIR", "FTGEN_ENVIRONMENT"), ""),
+    "FTGEN_HUB_CACHE": "export HF_HUB_CACHE, or set it here",
     **dict.fromkeys(("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"), ""),
     "STAGE_PATH": "set stage_path in the site profile",
     "MASTER_ADDR": "set master_addr in the site profile: an address, interface:NAME, or a command that prints the address",

@@ -6,9 +6,11 @@ In: a `Site`, and the number of nodes of a run. Out: `Problem`s, whose keys begi
 import re
 from collections.abc import Iterator
 
+from ftgen import catalogue
 from ftgen.errors import KeyPath, Problem, quoted
 from ftgen.plan.images import is_file, is_relative
 from ftgen.spec.site import Site
+from ftgen.spec.spec import NOT_SECRET, SECRET
 
 IN_AN_IMAGE = ("container", "apptainer", "singularity")
 PLACEHOLDER = r"\{(?:rank|local_rank|node_rank)(?://[1-9][0-9]*)?\}"
@@ -19,6 +21,7 @@ def site_problems(site: Site, nodes: int) -> Iterator[Problem]:
     """Every broken rule of a site profile, for a run on `nodes` nodes."""
     yield from _python(site)
     yield from _images(site)
+    yield from _unfit_images(site)
     yield from _memory(site)
     yield from _resources(site, nodes)
     yield from _commands(site)
@@ -32,7 +35,7 @@ def _python(site: Site) -> Iterator[Problem]:
         yield Problem(("site", "python", "image"), f'is required for python.kind = "{python.kind}"')
     if python.kind == "venv" and not python.path:
         yield Problem(("site", "python", "path"), 'is required for python.kind = "venv"')
-    for key in ("image", "image_from", "mounts", "writable", "mount_home"):
+    for key in ("image", "image_from", "image_fits", "mounts", "writable", "mount_home"):
         if getattr(python, key) and not in_image:
             rule = f'requires python.kind = "container", "apptainer" or "singularity", found "{python.kind}"'
             yield Problem(("site", "python", key), rule)
@@ -55,6 +58,17 @@ def _images(site: Site) -> Iterator[Problem]:
     elif site.python.image_from and not (image and is_file(image)):
         rule = f"requires python.image to be the path of a file, found {quoted(image) if image else 'none'}"
         yield Problem(("site", "python", "image_from"), rule, "set python.image to a file that ftgen setup can write")
+
+
+def _unfit_images(site: Site) -> Iterator[Problem]:
+    """Images that are called after one without NeMo. An image may have been changed, so the user has the last word."""
+    if site.python.image_fits or site.python.kind not in IN_AN_IMAGE:
+        return
+    for key in ("image", "image_from"):
+        if unfit := catalogue.why_unfit(getattr(site.python, key) or ""):
+            rule, nearest = unfit
+            own = "if this is an image of your own that has them, set python.image_fits = true"
+            yield Problem(("site", "python", key), rule, f"use {nearest}; {own}")
 
 
 def _memory(site: Site) -> Iterator[Problem]:
@@ -84,11 +98,21 @@ def _resources(site: Site, nodes: int) -> Iterator[Problem]:
 
 
 def _commands(site: Site) -> Iterator[Problem]:
+    for key in ("setup_lines", "prefix"):
+        for number, text in enumerate(getattr(site, key)):
+            for name in filter(_is_secret, re.findall(r"\b([A-Za-z_][A-Za-z0-9_]*)=['\"]?[^\s'\"$`]", text)):
+                rule = f"must not have the value of {name}: its name looks like a secret"
+                hint = f"export it in the shell that submits the job, or add to setup_lines: export {name}=$(cat FILE)"
+                yield Problem(("site", key, number), rule, hint)
     for number, word in enumerate(site.prefix):
         left = re.sub(PLACEHOLDER, "", word)
         if "{" in left or "}" in left:
             hint = "use {rank}, {local_rank} or {node_rank}, or one of them divided by a number: {local_rank//4}"
             yield Problem(("site", "prefix", number), f"must not have other braces, found {quoted(word)}", hint)
+
+
+def _is_secret(name: str) -> bool:
+    return bool(SECRET.search(name)) and name not in NOT_SECRET
 
 
 def _folders(site: Site) -> Iterator[Problem]:

@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 from ftgen import catalogue
 from ftgen.catalogue import Published
-from ftgen.logs.find import Folder, Run
+from ftgen.logs.find import Run
 from ftgen.logs.identity import Identity
 from ftgen.logs.log import Log
 from ftgen.logs.many import Progress, read_all
 from ftgen.logs.read import read_log
 from ftgen.results.goodput import goodput
 from ftgen.results.interval import Logged, logged
-from ftgen.results.options import options, other_work
+from ftgen.results.options import off, options, other_work
 from ftgen.results.verdict import planned_steps, verdict_of
 from ftgen.results.warnings import logged_tflops, warnings
 from ftgen.results.window import RECIPE_WINDOW, Timed, Window, checked, count, timed
@@ -86,7 +86,7 @@ def summarize(run: Run, *, window: Window | None = None) -> Summary:
 
 
 def summarize_all(
-    folders: Iterable[Folder],
+    runs: Iterable[Run],
     *,
     window: Window | None = None,
     progress: Progress = lambda _: None,
@@ -95,7 +95,7 @@ def summarize_all(
     """A summary of each run, in the order of `find_runs`."""
     if window is not None:
         checked(window)
-    return read_all(folders, partial(judge, window=window), progress=progress, processes=processes)
+    return read_all(runs, partial(judge, window=window), progress=progress, processes=processes)
 
 
 def judge(run: Run, log: Log, *, window: Window | None = None) -> Summary:
@@ -145,7 +145,7 @@ def judge(run: Run, log: Log, *, window: Window | None = None) -> Summary:
         restarts=max(log.earlier_logs + log.attempts, len(log.history.attempts)) - 1,
         started=log.started,
         ended=log.ended,
-        options=options(log.plan),
+        options=options(log.plan, log.environment),
         assumed=what.assumed,
         tokens_trained=_tokens(what, log.steps.last + 1),
         validation_loss=None if validated is None else log.history.validations[validated],
@@ -203,6 +203,7 @@ def _notes(run: Run, log: Log, lines: Logged, window: Timed) -> list[str]:
     if log.survived:
         first = min(log.survived.values(), key=lambda told: told.row or 0)
         notes.append(f"the run went on after: {first.note}" + (f" (line {first.row})" if first.row else ""))
+    notes += [f"{name} was off: {lacking}" for name, lacking in off(log.environment).items()]
     if log.identity.assumed:
         assumed = (f"{key} {getattr(log.identity, key)}" for key in log.identity.assumed)
         notes.append(f"assumed, because the log does not say it: {', '.join(assumed)}")

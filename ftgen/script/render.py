@@ -53,15 +53,25 @@ SBATCH_ADDS = (
     "SBATCH_GRES",
     "SBATCH_MEM_PER_CPU",
     "SBATCH_MEM_PER_GPU",
+    "SBATCH_MEM_PER_NODE",
     "SBATCH_NO_REQUEUE",
     "SBATCH_OVERCOMMIT",
     "SBATCH_REQUEUE",
     "SBATCH_THREADS_PER_CORE",
 )
+# Options that tell how a step uses its nodes. The training's srun gets those of sbatch_flags: an srun in a job does not read
+# --cpus-per-task of the job since Slurm 22.05 (its release notes), and the script drops the variables for the others.
+STEP_OPTIONS = ("--cpus-per-task", "--hint", "--threads-per-core", "--cpu-freq", "--mem-bind", "--network", "--profile")
 
 
 # Options of the header that the conversion job must not have: it has one task. sbatch refuses two ways to request memory.
-ONLY_OF_RUNS = ("dependency", "exclusive", "gres", "gpus-per-node", "ntasks-per-node", "segment", "mem(-per-[cg]pu)?")
+ONLY_OF_RUNS = ["dependency", "exclusive", "gres", "gpus-per-node", "ntasks-per-node", "segment", "mem(-per-[cg]pu)?"]
+ONLY_OF_RUNS += ["contiguous", "spread-job", "switches"]
+# A shell that is not a login shell may lack the function `module`: these files of Lmod and Environment Modules define it.
+FIND_MODULE = (
+    'for init in "$LMOD_PKG/init/bash" "$MODULESHOME/init/bash" /etc/profile.d/{lmod,z00_lmod,modules}.sh; do '
+    'type -t module >/dev/null && break; [[ ! -r $init ]] || . "$init"; done; true'
+)
 
 
 class Verbatim(str):
@@ -91,7 +101,7 @@ def render(plan: Plan) -> dict[str, str]:
             stage_path=default_stage_path(plan.stage_path),
             interpreter=_interpreter(plan),
             srun_flags=plan.slurm.srun_flags,
-            step_flags=[f"--cpus-per-task={plan.slurm.cpus_per_gpu}"] if plan.slurm.cpus_per_gpu else [],
+            step_flags=_step_flags(plan.slurm),
             in_job=True,
             in_image=plan.python.kind in IN_AN_IMAGE,
             site_lines=site_lines(plan.modules, plan.setup_lines),
@@ -156,9 +166,15 @@ def sbatch_lines(plan: Plan) -> list[str]:
     return [*lines, *(["--exclusive"] if slurm.exclusive else []), *requeue, *slurm.sbatch_flags]
 
 
+def _step_flags(slurm: SlurmPlan) -> list[str]:
+    """Options of the training's srun that the header has too."""
+    flags = [f"--cpus-per-task={slurm.cpus_per_gpu}"] if slurm.cpus_per_gpu else []
+    return flags + [flag for flag in slurm.sbatch_flags if flag.partition("=")[0] in STEP_OPTIONS]
+
+
 def site_lines(modules: list[str], setup_lines: list[str]) -> list[str]:
     """The lines of bash that a job runs before Python."""
-    return [*(f"module load {shlex.quote(module)}" for module in modules), *setup_lines]
+    return [*([FIND_MODULE] if modules else []), *(f"module load {shlex.quote(module)}" for module in modules), *setup_lines]
 
 
 def gpu_request(site: Site | SlurmPlan, count: int) -> dict[str, str]:
@@ -180,10 +196,9 @@ def output_file(folder: str | None, name: str) -> str:
 
 
 def _convert_options(plan: Plan) -> list[str]:
-    """sbatch options of the conversion job: one task and at most one GPU. Its script lacks the options ONLY_OF_RUNS."""
+    """sbatch options of the conversion job, which the user's override. Its script lacks the options ONLY_OF_RUNS."""
     slurm = plan.slurm
     options = {
-        "job-name": f"{job_name(plan)}_convert",
         "dependency": "singleton",
         "nodes": 1,
         "ntasks": 1,
@@ -192,8 +207,7 @@ def _convert_options(plan: Plan) -> list[str]:
     }
     if not any(flag.startswith("--mem") for flag in slurm.convert_flags):
         options |= memory_request(slurm, slurm.mem)
-    lines = [f"--{option}={value}" for option, value in options.items() if value is not None]
-    return [*lines, *slurm.convert_flags]
+    return [f"--{option}={value}" for option, value in options.items() if value is not None]
 
 
 def _sbatch_variables(plan: Plan) -> list[tuple[str, str]]:

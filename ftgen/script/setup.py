@@ -22,18 +22,28 @@ from ftgen.script.render import (
     site_lines,
 )
 from ftgen.spec.site import Site
+from ftgen.units import parse_walltime
 
-WALLTIME = "02:00:00"  # enough for an image of 20 GB, or 3 GB of packages
+WALLTIME = "02:00:00"  # enough for an image of 20 GB, or 3 GB of packages; submitted again, the job continues
+# Options of sbatch_flags that are about the nodes and tasks of a run. The set-up job has one node and one task.
+OF_SEVERAL_NODES = {"--contiguous", "--segment", "--spread-job", "--switches", "--ntasks-per-socket", "--ntasks-per-core"}
 STACK = ("torch", "lightning", "transformers", "megatron.core", "nemo.collections.llm")
 ON_A_GPU = ("transformer_engine.pytorch",)
+OTHER_IMAGE = "set python.image in the site profile to another image: `ftgen list --images` says which fit"
+HINTS = {
+    "venv": "remove the folder of python.path and submit this script again",
+    "container": OTHER_IMAGE,
+    "apptainer": OTHER_IMAGE,
+    "singularity": OTHER_IMAGE,
+    "none": "install ftgen's extra {extra} into this Python, or export FTGEN_PYTHON=<a Python that has it>",
+}
 
 
 def render_setup(site: Site, name: str, plans: list[Plan]) -> str:
     """The setup job of a site for the jobs of `plans`. Without plans: for GPUs, and without source trees."""
     on_a_gpu = not plans or any(plan.gpu.name != "cpu" for plan in plans)
     sources: list[SourcePlan] = list(dict.fromkeys(source for plan in plans for source in plan.sources))
-    stack = STACK + (ON_A_GPU if on_a_gpu else ())
-    check = (source_folder("templates") / "setup_check.py").read_text(encoding="utf-8")
+    extra = "gpu" if on_a_gpu else "runtime"
     return (
         bash()
         .get_template("setup.sh.j2")
@@ -48,12 +58,25 @@ def render_setup(site: Site, name: str, plans: list[Plan]) -> str:
             expands=any("$" in text for text in site.environment.values()),
             stage_path=default_stage_path(site.stage_path),
             sources=sources,
-            requirements=requirements("gpu" if on_a_gpu else "runtime"),
+            requirements=requirements(extra),
             constraints=source_file("constraints.txt").rstrip(),
-            check=check.replace("STACK", repr(stack)).rstrip(),
+            check=_check(
+                STACK=STACK + (ON_A_GPU if on_a_gpu else ()),
+                RECIPES=sorted({plan.model.nemo_recipe for plan in plans}),
+                GPU=on_a_gpu,
+                HINT=HINTS[site.python.kind].format(extra=extra),
+            ),
             end_of_file=END_OF_FILE,
         )
     )
+
+
+def _check(**values: object) -> str:
+    """The program that looks for the packages and imports them: the check of a job, and more."""
+    packages = (source_folder("runtime") / "engines" / "nemo" / "packages.py").read_text(encoding="utf-8")
+    check = (source_folder("templates") / "setup_check.py").read_text(encoding="utf-8")
+    settings = "".join(f"{name} = {value!r}\n" for name, value in values.items())
+    return f"{packages}\n\n{settings}{check}".rstrip()
 
 
 def requirements(extra: str) -> list[str]:
@@ -85,9 +108,15 @@ def _sbatch_lines(site: Site) -> list[str]:
         "ntasks": 1,
         "cpus-per-task": site.cpus_per_gpu,
         **gpu_request(site, 1),
-        "time": WALLTIME,
+        "time": min(WALLTIME, site.max_walltime or WALLTIME, key=parse_walltime),
         **memory_request(site, memory_of_a_node(site)),
         "output": output_file(site.output_folder, "ftgen_setup"),
         "open-mode": "append",
     }
-    return [*(f"--{option}={value}" for option, value in options.items() if value is not None), *site.sbatch_flags]
+    flags = [flag for flag in site.sbatch_flags if _fits_one_node(flag)]
+    return [*(f"--{option}={value}" for option, value in options.items() if value is not None), *flags]
+
+
+def _fits_one_node(flag: str) -> bool:
+    option, _, value = flag.partition("=")
+    return option not in OF_SEVERAL_NODES and not (option == "--nodelist" and set(value) & set(",["))

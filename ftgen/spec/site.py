@@ -66,6 +66,11 @@ class Python(Table):
         f"nvcr.io/nvidia/nemo:24.12. ftgen writes the name as pyxis or apptainer wants it. {EXPANDED} A relative path is "
         "refused, because it would depend on the folder in which sbatch is called.",
     )
+    image_fits: bool = Field(
+        False,
+        description="The image has the packages that a job needs, though its name is that of an image without them: for an "
+        "image of your own. `ftgen list --images` says which images fit.",
+    )
     mounts: list[OneLine] = Field([], description=f"More folders to mount into the image, as SRC:DST. {EXPANDED}")
     image_from: OneLine | None = Field(
         None, description="Image that `ftgen setup` imports into the image file, such as nvcr.io/nvidia/nemo:24.12."
@@ -113,7 +118,7 @@ class Site(Table):
         description="Nodes of a segment, which Slurm places in one block, such as an NVL72 rack (--segment, Slurm 24.05 and "
         "later). A job with fewer nodes is one segment.",
     )
-    mpi: Word = Field("pmix", description="Value of srun's option --mpi.")
+    mpi: Word = Field("none", description="Value of srun's option --mpi. The ranks find each other without MPI.")
     exclusive: bool = Field(True, description="Request whole nodes. false: share nodes; then set cpus_per_gpu.")
     cpus_per_gpu: Positive | None = Field(
         None,

@@ -19,6 +19,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 SECRET = re.compile(r"TOKEN$|TOKEN_|SECRET|PASSWORD|PASSWD|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
+PASSWORD = re.compile(r"://[^/@\s]+:[^/@\s$]+@")  # in the address of a proxy; $NAME is none
 NOT_SECRET = {"TOKENIZERS_PARALLELISM"}
 OTHER_EXPANSION = re.compile(r"\$\$|(\$\{[A-Za-z_][A-Za-z0-9_]*[^A-Za-z0-9_}].*)")  # $$ is a dollar, ${X:-y} is refused
 
@@ -51,6 +52,9 @@ def _environment(variables: dict[str, str]) -> dict[str, str]:
             hint = "write $NAME: if it is unset, no colon is left over. Use setup_lines of the site profile for all else"
             rule = "must have no expansions but $NAME and ${NAME}, found {other}"
             raise PydanticCustomError("at_key", rule, {"key": name, "hint": hint, "other": quoted(other)})
+        if PASSWORD.search(value):
+            rule = "must not be in a file: its address has a password"
+            raise PydanticCustomError("at_key", rule, {"key": name, "hint": "export it in the shell that submits the job"})
     return variables
 
 

@@ -6,7 +6,7 @@ tokens.
 
 The guard publishes both folders below $STAGE_PATH/data, so ranks, nodes and jobs that start together prepare them
 once. Each kind of data is a file of this package with two functions: `identity(plan)` gives what identifies its
-examples, `write(plan, folder)` writes them.
+examples, `write(plan, folder)` writes them. A kind that reads the Hugging Face hub has a third: `repositories(plan)`.
 """
 
 import json
@@ -16,9 +16,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+<<<<<<< HEAD
 from runtime.data import held_out, packing
 from runtime.guard import publish
+=======
+from runtime.data import packing
+from runtime.guard import manifest, publish
+>>>>>>> main
 from runtime.guard.manifest import sha256_of
+from runtime.hub.fetch import fetch
+from runtime.hub.repository import Repository
 from runtime.job.progress import timed
 
 Plan = dict[str, Any]
@@ -51,6 +58,25 @@ def prepare(plan: Plan, tokenizer: Path) -> Files:
     publish.ensure(packed_folder, packed, lambda staging: packing.pack(plan, folder, tokenizer, staging))
     held_out.refuse_too_few(plan, folder, packed_folder)
     return Files(folder, packed_folder)
+
+
+def repositories(plan: Plan) -> list[Repository]:
+    """What the examples are made of, on the Hugging Face hub. Nothing, if the examples exist."""
+    module = _module(plan["data"]["kind"])
+    if not hasattr(module, "repositories"):
+        return []
+    examples = identity(plan)
+    exist = manifest.flaw(_folder(plan["data"]["kind"], examples), examples) is None
+    return [] if exist else list(module.repositories(plan))
+
+
+def download(plan: Plan) -> None:
+    """Have in STAGE_PATH what the examples are made of. A job does this in one task, before its ranks prepare the data.
+
+    So not every rank waits for the hub, and no rank needs a hub cache that its node does not see.
+    """
+    for repository in repositories(plan):
+        fetch(repository, plan["name"], into_home=True)
 
 
 def identity(plan: Plan) -> dict[str, Any]:

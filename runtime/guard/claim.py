@@ -7,7 +7,7 @@ from n by `mkdir n+1`, which succeeds for exactly one process of all machines. (
 cluster file systems they succeed for every process.) A claim is never deleted, so a number never has two owners. A
 claim contains
 
-    owner.json   its owner: host, boot, pid namespace, pid and its start time, Slurm job and restart
+    owner.json   its owner: user, host, boot, pid namespace, pid and its start time, Slurm job and restart
     heartbeat    a counter that the owner increases every few seconds
     released     exists once the owner has finished or failed
 
@@ -30,6 +30,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from runtime.job.sharing import user_name
 
 STALE_S = 60.0
 BEATS_PER_STALE = 12  # heartbeats that an owner must miss to count as dead
@@ -107,7 +109,7 @@ class Watch:
         if not owner:
             return "an unknown process"
         job = f", Slurm job {owner['slurm_job']}" if owner.get("slurm_job") else ""
-        return f"process {owner.get('pid')} on {owner.get('host')}{job}"
+        return f"process {owner.get('pid')} on {owner.get('host')}{job}, user {owner.get('user', 'unknown')},"
 
     def _is_free(self, current: int) -> bool:
         if (self.claims / str(current) / "released").exists():
@@ -150,6 +152,7 @@ def highest(claims: Path) -> int:
 def this_process() -> dict[str, Any]:
     """What identifies this process among all processes of all machines."""
     return {
+        "user": user_name(),
         "host": os.environ.get("FTGEN_HOST") or socket.gethostname(),
         "boot": _read("/proc/sys/kernel/random/boot_id"),
         "pid_namespace": _pid_namespace(),  # a pid in a container is not the same process outside

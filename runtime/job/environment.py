@@ -6,26 +6,34 @@ In: a plan and the process environment. Out: one line in the log, `ftgen environ
 import json
 import os
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "nemo_toolkit", "megatron-core", "transformer-engine", "lightning", "transformers", "numpy")
+# Where a package that is imported has its version: sources that a spec adds have no other.
+IMPORTED = {"nemo_toolkit": "nemo", "megatron-core": "megatron.core"}
 DRIVER = Path("/sys/module/nvidia/version")
 JOB = {"job": "SLURM_JOB_ID", "nodes": "SLURM_JOB_NODELIST", "partition": "SLURM_JOB_PARTITION"}
 
 
-def tell(plan: dict[str, Any]) -> None:
-    """Print the line; only rank 0 does."""
+def tell(plan: dict[str, Any], off: dict[str, str] | None = None) -> None:
+    """Print the line; only rank 0 does. `off`: optimizations of the plan that these packages cannot do, and why."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"ftgen environment: {json.dumps(found(plan))}", flush=True)
+        facts = found(plan) | ({"optimizations_off": off} if off else {})
+        print(f"ftgen environment: {json.dumps(facts)}", flush=True)
 
 
 def found(plan: dict[str, Any]) -> dict[str, Any]:
     """The environment as names and values; what this machine does not have is left out."""
     facts: dict[str, Any] = {
         "python": platform.python_version(),
+<<<<<<< HEAD
         "packages": packages(),
+=======
+        "packages": {name: number for name in PACKAGES if (number := installed(name))},
+>>>>>>> main
         "system": platform.platform(),
         "cpus": os.cpu_count(),
         **{name: os.environ[variable] for name, variable in JOB.items() if os.environ.get(variable)},
@@ -52,7 +60,10 @@ def _gpu() -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """The version of a package: of the one that is imported, if it is. None if it is not installed."""
+    if found := getattr(sys.modules.get(IMPORTED.get(package, "")), "__version__", None):
+        return str(found)
     try:
         return version(package)
     except PackageNotFoundError:

@@ -18,7 +18,7 @@ from ftgen.errors import LogError
 from ftgen.logs import blocks as blocks_module
 from ftgen.logs import failures, many
 from ftgen.logs.blocks import LogFileError, blocks
-from ftgen.logs.find import find_folders, find_runs
+from ftgen.logs.find import find_runs, runs_below
 from ftgen.logs.many import read_all
 from ftgen.logs.read import read_log
 from ftgen.results.summary import summarize, summarize_all
@@ -87,7 +87,7 @@ noise = st.lists(
 def test_a_line_that_tells_is_found_in_any_text(kind, before, after):
     text = b"\n".join([*before, SAID[kind], *after])
     assert kind in {told.kind for told in failures.find(text)}
-    assert failures.may_tell(text, 0, len(text)) == (kind in failures.ANYWHERE)
+    assert failures.has_words(text, anywhere=True) == (kind in failures.ANYWHERE)
 
 
 def test_what_tells_is_found_in_a_talkative_log(tmp_path):
@@ -145,14 +145,14 @@ def test_a_zstd_log_without_the_package_says_what_to_install(tmp_path, monkeypat
 
 def test_several_processes_find_what_one_does(monkeypatch):
     monkeypatch.setattr(many, "BATCH", 2000)
-    folders = list(find_folders([CASES]))
+    runs = list(runs_below([CASES]))
     seen = []
-    found = summarize_all(folders, processes=2, progress=seen.append)
-    assert repr(found) == repr(summarize_all(folders, processes=1))
+    found = summarize_all(runs, processes=2, progress=seen.append)
+    assert repr(found) == repr(summarize_all(runs, processes=1))
     logs = Counter(each.log for each in found)  # of a file with several runs, `summarize` has the last one only
     alone = [each for each in found if logs[each.log] == 1]
     assert repr(alone) == repr([summarize(run) for run in find_runs([CASES]) if logs[run.log] == 1])
-    assert sum(seen) == sum(folder.size for folder in folders)
+    assert sum(seen) == sum(run.size for run in runs)
 
 
 def killed(run, log):
@@ -163,7 +163,7 @@ def test_a_process_that_is_killed_is_told_of(monkeypatch):
     """As the kernel does where memory runs out."""
     monkeypatch.setattr(many, "BATCH", 2000)
     with pytest.raises(LogError, match="a process that read logs was killed"):
-        read_all(find_folders([CASES]), killed, processes=2)
+        read_all(runs_below([CASES]), killed, processes=2)
 
 
 def test_the_steps_of_a_long_log_are_there_in_full(tmp_path, monkeypatch):
@@ -179,8 +179,8 @@ def test_the_steps_of_a_long_log_are_there_in_full(tmp_path, monkeypatch):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the peak memory")
 def test_memory_does_not_grow_with_the_log(tmp_path):
     code = (
-        "import re, sys; from ftgen.logs.find import find_folders; from ftgen.results.summary import summarize_all;"
-        "print(summarize_all(find_folders(sys.argv[1:]), processes=1)[0].steps);"
+        "import re, sys; from ftgen.logs.find import runs_below; from ftgen.results.summary import summarize_all;"
+        "print(summarize_all(runs_below(sys.argv[1:]), processes=1)[0].steps);"
         "print(re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1])"
     )
     peaks = []

@@ -25,6 +25,10 @@ def main() -> int:
             return status
         from runtime.engines.nemo import convert
 
+        if sys.argv[2] == "convert":
+            from runtime.data import prepare
+
+            prepare.download(plan)
         if sys.argv[2] == "converted":
             return 0 if convert.converted(plan) else 1
         return {"convert": convert.convert, "verify": convert.verify}[sys.argv[2]](plan)

@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SCRIPT = HERE / "slurm-cluster.sh"
 SITE = 'gpu_request = "gres"\nmpi = "none"\nexclusive = false\nmem = "1000"\n'
-SPEC = 'scheme = "{scheme}"\nprecision = "fp32"\ngpus = {gpus}\ngpu = "cpu"\nmodel = "{model}"\nseq_length = 256\n'
+SPEC = 'scheme = "{scheme}"\nprecision = "{precision}"\ngpus = {gpus}\ngpu = "{gpu}"\nmodel = "{model}"\nseq_length = 256\n'
 CHECKPOINT = 'checkpoint = {{ source = "{source}" }}\ndata = {{ kind = "synthetic" }}\nwalltime = "{walltime}"\n'
 
 
@@ -93,6 +93,7 @@ class Desk:
         self, name: str, *, gpus: int = 1, scheme: str = "sft", model: str = "tiny_llama", site: str = "", **more: str
     ) -> Path:
         """A script; `more`: source of the checkpoint, walltime, extra lines of the spec."""
+<<<<<<< HEAD
         settings = {"source": "hub", "walltime": "00:10:00", "extra": ""} | more
         text = (SPEC + CHECKPOINT).format(scheme=scheme, gpus=gpus, model=model, **settings) + settings["extra"]
         (self.folder / f"{name}.toml").write_text(text)
@@ -100,6 +101,10 @@ class Desk:
 
     def compile_file(self, name: str, site: str = "") -> Path:
         """The script of a spec that is in the folder."""
+=======
+        settings = {"source": "hub", "walltime": "00:10:00", "extra": "", "gpu": "cpu"} | more
+        settings["precision"] = "fp32" if settings["gpu"] == "cpu" else "bf16"
+>>>>>>> main
         spec, profile = self.folder / f"{name}.toml", self.folder / "site.toml"
         profile.write_text(site if "gpu_request" in site else site + SITE)
         command = [sys.executable, "-m", "ftgen", "compile", spec, "--site", profile, "--out", self.folder / "generated"]
@@ -109,11 +114,26 @@ class Desk:
 
     def submit(self, *words: object, **environment: str) -> int:
         """sbatch, as a user with the given environment; the first job's number."""
-        own = {"STAGE_PATH": str(self.stage), "FTGEN_PYTHON": str(self.python), "FTGEN_STALE_S": "6"}
-        env = self.cluster.environment | own | environment
-        number = int(self.cluster.call("sbatch", "--parsable", *words, env=env, cwd=self.folder))
+        return self.submit_in([], *words, **environment)
+
+    def submit_in(self, session: list[str], *words: object, **environment: str) -> int:
+        """The same within a session: the words of an salloc or srun."""
+        number = int(self.call(*session, "sbatch", "--parsable", *words, **environment))
         self.jobs.append(number)
         return number
+
+    def run_in(self, session: list[str], *words: object, **environment: str) -> int:
+        """Run a command in a session and wait for its end; the session's number."""
+        said = self.call(*session, *words, **environment)
+        number = int(re.findall(r"ftgen: log: .*_(\d+)_\d+\.out", said)[0])
+        self.jobs.append(number)
+        self.ended(number)
+        return number
+
+    def call(self, *words: object, **environment: str) -> str:
+        """A command's output, in the folder and the environment of a user."""
+        own = {"STAGE_PATH": str(self.stage), "FTGEN_PYTHON": str(self.python), "FTGEN_STALE_S": "6"}
+        return self.cluster.call(*words, env=self.cluster.environment | own | environment, cwd=self.folder)
 
     def job(self, number: int) -> Job:
         text = self.cluster.call("scontrol", "show", "job", number)

@@ -4,6 +4,7 @@ The entrypoint, the checkpoint's code and the guard are the real ones; NeMo, the
 write a line into $STAGE_PATH/events each and take a moment. Environment: what they do, as the constants below say.
 """
 
+import ctypes
 import os
 import runpy
 import signal
@@ -28,7 +29,7 @@ def event(what: str) -> None:
         file.write(line)
 
 
-def download(_repository: str, _revision: str | None) -> Path:
+def fetch(_repository: object, _script: str) -> Path:
     event("download")
     folder = STAGE / "HF_ckpt" / "downloaded"
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,6 +77,8 @@ def train(plan: dict) -> int:
         os.kill(os.getpid(), signal.SIGSEGV)
     if MODE == "raise":
         raise RuntimeError(f"CUDA error on device {rank}")
+    if MODE == "locked":
+        ctypes.PyDLL(None).sleep(int(TRAIN_S))  # in C, without releasing Python's lock
     time.sleep(60 if MODE in {"status", "segfault"} and int(env["WORLD_SIZE"]) > 3 else TRAIN_S)
     event(f"trained:{rank}")
     return 0
@@ -126,9 +129,9 @@ def main() -> None:
     os.environ["PROGRAM_STARTED_WITH"] = started_with("LD_LIBRARY_PATH")
     sys.path.insert(0, str(Path(entrypoint).parent))
     from runtime.engines import nemo
-    from runtime.weights import hub
+    from runtime.hub import fetch as hub
 
-    hub.download = download
+    hub.fetch = fetch
     hub.bytes_to_download = lambda *_: 0
     replace(sys.modules["runtime"], "check", check)
     replace(nemo, "importer", import_directory)

@@ -150,7 +150,8 @@ MpiDefault=none
 ReturnToService=2
 KillWait=5
 GresTypes=gpu${more:+,${more%:*}}
-NodeName=node[1-$NODES] NodeAddr=127.0.0.1 Port=[$((PORT + 1))-$((PORT + NODES))] CPUs=$cpus RealMemory=$mem$( ((GPUS == 0)) || echo " Gres=gpu:${type:+$type:}$GPUS${more:+,$more}")
+Licenses=lab:9
+NodeName=node[1-$NODES] Feature=lab TmpDisk=9000 NodeAddr=127.0.0.1 Port=[$((PORT + 1))-$((PORT + NODES))] CPUs=$cpus RealMemory=$mem$( ((GPUS == 0)) || echo " Gres=gpu:${type:+$type:}$GPUS${more:+,$more}")
 CONF
     i=YES n=1
     for p in ${SLURMLAB_PARTITIONS:-main}; do

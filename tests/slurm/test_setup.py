@@ -61,7 +61,9 @@ def wheels(folder: Path) -> None:
         files[f"{info}/WHEEL"] = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         package = module or name
         files[f"{package}/__init__.py"] = f"__version__ = {version!r}\n"
-        more = {"transformer_engine": ["pytorch.py"], "nemo_toolkit": ["../lightning.py", "../transformers.py"]}
+        beside = ["../lightning.py", "../transformers.py", "../nemo_run.py", "../fiddle.py"]
+        beside += ["../nemo/collections/llm/recipes/llama3_8b.py"]
+        more = {"transformer_engine": ["pytorch.py"], "nemo_toolkit": beside}
         files |= {f"{name}/{path}".replace("nemo_toolkit/../", ""): "" for path in more.get(name, [])}
         with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
             for path, text in files.items():
@@ -95,7 +97,10 @@ def test_a_stack_that_cannot_be_imported_fails_the_job(desk):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", desk.folder / "bare"], check=True)
     job = desk.submit(script, FTGEN_PYTHON=str(desk.folder / "bare/bin/python"))
     assert desk.ended(job).exit_code == 1
-    assert "ftgen: error: megatron.core cannot be imported: ModuleNotFoundError" in desk.output(job)
+    said = desk.output(job)
+    assert "ftgen: error: the package megatron-core is not installed\n" in said
+    assert "ftgen: error: megatron.core cannot be imported: ModuleNotFoundError" in said
+    assert "  hint: install ftgen's extra gpu into this Python, or export FTGEN_PYTHON=" in said
 
 
 @pytest.fixture

@@ -95,7 +95,7 @@ def test_jobs_of_one_model_submitted_apart_run_one_at_a_time_and_of_another_besi
     site = 'convert = "task"\n'
     alone = [desk.compile(f"alone{n}", gpus=n, site=site) for n in (1, 2, 4)]
     other = desk.compile("other", model="llama3_8b", site=site, extra="max_steps = 30\n")
-    jobs = [desk.submit(script, PROGRAM_TRAIN_S="2") for script in alone]
+    jobs = [desk.submit(script, PROGRAM_TRAIN_S="5") for script in alone]
     until(lambda: desk.events("train:0"), 20, desk.everything)
     beside = desk.submit(other, PROGRAM_TRAIN_S="0")
     assert desk.ended(beside).state == "COMPLETED"

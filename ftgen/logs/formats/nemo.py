@@ -110,12 +110,6 @@ def scan(text: bytes, start: int, stop: int) -> Scanned | None:
     return scanned if possible and math.isfinite(sum(scanned.losses)) else None
 
 
-def is_plain(line: bytes) -> bool:
-    """Whether a line can stand for many that were scanned: it is whole, and has no gradient norm that could be infinite."""
-    read = parse(line)
-    return read is not None and read.step.grad_norm is None and not read.invalid
-
-
 def fields_of(line: bytes) -> dict[bytes, bytes]:
     """`key: value | key: value` as a dictionary; empty where two lines have run into each other.
 

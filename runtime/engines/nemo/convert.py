@@ -2,8 +2,8 @@
 
 In: a plan. Out: $NEMO_HOME/models/<place>/{context,weights}.
 
-checkpoint.source in the plan says where the weights come from: "hub" (downloaded from Hugging Face into the cache of
-$HF_HOME), "directory" (a Hugging Face checkpoint on a disk), "random" (generated). NeMo's own importer converts them.
+checkpoint.source in the plan says where the weights come from: "hub" (downloaded from Hugging Face, unless they are on
+this machine), "directory" (a Hugging Face checkpoint on a disk), "random" (generated). NeMo's own importer converts them.
 The guard publishes the result. If the converted checkpoint exists, this module does not import NeMo.
 
 Environment: NEMO_HOME (default $STAGE_PATH/HF_ckpt), HF_HOME, HF_TOKEN or HF_TOKEN_PATH, HF_HUB_OFFLINE.
@@ -13,13 +13,14 @@ import json
 import os
 import shutil
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from runtime.engines.nemo import imports
 from runtime.guard import manifest, publish
+from runtime.hub import fetch, find
 from runtime.job import variables
+from runtime.job.environment import installed
 from runtime.job.errors import JobError
 from runtime.job.progress import say, timed
 from runtime.weights import hub, random_llama
@@ -84,22 +85,22 @@ def source(plan: Plan) -> dict[str, Any]:
 def _build(plan: Plan, staging: Path) -> dict[str, Any]:
     weights, origin = _fetch(plan, staging / "from")
     _refuse_unfit(plan, weights)
+    find.go_offline()
     with timed("importing NeMo"):
         imports.defer()
         from runtime.engines.nemo.importer import import_directory
     with timed(f"converting {weights}"):
         origin["layers"] = import_directory(weights, staging, staging / "tokenizer")
     shutil.rmtree(staging / "from", ignore_errors=True)
-    return origin | {name: _version(name) for name in ("nemo_toolkit", "megatron-core", "torch", "transformers")}
+    return origin | {name: installed(name) or "" for name in ("nemo_toolkit", "megatron-core", "torch", "transformers")}
 
 
 def _fetch(plan: Plan, scratch: Path) -> tuple[Path, dict[str, Any]]:
     """A directory in Hugging Face format, and its origin for the manifest."""
     kind, model = plan["checkpoint"]["source"], plan["model"]
     if kind == "hub":
-        with timed(f"downloading {model['hf_id']}"):
-            path = hub.download(model["hf_id"], plan["checkpoint"]["revision"])
-        return path, {"commit": path.name}
+        weights = fetch.fetch(hub.repository(plan), plan["name"])
+        return weights, {"commit": find.commit(weights)}
     if kind == "random":
         with timed(f"generating random weights: {model['parameters']:,} parameters"):
             random_llama.write(plan, scratch)
@@ -112,7 +113,7 @@ def _need_bytes(plan: Plan) -> int:
     parameters, kind = plan["model"]["parameters"], plan["checkpoint"]["source"]
     weights = parameters * (2 if parameters >= random_llama.LARGE else 4)
     if kind == "hub":
-        weights += hub.bytes_to_download(plan["model"]["hf_id"], plan["checkpoint"]["revision"])
+        weights += fetch.bytes_to_download(hub.repository(plan), plan["name"])
     if kind == "random":
         weights *= 2
     return int(weights * MARGIN) + CONTEXT_BYTES
@@ -148,10 +149,3 @@ def _refuse_unfit(plan: Plan, weights: Path) -> None:
                 f"{weights} has {name} = {config[name]}, but model {plan['model']['name']} has {plan['model'][key]}",
                 "set model to the model of this checkpoint, or checkpoint.path to another checkpoint",
             )
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""

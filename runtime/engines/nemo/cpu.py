@@ -62,7 +62,7 @@ def stand_in() -> None:
 
     megatron_random._set_cuda_rng_state = torch.cuda.set_rng_state
     megatron_random._get_cuda_rng_state = torch.cuda.get_rng_state
-    if not lora.HAVE_TE:
+    if not getattr(lora, "HAVE_TE", True):  # NeMo 2.1 does not ask
         lora.te = types.SimpleNamespace(Linear=None)  # LoRA tests whether a layer is a te.Linear
         lora_layers.HAVE_TE = False  # NeMo 2.7 sets it to True here though Transformer Engine is not installed
     megatron_init._set_random_seed = _with_a_device(megatron_init._set_random_seed)

@@ -15,6 +15,7 @@ import nemo_run as run
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
+from nemo.collections.llm.gpt.data.fine_tuning import FineTuningDataModule
 from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
 from nemo.collections.llm.recipes.precision.mixed_precision import bf16_with_fp8_mixed
 from nemo.lightning import _strategy_lib
@@ -60,7 +61,20 @@ def stock(plan: Plan, log_directory: Path) -> Any:
         "performance_mode": True,
     }
     accepted = inspect.signature(library.finetune_recipe).parameters
+    vars(library)["default_finetune_recipe"] = _with_a_list_of_callbacks(library.default_finetune_recipe)
     return library.finetune_recipe(**{key: value for key, value in arguments.items() if key in accepted})
+
+
+def _with_a_list_of_callbacks(default: Any) -> Any:
+    """NeMo 2.1 appends to the callbacks of its default recipe, which has none."""
+
+    @functools.wraps(default)
+    def with_a_list(*args: Any, **kwargs: Any) -> Any:
+        recipe = default(*args, **kwargs)
+        recipe.trainer.callbacks = recipe.trainer.callbacks or []
+        return recipe
+
+    return with_a_list
 
 
 def set_model(recipe: Any, plan: Plan) -> None:
@@ -76,7 +90,9 @@ def set_model(recipe: Any, plan: Plan) -> None:
         config.scale_factor = model["rope_scaling_factor"]
     config.seq_length = recipe.data.seq_length = plan["seq_length"]
     # some of NeMo's recipes count embedding and loss as pipeline layers; the plan counts only transformer layers
-    config.account_for_embedding_in_pipeline_split = config.account_for_loss_in_pipeline_split = False
+    for key in ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"):
+        if hasattr(config, key):  # since NeMo 2.2
+            setattr(config, key, False)
 
 
 def _set_scheme(recipe: Any, plan: Plan) -> None:
@@ -129,7 +145,10 @@ def _set_precision(recipe: Any, plan: Plan) -> None:
 
 
 def _set_data(recipe: Any, plan: Plan, files: Files) -> None:
-    # The recipe's data module is SquadDataModule. It downloads nothing if training.jsonl exists.
+    # The recipe's data module is SquadDataModule. It downloads nothing if training.jsonl exists. In NeMo 2.1, it takes no
+    # folder; the class that it derives from does.
+    if not hasattr(recipe.data, "dataset_root"):
+        recipe.data = run.Config(FineTuningDataModule, **recipe.data.__arguments__)
     recipe.data.dataset_root = str(files.examples)
     recipe.data.seed = plan["seed"]
     recipe.data.global_batch_size = plan["global_batch_size"]
@@ -140,8 +159,9 @@ def _set_data(recipe: Any, plan: Plan, files: Files) -> None:
             packed_sequence_size=plan["seq_length"],
             packed_train_data_path=str(files.packed / "training.npy"),
             packed_val_data_path=str(files.packed / "validation.npy"),
-            packed_metadata_path=str(files.packed / "metadata.json"),
         )
+        if (files.packed / "metadata.json").is_file():  # since NeMo 2.2
+            recipe.data.packed_sequence_specs.packed_metadata_path = str(files.packed / "metadata.json")
 
 
 def _set_trainer(recipe: Any, plan: Plan) -> None:

@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from runtime.data.prepare import prepare
+<<<<<<< HEAD
 from runtime.engines.nemo import attempt, convert, imports
+=======
+from runtime.engines.nemo import compatibility, convert, imports
+>>>>>>> main
 from runtime.engines.nemo.optimizations import switch
 from runtime.job import environment, profile
 from runtime.job.errors import JobError
@@ -41,17 +45,24 @@ def train(plan: Plan) -> int:
         import fiddle
         import torch
 
+<<<<<<< HEAD
         from runtime.engines.nemo import recipe, validate
+=======
+        from runtime.engines.nemo import recipe
+
+        compatibility.after_imports()
+>>>>>>> main
     if plan["gpu"]["name"] == "cpu":
         from runtime.engines.nemo import cpu
 
         cpu.stand_in()
     elif not torch.cuda.is_available():
         raise JobError("PyTorch finds no GPU in this process", 'see nvidia-smi; gpu = "cpu" in the spec needs no GPU')
-    environment.tell(plan)
+    off = switch.unavailable(recipe.stock(plan, _log_directory()), plan)
+    environment.tell(plan, off)
     files = prepare(plan, weights / "context" / "nemo_tokenizer")
     recipe_of_run = recipe.build(plan, weights, files, _log_directory())
-    switch.apply(recipe_of_run, plan)
+    switch.apply(recipe_of_run, plan, off)
     profile.add(recipe_of_run, plan)
     if plan.get("validation"):
         validate.add(recipe_of_run, plan)

@@ -12,6 +12,15 @@ from typing import Any
 
 import torch
 
+from runtime.engines.nemo.optimizations import needs
+
+
+def missing(recipe: Any, _plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing."""
+    return needs.missing_in_config(recipe, "gradient_accumulation_fusion") or needs.missing(
+        "megatron.core.tensor_parallel.layers:_grad_accum_fusion_available"
+    )
+
 
 def before_imports() -> None:
     """Make this module importable as the extension, before Megatron-Core looks for it."""

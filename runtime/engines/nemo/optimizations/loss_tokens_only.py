@@ -13,7 +13,20 @@ from typing import Any
 
 import torch
 
+from runtime.engines.nemo.optimizations import needs
+
 ROWS = 128  # the number of tokens is rounded up to a multiple, so that few shapes occur
+
+
+def missing(recipe: Any, _plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing."""
+    return needs.missing_in_config(recipe, "data_step_fn", "forward_step_fn") or needs.missing(
+        "megatron.core.models.gpt:GPTModel._postprocess(labels)",
+        "megatron.core.models.gpt:GPTModel.compute_language_model_loss",
+        "megatron.core.models.gpt:GPTModel.shared_embedding_or_output_weight",
+        "nemo.collections.llm.gpt.model.base:gpt_data_step",
+        "nemo.collections.llm.gpt.model.base:gpt_forward_step",
+    )
 
 
 def apply(recipe: Any, _plan: dict[str, Any]) -> None:

@@ -7,6 +7,13 @@ from typing import Any
 
 import torch
 
+from runtime.engines.nemo.optimizations import needs
+
+
+def missing(_recipe: Any, _plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing."""
+    return needs.missing("nemo.collections.llm.peft.utils:ParallelLinearAdapter.forward")
+
 
 def apply(_recipe: Any, _plan: dict[str, Any]) -> None:
     """Scale the small tensor in this process."""

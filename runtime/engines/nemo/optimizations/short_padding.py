@@ -14,9 +14,17 @@ from typing import Any
 
 import torch
 
+from runtime.engines.nemo.optimizations import needs
 from runtime.engines.nemo.optimizations.packs import ChangedStep, cu_seqlens, ends_of
 
 MULTIPLE = 64  # tokens in a tile of the attention kernel; the longest sequence is rounded up to a multiple
+
+
+def missing(recipe: Any, _plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing."""
+    return needs.missing_in_config(recipe, "data_step_fn") or needs.missing(
+        "nemo.collections.llm.gpt.data.packed_sequence:PackedSequenceSpecs.packed_metadata_path"
+    )
 
 
 def apply(recipe: Any, _plan: dict[str, Any]) -> None:
