@@ -16,6 +16,7 @@ from ftgen.plan import memory
 from ftgen.plan.plan import Plan
 from ftgen.plan.resolve import resolve
 from ftgen.plan.rules import broken_rules
+from ftgen.spec.chat_template import read_chat_template
 from ftgen.spec.points import Point, points
 from ftgen.spec.read import find_specs, read_source
 from ftgen.spec.site import Site
@@ -110,6 +111,7 @@ def _plan(point: Point, site_source: Source) -> tuple[Plan | None, list[Problem]
             point=source.point,
             overrides={dotted(path): value for path, value in source.overrides.items()},
             user_catalogue=read_user_catalogue(site_source, source),
+            chat_template=read_chat_template(source),
         )
     except SpecError as error:
         wrong = [problem.where for problem in problems]

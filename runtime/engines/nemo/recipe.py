@@ -11,6 +11,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import fiddle
 import nemo_run as run
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -20,6 +21,8 @@ from nemo.collections.llm.recipes.precision.mixed_precision import bf16_with_fp8
 from nemo.lightning import _strategy_lib
 
 from runtime.data.prepare import Files
+from runtime.data.tokens import is_recipes
+from runtime.engines.nemo.data import TokensDataModule
 from runtime.job.progress import say
 
 Plan = dict[str, Any]
@@ -130,17 +133,20 @@ def _set_precision(recipe: Any, plan: Plan) -> None:
 
 def _set_data(recipe: Any, plan: Plan, files: Files) -> None:
     # The recipe's data module is SquadDataModule. It downloads nothing if training.jsonl exists.
-    recipe.data.dataset_root = str(files.examples)
+    recipe.data.dataset_root, packs, ending = str(files.examples), files.packed, "npy"
+    if not is_recipes(plan):
+        fiddle.update_callable(recipe.data, TokensDataModule)
+        recipe.data.dataset_root, packs, ending = str(files.tokens), files.tokens, "packs.npy"
     recipe.data.seed = plan["seed"]
     recipe.data.global_batch_size = plan["global_batch_size"]
     recipe.data.micro_batch_size = plan["micro_batch_size"]
-    if files.packed:
+    if packs and plan["data"]["packed"]:
         recipe.data.packed_sequence_specs = run.Config(
             PackedSequenceSpecs,
             packed_sequence_size=plan["seq_length"],
-            packed_train_data_path=str(files.packed / "training.npy"),
-            packed_val_data_path=str(files.packed / "validation.npy"),
-            packed_metadata_path=str(files.packed / "metadata.json"),
+            packed_train_data_path=str(packs / f"training.{ending}"),
+            packed_val_data_path=str(packs / f"validation.{ending}"),
+            packed_metadata_path=str(packs / "metadata.json"),
         )
 
 

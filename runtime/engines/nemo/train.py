@@ -11,6 +11,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from runtime.data import report
 from runtime.data.prepare import prepare
 from runtime.engines.nemo import convert, imports
 from runtime.engines.nemo.optimizations import switch
@@ -23,7 +24,7 @@ Plan = dict[str, Any]
 
 
 def train(plan: Plan) -> int:
-    """Train plan["max_steps"] steps; exit code 0. JobError: no checkpoint, no GPU, a wrong WORLD_SIZE, faulty data."""
+    """Train the plan's steps or epochs; exit code 0. JobError: no checkpoint, no GPU, a wrong WORLD_SIZE, faulty data."""
     _set_ranks(plan)
     profile.enter(plan)
     weights = convert.directory(plan)
@@ -46,6 +47,7 @@ def train(plan: Plan) -> int:
         raise JobError("PyTorch finds no GPU in this process", 'see nvidia-smi; gpu = "cpu" in the spec needs no GPU')
     environment.tell(plan)
     files = prepare(plan, weights / "context" / "nemo_tokenizer")
+    plan = report.planned(plan, files.tokens)
     recipe_of_run = recipe.build(plan, weights, files, _log_directory())
     switch.apply(recipe_of_run, plan)
     profile.add(recipe_of_run, plan)
