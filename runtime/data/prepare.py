@@ -5,8 +5,8 @@ with the tokens of these examples. If NeMo reads and packs the data, as in the r
 
 The guard publishes the folders below $STAGE_PATH/data, so ranks, nodes and jobs that start together prepare them
 once. Each kind of data is a file of this package with three functions: `identity(plan)` gives what identifies its
-examples, `write(plan, folder)` writes them, and `place(plan, example)` tells where the user finds an example. An
-example is {"input", "output"} or {"messages"}; one of the user's also has "line".
+examples, `write(plan, folder)` writes them, and `place(plan, example)` tells where the user finds an example of the
+user's own data. An example is {"input", "output"} or {"messages"}; one of the user's also has "line".
 """
 
 import json
@@ -89,10 +89,10 @@ def _tokens(plan: Plan, examples_source: Source, examples: Path, tokenizer_folde
     folder = _folder(f"{plan['data']['kind']}-tokens-{plan['seq_length']}", source)
 
     def build(staging: Path) -> None:
-        where = _module(plan["data"]["kind"]).place
+        kind = _module(plan["data"]["kind"])
         sha256 = examples_source.get("sha256") or _sha256_of_examples(examples)
         with timed("tokenizing the data"):
-            tokens.build(plan, examples, tokenizer_folder, staging, lambda example: str(where(plan, example)), sha256)
+            tokens.build(plan, examples, tokenizer_folder, staging, lambda example: str(kind.place(plan, example)), sha256)
 
     return publish.ensure(folder, source, build)
 

@@ -27,7 +27,8 @@ def planned(plan: Plan, folder: Path) -> Plan:
         return plan
     samples, what = samples_of(counted["training"])
     steps = order.steps(plan["epochs"], samples, plan["global_batch_size"])
-    say(f"{plan['epochs']} epochs of {samples} {what} are {steps} steps of {plan['global_batch_size']} {what}")
+    epochs = f"{plan['epochs']} epoch{'s' * (plan['epochs'] > 1)}"
+    say(f"{epochs} of {samples} {what} are {steps} steps of {plan['global_batch_size']} {what}")
     return plan | {"max_steps": steps}
 
 
