@@ -25,11 +25,23 @@ def planned(plan: Plan, folder: Path) -> Plan:
         say(f"warning: {text}")
     if plan["epochs"] is None:
         return plan
+    say(epochs_text(plan, counted))
+    return plan | {"max_steps": steps(plan, counted)}
+
+
+def steps(plan: Plan, counted: Report) -> int:
+    """Number of steps of a plan with epochs."""
+    samples, _ = samples_of(counted["training"])
+    return order.steps(plan["epochs"], samples, plan["global_batch_size"])
+
+
+def epochs_text(plan: Plan, counted: Report) -> str:
+    """The epochs of a plan as steps, and what fills the last batch."""
     samples, what = samples_of(counted["training"])
-    steps = order.steps(plan["epochs"], samples, plan["global_batch_size"])
-    epochs = f"{plan['epochs']} epoch{'s' * (plan['epochs'] > 1)}"
-    say(f"{epochs} of {samples} {what} are {steps} steps of {plan['global_batch_size']} {what}")
-    return plan | {"max_steps": steps}
+    epochs, batch = plan["epochs"], plan["global_batch_size"]
+    text = f"{epochs} epoch{'s' * (epochs > 1)} of {samples} {what} are {steps(plan, counted)} steps of {batch} {what}"
+    more = steps(plan, counted) * batch - epochs * samples
+    return f"{text}; the last step has {more} {what} of one more epoch" if more else text
 
 
 def read(folder: Path) -> Report:

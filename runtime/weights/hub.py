@@ -13,7 +13,8 @@ from typing import Any
 from runtime.job.errors import JobError
 
 # The files that the importer reads. Many repositories also have the weights in Meta's own format ("original/", *.pth).
-PATTERNS = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "*.safetensors*"]
+TOKENIZER = ["tokenizer*", "special_tokens_map.json", "chat_template*"]
+PATTERNS = ["config.json", "generation_config.json", *TOKENIZER, "*.safetensors*"]
 OUTSIDE = ["*/*"]  # PATTERNS also match files in sub-folders
 
 
@@ -27,6 +28,14 @@ def download(repository: str, revision: str | None) -> Path:
 
     with _plain_errors(repository, revision):
         return Path(snapshot_download(repository, revision=revision, allow_patterns=PATTERNS, ignore_patterns=OUTSIDE))
+
+
+def download_tokenizer(repository: str, revision: str | None) -> Path:
+    """The same for the files of the tokenizer alone."""
+    from huggingface_hub import snapshot_download
+
+    with _plain_errors(repository, revision):
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=TOKENIZER, ignore_patterns=OUTSIDE))
 
 
 def bytes_to_download(repository: str, revision: str | None) -> int:

@@ -7,20 +7,20 @@ from typing import Any
 from runtime.data.tokenizer import Tokenizer, Tokens
 from runtime.weights import random_llama
 
-TEMPLATES = Path(__file__).with_name("templates")
+TEMPLATES = (Path(__file__).with_name("templates"), Path(__file__).parents[2] / "specs" / "data")
 SPECIAL = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 VOCABULARY = 512  # of tiny_llama
 
 
 def template(name: str) -> str:
     """The text of a template, as a spec carries it."""
-    return (TEMPLATES / f"{name}.jinja").read_text()
+    return next(folder / f"{name}.jinja" for folder in TEMPLATES if (folder / f"{name}.jinja").exists()).read_text()
 
 
 def write_tokenizer(folder: Path, chat_template: str | None = None) -> Path:
     """A tokenizer of 512 entries, the last three Llama-3's special tokens. <|eot_id|> ends a text, as for chats."""
     folder.mkdir(parents=True, exist_ok=True)
-    random_llama._write_tokenizer(VOCABULARY - len(SPECIAL), 8192, folder)
+    random_llama.write_tokenizer(VOCABULARY - len(SPECIAL), 8192, folder)
     from tokenizers import Tokenizer as Core
     from tokenizers.processors import TemplateProcessing
 

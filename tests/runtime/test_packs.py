@@ -26,7 +26,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from nemo.collections.llm.gpt.data.core import create_sft_dataset
 
     folder = tmp_path_factory.mktemp("packs")
-    random_llama._write_tokenizer(300, LENGTH, folder)
+    random_llama.write_tokenizer(300, LENGTH, folder)
     rng = random.Random(1)
     lengths = [[rng.randint(20, 40) for _ in range(6)] for _ in range(7)] + [[20, 30]]
     rows = [_pack(row, rng) for row in lengths]
