@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from runtime.data import lines
+from runtime.data import hf, lines
 from runtime.engines.nemo import convert
 from runtime.job.errors import JobError
 from runtime.job.progress import say
@@ -100,9 +100,9 @@ def _has_token() -> bool:
 
 
 def _data(plan: Plan) -> Iterator[JobError]:
-    if plan["data"]["kind"] in ("jsonl", "chat"):
+    if plan["data"]["path"]:
         try:
-            lines.user_file(plan)
+            hf.user_path(plan) if plan["data"]["kind"] == "hf" else lines.user_file(plan)
         except JobError as problem:
             yield problem
 

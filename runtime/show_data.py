@@ -22,11 +22,15 @@ from runtime.weights import hub, random_llama
 Plan = dict[str, Any]
 BEGIN, END = "{+", "+}"  # around trained text, as `git diff --word-diff` marks what was added
 GREEN, PLAIN = "\x1b[1;32m", "\x1b[0m"
+# transformers imports torch if it can, which takes seconds, and tokenizers do not need it
+WITHOUT_TORCH = {"USE_TORCH": "0", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
 SHOWN = 4000  # characters of the example
 
 
 def show(plan: Plan) -> int:
     """Prepare the data and print what it is."""
+    if plan["data"]["kind"] not in prepare.READ_BY_NEMO:
+        os.environ |= WITHOUT_TORCH
     with tempfile.TemporaryDirectory() as scratch:
         folder = tokenizer(plan, Path(scratch))
         tokens = prepare.tokenize(plan, folder)

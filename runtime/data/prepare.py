@@ -16,7 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runtime.data import packing, tokenizer, tokens
+from runtime.data import packing, tokens
+from runtime.data.tokenizer import Tokenizer
 from runtime.guard import publish
 from runtime.guard.manifest import Source, sha256_of
 from runtime.job.progress import timed
@@ -78,21 +79,21 @@ def _fetch(plan: Plan, source: Source) -> Path:
 
 
 def _tokens(plan: Plan, examples_source: Source, examples: Path, tokenizer_folder: Path) -> Path:
+    tokenizer = Tokenizer(tokenizer_folder, plan["data"]["chat_template"])
     source = {
         "kind": "tokens",
         "format": TOKENS_FORMAT,
         "examples": examples_source,
-        "tokenizer": tokenizer.identity(tokenizer_folder),
+        "tokenizer": tokenizer.identity(),
         "seq_length": plan["seq_length"],
-        **{key: plan["data"][key] for key in ("chat_template", "too_long", "packed", "order")},
+        **{key: plan["data"][key] for key in ("too_long", "packed", "order")},
     }
     folder = _folder(f"{plan['data']['kind']}-tokens-{plan['seq_length']}", source)
 
     def build(staging: Path) -> None:
-        kind = _module(plan["data"]["kind"])
-        sha256 = examples_source.get("sha256") or _sha256_of_examples(examples)
+        kind, sha256 = _module(plan["data"]["kind"]), examples_source.get("sha256") or _sha256_of_examples(examples)
         with timed("tokenizing the data"):
-            tokens.build(plan, examples, tokenizer_folder, staging, lambda example: str(kind.place(plan, example)), sha256)
+            tokens.build(plan, examples, tokenizer, staging, where=lambda one: str(kind.place(plan, one)), sha256=sha256)
 
     return publish.ensure(folder, source, build)
 

@@ -68,7 +68,7 @@ def samples_of(counts: dict[str, Any]) -> tuple[int, str]:
 
 def warnings(plan: Plan, counted: Report) -> list[str]:
     """What happened to examples that are too long, for each split."""
-    found = []
+    found, word = [], "row" if plan["data"]["kind"] == "hf" else "line"
     for split in SPLITS:
         counts = counted[split]
         if not counts["too_long"]:
@@ -79,5 +79,5 @@ def warnings(plan: Plan, counted: Report) -> list[str]:
         if is_recipes(plan):
             done = "NeMo cuts the end of their input"
         longest = counts["longest"]
-        found.append(f"{text}: {done}; the longest has {longest['tokens']} tokens (line {longest['line']})")
+        found.append(f"{text}: {done}; the longest has {longest['tokens']} tokens ({word} {longest['line']})")
     return found

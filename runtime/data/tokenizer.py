@@ -7,6 +7,7 @@ gives the tokens of its chat template. Nothing is added to them: the template it
 end a text, as the model was trained.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,12 +32,6 @@ class Tokens(NamedTuple):
     prompt: int | None  # number of tokens before the output; None for a conversation
 
 
-def identity(folder: Path) -> dict[str, str]:
-    """What identifies a tokenizer and its chat template: the hash of each of its files."""
-    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-    return {name: sha256((folder / name).read_bytes()).hexdigest() for name in names if (folder / name).is_file()}
-
-
 class Tokenizer:
     """A Hugging Face tokenizer with the plan's chat template."""
 
@@ -54,6 +49,13 @@ class Tokenizer:
         # NeMo puts a space before the output, unless the tokenizer begins every text with one
         spaced = self.own.tokenize("x y") != self.own.tokenize("x") + self.own.tokenize("y")
         self._output_prefix = " " if spaced else ""
+
+    def identity(self) -> dict[str, Any]:
+        """What identifies the tokenizer. It is the same for the converted checkpoint and for the model's own files."""
+        template = self._chat_template or self.own.chat_template
+        parts = {"tokenizer": self.own.backend_tokenizer.to_str(), "chat_template": json.dumps(template, sort_keys=True)}
+        special = {key: str(token) for key, token in self.own.special_tokens_map.items()}
+        return {name: sha256(text.encode()).hexdigest() for name, text in parts.items()} | {"special_tokens": special}
 
     def tokens(self, examples: list[Example]) -> list[Tokens | FaultError]:
         """The tokens of each example, or what is wrong with it."""

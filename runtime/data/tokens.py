@@ -28,18 +28,19 @@ class Fault(NamedTuple):
     text: str
 
 
-def build(plan: Plan, examples: Path, tokenizer: Path, staging: Path, where: Callable[[Example], str], sha256: str) -> None:
+def build(
+    plan: Plan, examples: Path, tokenizer: Tokenizer, staging: Path, where: Callable[[Example], str], sha256: str
+) -> None:
     """Write the folder. `where` tells the place of an example in the user's data, `sha256` is that of the data.
 
     JobError: faulty or too long examples.
     """
-    reader = Tokenizer(tokenizer, plan["data"]["chat_template"])
     faults: list[Fault] = []
     long: list[Fault] = []
     report: dict[str, Any] = {}
     for split in SPLITS:
         counter = Counter(plan)
-        for number, (example, tokens) in enumerate(_tokenized(reader, examples / f"{split}.jsonl")):
+        for number, (example, tokens) in enumerate(_tokenized(tokenizer, examples / f"{split}.jsonl")):
             line = example.get(lines.LINE, number + 1)
             place = where(example) if lines.LINE in example else f"{split}.jsonl:{line}"
             if isinstance(tokens, FaultError):
@@ -144,12 +145,12 @@ def _refuse_long(plan: Plan, places: list[str], report: dict[str, Any]) -> None:
     )
 
 
-def _tokenized(reader: Tokenizer, file: Path) -> Iterator[tuple[Example, Tokens | FaultError]]:
+def _tokenized(tokenizer: Tokenizer, file: Path) -> Iterator[tuple[Example, Tokens | FaultError]]:
     batch: list[Example] = []
     with file.open(encoding="utf-8") as examples:
         for line in examples:
             batch.append(json.loads(line))
             if len(batch) == BATCH:
-                yield from zip(batch, reader.tokens(batch), strict=True)
+                yield from zip(batch, tokenizer.tokens(batch), strict=True)
                 batch = []
-    yield from zip(batch, reader.tokens(batch), strict=True)
+    yield from zip(batch, tokenizer.tokens(batch), strict=True)
