@@ -100,6 +100,8 @@ def _plan(point: Point, site_source: Source) -> tuple[Plan | None, list[Problem]
     spec, spec_problems = validate_partly(Spec, source.document, _PLACEHOLDERS)
     site, site_problems = validate_partly(Site, site_source.document, {})
     problems = [*spec_problems, *(p._replace(where=("site", *p.where)) for p in site_problems), *point.problems]
+    template, template_problems = read_chat_template(source)
+    problems += template_problems
     plan = None
     try:
         plan = resolve(
@@ -111,7 +113,7 @@ def _plan(point: Point, site_source: Source) -> tuple[Plan | None, list[Problem]
             point=source.point,
             overrides={dotted(path): value for path, value in source.overrides.items()},
             user_catalogue=read_user_catalogue(site_source, source),
-            chat_template=read_chat_template(source),
+            chat_template=template,
         )
     except SpecError as error:
         wrong = [problem.where for problem in problems]

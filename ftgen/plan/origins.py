@@ -76,7 +76,9 @@ def _text(value: Any) -> str:
         return "–"
     if isinstance(value, float):
         return f"{value:g}"
-    return value if isinstance(value, str) else show(value)
+    if isinstance(value, str):
+        return value if "\n" not in value else f"a text of {len(value.splitlines())} lines"
+    return show(value)
 
 
 def _origin(experiment: Experiment, path: KeyPath) -> str:

@@ -69,7 +69,7 @@ def _work(plan: Plan) -> Rows:
     billions = plan.model.parameters / 1e9
     examples = f"{plan.data.examples} examples" * (plan.data.kind == "synthetic")
     data = plan.data.path or plan.data.dataset or examples
-    steps = f"{plan.max_steps}" if plan.max_steps else f"those of {plan.epochs} epochs"
+    steps = f"{plan.max_steps}" if plan.max_steps else f"{plan.epochs} epochs"
     rate = f"{plan.optimizer.learning_rate:g} after {plan.optimizer.warmup_steps} warmup steps"
     return [
         ("scheme", scheme),
@@ -77,7 +77,7 @@ def _work(plan: Plan) -> Rows:
         ("precision", plan.precision),
         ("sequence length", f"{plan.seq_length} tokens, {packed}"),
         ("batch", f"{plan.global_batch_size} sequences per step: {batch}"),
-        ("steps", f"{steps}; the last {plan.window_steps} are timed"),
+        ("steps", f"{steps}; the last {plan.window_steps} steps are timed"),
         ("data", f"{plan.data.kind}: {data}" if data else plan.data.kind),
         ("learning rate", rate),
     ]
