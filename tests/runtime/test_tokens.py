@@ -161,6 +161,18 @@ def test_packs_hold_every_example_once_and_are_nearly_full() -> None:
     assert packs == bins.pack(lengths, 4096, 1) != bins.pack(lengths, 4096, 2)
 
 
+def test_the_fullest_pack_that_has_room_takes_an_example() -> None:
+    assert [sorted(pack) for pack in bins.pack([6, 5, 4, 3, 2], 10, 1)] == [[0, 2], [1, 3, 4]]
+
+
+def test_two_examples_fill_a_pack_to_its_last_token(make: Make) -> None:
+    same = [said("user: who", "assistant: a boy")] * 3  # one of them is for the validation
+    _, folder = make(same)
+    length = report.read(folder)["training"]["longest"]["tokens"]
+    _, folder = make(same, changes={"seq_length": 2 * (length - 1)}, packed=True)
+    assert (report.read(folder)["training"]["packs"], report.read(folder)["training"]["fill"]) == (1, 1.0)
+
+
 def test_an_example_as_long_as_a_pack_fits(make: Make) -> None:
     _, folder = make(chats(10), changes={"seq_length": 200}, packed=True)
     longest = max(report.read(folder)[split]["longest"]["tokens"] for split in ("training", "validation"))
@@ -280,7 +292,11 @@ def test_nemos_sampler_walks_through_the_epochs_on_every_rank(make: Make, tokeni
     document, folder = make(chats(60), packed=packed)
     module = nemo_module(document, folder, tokenizer)
     data = module.train_dataloader()
-    count = len(data.dataset.samples)
+    samples = data.dataset.samples
+    count = len(samples)
+    for place in (0, 1, count + 1):
+        expected = samples[order.sample(place, count, document["seed"])]["input_ids"]
+        assert list(data.dataset[place]["input_ids"]) == list(expected)
 
     def read(consumed: int, rank: int) -> list[int]:
         loader = add_megatron_sampler(
