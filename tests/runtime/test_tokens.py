@@ -45,7 +45,7 @@ def make(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> Ma
 
 
 def chats(count: int, seed: int = 1) -> list[dict[str, Any]]:
-    rng = random.Random(seed)  # noqa: S311
+    rng = random.Random(seed)
     words = ["the river", "of", "time and", "a", "house of light"]
     questions = [" ".join(rng.choices(words, k=rng.randint(1, 6))) for _ in range(count)]
     answers = [" ".join(rng.choices(words, k=rng.randint(1, 8))) for _ in range(count)]
@@ -151,7 +151,7 @@ def test_if_nothing_is_left_it_is_an_error(make: Make) -> None:
 
 
 def test_packs_hold_every_example_once_and_are_nearly_full() -> None:
-    rng = random.Random(1)  # noqa: S311
+    rng = random.Random(1)
     lengths = [rng.randint(5, 400) for _ in range(5000)]
     packs = bins.pack(lengths, 4096, 1)
     assert sorted(number for pack in packs for number in pack) == list(range(5000))
