@@ -23,7 +23,12 @@ def identity(plan: Plan) -> dict[str, Any]:
 
 def write(plan: Plan, folder: Path) -> None:
     """Write the conversations of the file, split into training and validation. JobError: faulty lines."""
-    split(lines.read(lines.user_file(plan), conversation, HINT), plan["seed"], folder)
+    split(read_jsonl(lines.user_file(plan)), plan["seed"], folder)
+
+
+def read_jsonl(path: Path) -> list[Example]:
+    """The conversations of a file. JobError: the first faulty lines, with their line numbers."""
+    return lines.read(path, conversation, HINT)
 
 
 def place(plan: Plan, example: Example) -> str:

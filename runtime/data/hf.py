@@ -3,14 +3,12 @@
 In: a plan with data.dataset (name on the hub, at the commit data.revision) or data.path. Out: training.jsonl and
 validation.jsonl.
 
-A local folder is one that `save_to_disk` wrote, or one with files that `load_dataset` reads (parquet, arrow, JSON). The
-code of a dataset is never run.
+A local folder is one that `save_to_disk` wrote, or one with files that `load_dataset` reads (parquet, arrow, JSON). From
+the hub, the same files are downloaded. The code of a dataset is never run.
 """
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from runtime.job.errors import JobError
 
 Plan = dict[str, Any]
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}  # of one file, by its suffix
+FILES = ("*.parquet", "*.arrow", "*.json", "*.jsonl", "README.md")  # README.md names the configurations and their files
 HINT = "correct these rows, or set data.columns"
 
 
@@ -38,12 +37,37 @@ def identity(plan: Plan) -> dict[str, Any]:
 
 def write(plan: Plan, folder: Path) -> None:
     """Download or read the rows, and write them as examples. JobError: faulty rows, no such dataset, no network."""
+    files = download(plan) if plan["data"]["dataset"] else user_path(plan)
     cache = folder / "cache"
-    with _plain_errors(plan):
-        table = _load(plan, cache)
+    try:
+        table = _read(plan, files, cache)
+    except (KeyError, ValueError) as error:
+        reason = f"no split {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise JobError(f"{_name(plan)}: {reason}", "correct data.config or data.split") from error
     examples = _examples(plan, table)
     split(examples, plan["seed"], folder)
     shutil.rmtree(cache, ignore_errors=True)
+
+
+def download(plan: Plan) -> Path:
+    """Folder of the dataset's files, at its commit, in the cache of $HF_HOME. Needs huggingface_hub and nothing else.
+
+    JobError: no such dataset or commit, no access, no network.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    name, revision = plan["data"]["dataset"], plan["data"]["revision"]
+    page = f"https://huggingface.co/datasets/{name}"
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=list(FILES)))
+    except errors.RevisionNotFoundError as error:
+        raise JobError(f"data.revision: {name} has no commit {revision}", f"see {page}/commits/main") from error
+    except errors.RepositoryNotFoundError as error:  # and GatedRepoError
+        what = f"{name} is no dataset of the Hugging Face hub, or there is no token with access to it"
+        raise JobError(what, f"look at {page}; if it is private or gated, export HF_TOKEN=<your token>") from error
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError) as error:
+        hint = "run the script with --data on a machine with network: a job finds the data in STAGE_PATH"
+        raise JobError(f"{name} is not in the cache, and the Hugging Face hub cannot be reached from here", hint) from error
 
 
 def place(plan: Plan, example: Example) -> str:
@@ -53,28 +77,24 @@ def place(plan: Plan, example: Example) -> str:
 
 def user_path(plan: Plan) -> Path:
     """Path of a local dataset; a relative data.path is below STAGE_PATH. JobError: there is nothing."""
-    path = Path(os.environ.get("STAGE_PATH") or Path.cwd(), plan["data"]["path"])
+    path = lines.below_stage_path(plan)
     if not path.exists() or not os.access(path, os.R_OK):
         raise JobError(f"data.path: {path} does not exist or cannot be read", "give a path that every node can read")
     return path
 
 
-def _load(plan: Plan, cache: Path) -> Any:
+def _read(plan: Plan, path: Path, cache: Path) -> Any:
+    """The rows of the plan's split. KeyError, ValueError: there is no such split or configuration."""
     import datasets
 
-    data = plan["data"]
+    config, wanted = plan["data"]["config"], plan["data"]["split"]
     datasets.disable_progress_bars()
-    if data["dataset"]:
-        return datasets.load_dataset(
-            data["dataset"], data["config"], split=data["split"], revision=data["revision"], cache_dir=str(cache)
-        )
-    path = user_path(plan)
     if (path / "state.json").exists():
         return datasets.load_from_disk(str(path))
     if (path / "dataset_dict.json").exists():
-        return datasets.load_from_disk(str(path))[data["split"]]
+        return datasets.load_from_disk(str(path))[wanted]
     if path.is_dir():
-        return datasets.load_dataset(str(path), data["config"], split=data["split"], cache_dir=str(cache))
+        return datasets.load_dataset(str(path), config, split=wanted, cache_dir=str(cache))
     if path.suffix not in READERS:
         raise JobError(f"data.path: {path}: is no file of a dataset", f"use a folder, or a file *{', *'.join(READERS)}")
     return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", cache_dir=str(cache))
@@ -132,22 +152,3 @@ def _sha256(path: Path) -> str:
         return sha256_of(path)
     files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith((".", "cache-")))
     return sha256("".join(f"{file.relative_to(path)} {sha256_of(file)}\n" for file in files).encode()).hexdigest()
-
-
-@contextmanager
-def _plain_errors(plan: Plan) -> Iterator[None]:
-    try:
-        yield
-    except (KeyError, ValueError) as error:
-        reason = f"no split {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
-        raise JobError(f"{_name(plan)}: {reason}", "correct data.config or data.split") from error
-    except Exception as error:
-        kinds = {kind.__name__ for kind in type(error).__mro__}
-        if kinds & {"DatasetNotFoundError", "RepositoryNotFoundError", "RevisionNotFoundError"}:
-            page = f"https://huggingface.co/datasets/{plan['data']['dataset']}"
-            hint = f"look at {page}; if it is private or gated, export HF_TOKEN=<a token with access>"
-            raise JobError(f"{_name(plan)}: {str(error).splitlines()[0]}", hint) from error
-        if any(word in kind for word in ("Connect", "Timeout", "Offline") for kind in kinds):
-            hint = "run the script with --data on a machine with network: a job finds the data in STAGE_PATH"
-            raise JobError(f"{_name(plan)}: the Hugging Face hub cannot be reached from this machine", hint) from error
-        raise

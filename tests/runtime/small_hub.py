@@ -30,7 +30,8 @@ class Hub(BaseHTTPRequestHandler):
         elif path.startswith((f"/api/datasets/{NAME}/revision/{COMMIT}", f"/api/datasets/{NAME}/tree/{COMMIT}")):
             self._json(self._tree() if "/tree/" in path else self._info())
         else:
-            self._json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+            missing = "RevisionNotFound" if f"/{NAME}/" in path else "RepoNotFound"
+            self._json({"error": "not found"}, 404, {"X-Error-Code": missing})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()

@@ -1,6 +1,7 @@
 """Datasets of the Hugging Face hub and of a disk, read with the package `datasets`."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,20 +154,44 @@ def test_a_dataset_of_the_hub_is_downloaded_once_at_its_commit(stage: Stage, tmp
     assert "hf data ftgen/facts" in output
     assert "{+answer " in output
     assert any(path.endswith(".parquet") and small_hub.COMMIT in path for path in asked)
+    assert not [path for path in asked if "resolve" in path and small_hub.COMMIT not in path]
     # a job on a node without network finds it
     status, output = stage.run(hub_plan(), "data", HF_HUB_OFFLINE="1")
     assert status == 0, output
     assert "preparing the data" not in output
 
 
+def test_configurations_that_the_readme_names_are_read(stage: Stage, tmp_path: Path) -> None:
+    save(CHATS[:5], tmp_path / "hub/one/a.parquet", "parquet")
+    save(CHATS, tmp_path / "hub/two/b.parquet", "parquet")
+    (tmp_path / "hub/README.md").write_text(
+        "---\nconfigs:\n- config_name: one\n  data_files: one/*.parquet\n"
+        "- config_name: two\n  data_files: two/*.parquet\n---\n"
+    )
+    (tmp_path / "hub/code.py").write_text("raise SystemExit('this code was run')\n")
+    with small_hub.serving(tmp_path / "hub") as (address, asked):
+        status, output = stage.run(hub_plan(config="two"), "data", HF_ENDPOINT=address)
+        assert status == 0, output
+        assert re.search(r"^examples +19 +1$", output, re.MULTILINE)
+        status, output = stage.run(hub_plan(config="three"), "data", HF_ENDPOINT=address)
+    assert status == 1
+    assert "ftgen: error: ftgen/facts (train): BuilderConfig 'three' not found. Available: ['one', 'two']" in output
+    assert not [path for path in asked if path.endswith(".py")]
+
+
 def test_a_dataset_that_is_not_on_the_hub_or_cannot_be_reached_is_one_line(stage: Stage, tmp_path: Path) -> None:
     with small_hub.serving(tmp_path) as (address, _):
         status, output = stage.run(hub_plan(dataset="ftgen/none"), "data", HF_ENDPOINT=address)
+        other = stage.run(hub_plan(revision="b" * 40), "data", HF_ENDPOINT=address)
     assert status == 1
-    assert "ftgen: error: ftgen/none (train): " in output
+    assert "ftgen: error: ftgen/none is no dataset of the Hugging Face hub, or there is no token with access to it" in output
     assert "hint: look at https://huggingface.co/datasets/ftgen/none" in output
-    status, output = stage.run(hub_plan(), "data", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="1")
-    assert status == 1
-    assert "ftgen: error: ftgen/facts (train): the Hugging Face hub cannot be reached from this machine" in output
-    assert "hint: run the script with --data on a machine with network" in output
-    assert "Traceback" not in output
+    assert f"ftgen: error: data.revision: ftgen/facts has no commit {'b' * 40}" in other[1]
+    for offline in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+        status, output = stage.run(hub_plan(), "data", **offline)
+        assert status == 1
+        assert (
+            "ftgen: error: ftgen/facts is not in the cache, and the Hugging Face hub cannot be reached from here" in output
+        )
+        assert "hint: run the script with --data on a machine with network" in output
+        assert "Traceback" not in output

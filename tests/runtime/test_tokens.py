@@ -309,3 +309,32 @@ def test_nemos_sampler_walks_through_the_epochs_on_every_rank(make: Make, tokeni
     assert sorted(both[:count]) == sorted(both[count : 2 * count]) == list(range(count))
     resumed = [read(8, rank) for rank in (0, 1)]
     assert resumed == [rank[4:] for rank in ranks]
+
+
+def test_the_recipe_trains_on_the_packs_and_its_optimizations_read_them(make: Make, tokenizer: Path) -> None:
+    import fiddle
+    import torch
+
+    from runtime.engines.nemo import recipe
+    from runtime.engines.nemo.data import Packs, TokensDataModule
+    from runtime.engines.nemo.optimizations import short_padding
+    from runtime.engines.nemo.optimizations.merge_micro_batches import merge
+
+    document, folder = make(chats(60), packed=True)
+    built = recipe.stock(document, folder)
+    recipe._set_data(built, document, prepare.Files(folder, folder, None))
+    module = fiddle.build(built.data)
+    assert isinstance(module, TokensDataModule)
+    assert (module.seq_length, module.global_batch_size, module.seed) == (LENGTH, 4, document["seed"])
+    assert module.dataset_kwargs == {"pad_to_max_length": True}  # as the stock recipe has it
+    module.tokenizer = nemo_module(document, folder, tokenizer).tokenizer
+    module.prepare_data()
+    packs = module.samples("training")
+    assert isinstance(packs, Packs)
+    config = SimpleNamespace(data_step_fn=next)
+    short_padding.install(built.data, config)
+    batch = packs.collate_fn([packs[number] for number in range(4)])
+    cut = config.data_step_fn(iter([merge(batch)]))
+    assert torch.equal(cut["loss_mask"].flatten(), batch["loss_mask"].flatten())
+    lengths = np.diff(cut["cu_seqlens"][0][: cut["cu_seqlens_argmin"].item()].numpy())
+    assert max(lengths) <= cut["max_seqlen"].item() == 64  # the longest example, to the next multiple of 64
