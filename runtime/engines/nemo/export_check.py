@@ -1,0 +1,170 @@
+"""Check an export: its tensors, and what a model that is loaded from it computes.
+
+In: the folder of the export, and the trained weights. Out: findings for the log and the model card, or a JobError.
+
+1. Names, shapes and types of the tensors are those of the base (`structure`).
+2. Each value in the files is that of the checkpoint (`values`). The rows of fused tensors are found by computing their
+   numbers, not as the export cuts them, and adapters are merged in float64: the files may differ by one rounding.
+3. A model that transformers loads from the files computes the logits of the trained model (`behaviour`). These come
+   from `forward.py`, which reads the checkpoint as Megatron does.
+
+Together: the files are the trained weights, their layout is what transformers expects, and config.json describes the
+model that was trained. Training and checkpoint themselves are taken as they are.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.engines.nemo import forward, names
+from runtime.engines.nemo.names import Source
+from runtime.engines.nemo.trained import Trained
+from runtime.job.errors import JobError
+from runtime.weights import adapter, reload, shards
+from runtime.weights.shards import Entry
+
+if TYPE_CHECKING:
+    import torch
+
+Plan = dict[str, Any]
+TOKENS = 32
+# Largest difference of a logit, as a fraction of the largest logit. Same weights in float32: only the order of sums differs
+# (measured on tiny models: 4e-7). Weights that were rounded once after merging: 2 to the power of -8 for bfloat16 each.
+SAME_WEIGHTS = 1e-3
+ROUNDED = {"F64": 1e-3, "F32": 1e-3, "F16": 1e-2, "BF16": 5e-2}
+PROMPT = "The capital of France is"
+
+
+def structure(folder: Path, expected: dict[str, Entry]) -> str:
+    """JobError unless the files have exactly these tensors."""
+    try:
+        found = shards.entries(folder, shards.files_of(folder))
+    except (OSError, ValueError) as error:
+        raise _wrong(folder, str(error)) from error
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise _wrong(folder, f"{name} is {found.get(name)}, expected {expected.get(name)}")
+    return f"{len(found)} tensors have the names, shapes and types of the base"
+
+
+def values(folder: Path, tensors: dict[str, Entry], trained: Trained) -> str:
+    """JobError unless each value of the files is that of the checkpoint, or differs by one rounding if it was merged."""
+    merged = trained.adapted(tensors)
+    for name, entry in tensors.items():
+        found = shards.read(folder, name, entry)
+        if name in merged:
+            _compare_merged(folder, name, found, merged[name], trained)
+        else:
+            expected = _expected(name, trained)
+            if not _equal(found, expected.to(found.dtype)):
+                raise _wrong(folder, f"{name} differs from the checkpoint")
+    same = f"{len(tensors) - len(merged)} tensors are those of the checkpoint, bit for bit"
+    return f"{same}; {len(merged)} are merged, and differ from float64 by at most one rounding" if merged else same
+
+
+def adapter_values(folder: Path, modules: dict[str, Source], trained: Trained) -> str:
+    """JobError unless the adapters of the files are those of the checkpoint, bit for bit."""
+    assert trained.adapters  # noqa: S101 - only LoRA exports adapters
+    found = shards.entries(folder, [adapter.FILE])
+    expected = {adapter.tensor_name(module, matrix) for module in modules for matrix in "AB"}
+    if found.keys() != expected:
+        raise _wrong(folder, f"its tensors are not those of {len(modules)} adapters")
+    for module, source in modules.items():
+        a = trained.read(trained.adapters, names.adapter(source.linear, "in"), source.layer)
+        b = trained.read(trained.adapters, names.adapter(source.linear, "out"), source.layer)
+        for matrix, tensor in (("A", a), ("B", b[_rows(source.part, len(b), trained.model)])):
+            name = adapter.tensor_name(module, matrix)
+            if not _equal(shards.read(folder, name, found[name]), tensor):
+                raise _wrong(folder, f"{name} differs from the checkpoint")
+    return f"{len(found)} tensors are those of the checkpoint, bit for bit"
+
+
+def behaviour(model: reload.Reloaded, trained: Trained, epsilon: float, bound: float) -> str:
+    """JobError unless the loaded model has the trained model's logits."""
+    tokens = _tokens(trained.model["vocab_size"])
+    expected = forward.logits(trained, tokens, epsilon)
+    difference = float((model.logits(tokens)[:, : expected.shape[1]] - expected).abs().max() / expected.abs().max())
+    told = f"{difference:.1e} of the largest logit (bound {bound:.0e})"
+    if not difference <= bound:  # also for NaN
+        raise JobError(
+            f"the exported model is not the trained model: logits differ by {told}",
+            "please report this; the files were not published",
+        )
+    return f"logits of the model that transformers loads differ from those of the checkpoint by {told}"
+
+
+def completion(model: reload.Reloaded) -> str:
+    """What the loaded model continues a prompt with. One token repeated is a warning: the trained model does the same."""
+    text, repeated = model.complete(PROMPT)
+    told = f"greedy completion of {PROMPT!r}: {text!r}"
+    return f"warning: the trained model repeats one token: {told}" if repeated else told
+
+
+def bound_of(tensors: dict[str, Entry], trained: Trained) -> float:
+    """The bound for the logits of the exported tensors."""
+    return max((ROUNDED[tensors[name].dtype] for name in trained.adapted(tensors)), default=SAME_WEIGHTS)
+
+
+def _compare_merged(folder: Path, name: str, found: "torch.Tensor", source: Source, trained: Trained) -> None:
+    """W + alpha / rank * B @ A in float64, and at most one rounding from it."""
+    import torch
+
+    assert trained.adapters  # noqa: S101 - it is merged
+    weight = _expected(name, trained).double()
+    a = trained.adapters.read(names.adapter(source.linear, "in"), source.layer).double()
+    b = trained.adapters.read(names.adapter(source.linear, "out"), source.layer).double()
+    b = b[_rows(source.part, len(b), trained.model)] * trained.scale
+    expected = weight + b @ a
+    # a sum in float32 has its own roundings: of W, and of each product
+    sums = torch.finfo(torch.float32).eps * (weight.abs() + b.abs() @ a.abs())
+    allowed = torch.finfo(found.dtype).eps / 2 * (expected.abs() + sums) + sums
+    if not bool(((found.double() - expected).abs() <= allowed).all()):
+        raise _wrong(folder, f"{name} differs from W + alpha / rank * B @ A by more than one rounding")
+
+
+def _expected(name: str, trained: Trained) -> "torch.Tensor":
+    """The checkpoint's values of a Hugging Face name, before merging."""
+    source = trained.source(name)
+    fused = trained.read(trained.weights, source.name, source.layer)
+    return fused[_rows(source.part, len(fused), trained.model, source.name in names.PADDED)]
+
+
+def _rows(part: str, count: int, model: dict[str, Any], padded: bool = False) -> "torch.Tensor | slice":
+    """Numbers of the fused tensor's rows that are the rows of a part, in their order."""
+    import torch
+
+    heads, groups, size = model["num_attention_heads"], model["num_query_groups"], model["head_size"]
+    queries = heads // groups
+    if padded:
+        return slice(model["vocab_size"])
+    if part in {"gate", "up"}:
+        return slice(0, count // 2) if part == "gate" else slice(count // 2, count)
+    if not part:
+        return slice(count)
+    row = torch.arange((heads if part == "q" else groups) * size)
+    head, place = row // size, row % size
+    if part == "q":
+        slot = head // queries * (queries + 2) + head % queries
+    else:
+        slot = head * (queries + 2) + queries + (part == "v")
+    return slot * size + place
+
+
+def _equal(one: "torch.Tensor", other: "torch.Tensor") -> bool:
+    import torch
+
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _tokens(vocabulary: int) -> list[int]:
+    """The same tokens each time, from all of the vocabulary."""
+    import torch
+
+    found: list[int] = torch.randint(vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
+    return found
+
+
+def _wrong(folder: Path, what: str) -> JobError:
+    return JobError(f"{folder}: {what}", "nothing was published: export again, and report this if it happens again")
+
+
