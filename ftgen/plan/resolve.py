@@ -15,6 +15,7 @@ from ftgen.plan.plan import (
     FORMAT,
     CheckpointPlan,
     DataPlan,
+    ExportPlan,
     GpuPlan,
     LoraPlan,
     ModelPlan,
@@ -110,6 +111,7 @@ def resolve(
         slurm=_slurm(spec, site, gpus_per_node, save),
         save=save,
         validation=_validation(spec),
+        export=ExportPlan(**dict(spec.export)) if spec.export else None,
     )
 
 

@@ -8,10 +8,12 @@ beside the exported weights, and compares the exported tensors with tensors.json
 
 import json
 import shutil
+from collections.abc import Container
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from runtime.job.errors import JobError
 from runtime.weights import shards
 from runtime.weights.shards import Entry
 
@@ -34,18 +36,21 @@ SMALL = (
 
 
 def keep(model: Path, folder: Path) -> None:
-    """Copy the small files of `model` into the new `folder`, and list its tensors. OSError, ValueError: files are damaged."""
-    tensors = shards.entries(model, shards.files_of(model))
+    """Copy the small files of `model` into the new `folder`, and list its tensors. JobError: a file is damaged."""
+    try:
+        tensors = shards.entries(model, shards.files_of(model))
+    except (OSError, ValueError) as error:
+        raise JobError(f"the weights in {model} are damaged: {error}", "download or copy them again") from error
     folder.mkdir()
     copy(model, folder)
     listed = {name: {"dtype": it.dtype, "shape": it.shape, "file": it.file} for name, it in tensors.items()}
     (folder / TENSORS).write_text(json.dumps(listed, indent=1) + "\n")
 
 
-def copy(model: Path, folder: Path) -> None:
+def copy(model: Path, folder: Path, without: Container[str] = ()) -> None:
     """Copy the small files of `model` into `folder`. A file of the hub's cache is a link; the copy is a file."""
     for path in sorted(model.iterdir()):
-        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in SMALL):
+        if path.is_file() and path.name not in without and any(fnmatch(path.name, pattern) for pattern in SMALL):
             shutil.copyfile(path, folder / path.name)
 
 

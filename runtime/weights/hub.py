@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from runtime.job.errors import JobError
+from runtime.weights import base, shards
 
-# The files that the importer reads. Many repositories also have the weights in Meta's own format ("original/", *.pth).
-PATTERNS = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "*.safetensors*"]
+# The files that the importer reads, or an export needs. Many repositories also have the weights in Meta's own format
+# ("original/", *.pth).
+PATTERNS = [*base.SMALL, "*.safetensors*"]
 OUTSIDE = ["*/*"]  # PATTERNS also match files in sub-folders
 
 
@@ -27,6 +29,18 @@ def download(repository: str, revision: str | None) -> Path:
 
     with _plain_errors(repository, revision):
         return Path(snapshot_download(repository, revision=revision, allow_patterns=PATTERNS, ignore_patterns=OUTSIDE))
+
+
+def cached(repository: str, revision: str | None) -> Path | None:
+    """Folder of a revision in the cache, if its weights are there too. Uses no network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        return folder if all((folder / file).is_file() for file in shards.files_of(folder)) else None
+    except LocalEntryNotFoundError:
+        return None
 
 
 def bytes_to_download(repository: str, revision: str | None) -> int:

@@ -6,9 +6,9 @@ transformers builds the model from the exported config.json and fills it from th
 missing, left over or of another shape is an error here; transformers only warns, and leaves random weights.
 """
 
-import warnings
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from runtime.job import memory
 from runtime.job.errors import JobError
@@ -27,14 +27,14 @@ class Reloaded:
     def __init__(self, folder: Path, adapter: Path | None = None) -> None:
         """JobError: transformers misses a weight, or finds one too many."""
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, logging
 
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
         self._folder = folder
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._model, found = AutoModelForCausalLM.from_pretrained(
-                str(folder), torch_dtype=torch.float32, local_files_only=True, output_loading_info=True
-            )
+        self._model, found = AutoModelForCausalLM.from_pretrained(
+            str(folder), torch_dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
         if wrong := {key: sorted(map(str, names))[:5] for key, names in found.items() if names}:
             raise JobError(f"transformers does not load {folder} as it is: {wrong}", "please report this export")
         if adapter:
@@ -67,17 +67,9 @@ class Reloaded:
         return str(tokenizer.decode(new)), len(new) == NEW_TOKENS and len(set(new)) == 1
 
 
-def room_for(parameters: int) -> str:
+def missing(parameters: int, *packages: str) -> str:
     """Why a model of this size cannot be loaded here; "" if it can."""
     need, free = int(parameters * BYTES * ROOM), memory.available()
-    if need <= free:
-        return ""
-    return f"loading it needs {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
-
-
-def versions() -> dict[str, Any]:
-    """Versions of what loads the export."""
-    import torch
-    import transformers
-
-    return {"torch": torch.__version__, "transformers": transformers.__version__}
+    if need > free:
+        return f"loading it needs {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+    return next((f"{name} is not installed" for name in ("transformers", *packages) if not find_spec(name)), "")

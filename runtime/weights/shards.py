@@ -37,7 +37,7 @@ class Entry(NamedTuple):
         """Bytes."""
         import torch
 
-        return prod(self.shape) * torch.finfo(torch_dtype(self.dtype)).bits // 8
+        return prod(self.shape) * int(torch.finfo(torch_dtype(self.dtype)).bits) // 8
 
 
 def torch_dtype(name: str) -> "torch.dtype":

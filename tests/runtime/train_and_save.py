@@ -58,7 +58,7 @@ def saving_callback(folder: Path, vocabulary: int) -> Any:
         def __init__(self, folder: str, vocabulary: int) -> None:
             self.folder, self.vocabulary = Path(folder), vocabulary
 
-        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        def on_train_end(self, trainer: Any, _module: Any) -> None:
             trainer.save_checkpoint(self.folder)
             write_logits(trainer.strategy.megatron_parallel, self.folder, self.vocabulary)
             trainer.strategy.barrier()

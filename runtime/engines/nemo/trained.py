@@ -39,7 +39,7 @@ class Trained:
         return Source(names.EMBEDDING, None, "", "") if tied else source
 
     def weight(self, name: str, dtype: "torch.dtype") -> "torch.Tensor":
-        """The weight of a Hugging Face name. With an adapter: W + alpha / rank * B @ A in float32, rounded once to `dtype`."""
+        """The weight of a Hugging Face name; if it has an adapter, W + alpha / rank * B @ A in float32, then in `dtype`."""
         source = self.source(name)
         found = names.rows(self.read(self.weights, source.name, source.layer), source.part, self.model)
         if source.name in names.PADDED:
@@ -50,7 +50,7 @@ class Trained:
         return found.to(dtype)
 
     def adapter(self, source: Source) -> tuple["torch.Tensor", "torch.Tensor"]:
-        """A [rank, in] and B [out, rank] of a weight, with only its own rows of B. JobError: another rank than the plan's."""
+        """A [rank, in] and B [out, rank] of a weight, B with its own rows only. JobError: another rank than the plan's."""
         assert self.adapters  # noqa: S101 - `has_adapter` says so
         a = self.read(self.adapters, names.adapter(source.linear, "in"), source.layer)
         b = names.rows(self.read(self.adapters, names.adapter(source.linear, "out"), source.layer), source.part, self.model)

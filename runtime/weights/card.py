@@ -1,0 +1,128 @@
+"""Write the model card of an export: what was trained, on what, how, and what was checked.
+
+In: the run, the origin of its base, the findings of the checks. Out: README.md.
+
+The card is made to be published. It has no path, no variable of the environment and no name of a machine: of the plan,
+it has only the keys in `SHOWN`.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from runtime.job import environment
+from runtime.weights.runs import Run
+
+Plan = dict[str, Any]
+# Keys of the plan without paths and without names of the site.
+SHOWN = ("scheme", "precision", "gpus", "max_steps", "global_batch_size", "micro_batch_size", "seq_length", "seed")
+SHOWN_TABLES = ("lora", "parallelism", "optimizer", "validation")
+PATHS = {"file", "path", "train", "chat_template"}  # keys of these tables that can be paths
+LIBRARY = {"merged": "transformers", "adapter": "peft"}
+RELATION = {"merged": "finetune", "adapter": "adapter"}
+USE = {
+    "merged": """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER", torch_dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")""",
+    "adapter": """from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("BASE", torch_dtype="auto")
+model = PeftModel.from_pretrained(base, "FOLDER")""",
+}
+
+
+def write(folder: Path, what: str, run: Run, origin: dict[str, Any], findings: Iterable[str]) -> None:
+    """Write README.md. `what` is "merged" or "adapter"; `origin` is that of the converted checkpoint."""
+    plan = run.plan
+    base = _base(plan)
+    lines = [
+        *_front_matter(what, plan, base),
+        f"# {_scheme(plan)} of {base}",
+        "",
+        f"Trained with ftgen {plan['ftgen_version']} and NeMo. {_size(plan)}",
+        "",
+        "```python",
+        USE[what].replace("BASE", base),
+        "```",
+        *_section("Base", {"model": base, "revision": origin.get("commit") or _revision(plan)}),
+        *_section("Data", {"kind": plan["data"]["kind"], "hash": _data_hash(run)}),
+        *_section("Losses", run.losses() or {"losses": "not recorded: the log of the run is not beside the checkpoint"}),
+        *_section("Plan", _plan(run)),
+        *_section("Versions", _versions(run, origin)),
+        "",
+        "## Checks",
+        "",
+        *(f"- {finding}" for finding in findings),
+    ]
+    (folder / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def _front_matter(what: str, plan: Plan, base: str) -> list[str]:
+    """Metadata that the hub reads (https://huggingface.co/docs/hub/model-cards)."""
+    on_hub = plan["checkpoint"]["source"] == "hub"
+    of_base = [f"base_model: {base}", f"base_model_relation: {RELATION[what]}"] if on_hub else []
+    return ["---", f"library_name: {LIBRARY[what]}", "pipeline_tag: text-generation", *of_base, "---", ""]
+
+
+def _base(plan: Plan) -> str:
+    """The base's name: its repository, or the last part of its directory."""
+    asked = plan["checkpoint"]
+    return Path(asked["path"]).name if asked["source"] == "directory" else str(plan["model"]["hf_id"])
+
+
+def _revision(plan: Plan) -> str:
+    random = f"random weights of seed {plan['seed']}"
+    return {"random": random, "directory": "unknown: a directory"}.get(plan["checkpoint"]["source"], "unknown")
+
+
+def _scheme(plan: Plan) -> str:
+    return "LoRA fine-tune" if plan["scheme"] == "lora" else "Fine-tune"
+
+
+def _size(plan: Plan) -> str:
+    return f"{plan['model']['parameters']:,} parameters, {plan['max_steps']} steps of {plan['global_batch_size']} sequences."
+
+
+def _data_hash(run: Run) -> str:
+    """Names of the data's folders end with the hash of what they were made from."""
+    folders = run.manifest.get("data")
+    return ", ".join(folders) if folders else "not recorded"
+
+
+def _plan(run: Run) -> dict[str, Any]:
+    plan = run.plan
+    tables = {
+        f"{table}.{key}": value
+        for table in SHOWN_TABLES
+        for key, value in (plan.get(table) or {}).items()
+        if key not in PATHS
+    }
+    on = [name for name, is_on in plan["optimizations"].items() if is_on]
+    return {
+        "experiment": plan["experiment"],
+        "spec": f"{plan['spec_file']}, sha256 {plan['spec_sha256']}",
+        "checkpoint": run.checkpoint.name,
+        **{key: plan[key] for key in SHOWN},
+        **tables,
+        "optimizations": ", ".join(on) or "none",
+    }
+
+
+def _versions(run: Run, origin: dict[str, Any]) -> dict[str, str]:
+    """Versions of the training, and those of the conversion and of this export that differ from them."""
+    trained = run.manifest.get("versions") or {"training": "not recorded"}
+    others = {"conversion": origin, "export": environment.packages()}
+    return {"ftgen": run.plan["ftgen_version"], **trained} | {
+        f"{name}, at the {when}": versions[name]
+        for when, versions in others.items()
+        for name in environment.PACKAGES
+        if versions.get(name, trained.get(name)) != trained.get(name)
+    }
+
+
+def _section(title: str, rows: dict[str, Any]) -> list[str]:
+    table = [f"| {key} | {value if isinstance(value, str) else json.dumps(value)} |" for key, value in rows.items()]
+    return ["", f"## {title}", "", "| | |", "|---|---|", *table]
