@@ -24,6 +24,7 @@ SMALL = (
     "config.json",
     "generation_config.json",
     "tokenizer*",
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",

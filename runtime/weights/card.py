@@ -42,7 +42,7 @@ def write(folder: Path, what: str, run: Run, origin: dict[str, Any], findings: I
         *_front_matter(what, plan, base),
         f"# {_scheme(plan)} of {base}",
         "",
-        f"Trained with ftgen {plan['ftgen_version']} and NeMo. {_size(plan)}",
+        f"Trained with ftgen {plan['ftgen_version']} and NeMo: {_work(run)}.",
         "",
         "```python",
         USE[what].replace("BASE", base),
@@ -82,8 +82,10 @@ def _scheme(plan: Plan) -> str:
     return "LoRA fine-tune" if plan["scheme"] == "lora" else "Fine-tune"
 
 
-def _size(plan: Plan) -> str:
-    return f"{plan['model']['parameters']:,} parameters, {plan['max_steps']} steps of {plan['global_batch_size']} sequences."
+def _work(run: Run) -> str:
+    plan, step = run.plan, run.manifest.get("step", "an unknown number")
+    what = f"{step} of {plan['max_steps']} steps of {plan['global_batch_size']} sequences"
+    return f"{plan['model']['parameters']:,} parameters, {what}"
 
 
 def _data_hash(run: Run) -> str:

@@ -90,7 +90,7 @@ def train(stage: Stage, name: str, case: Case) -> Trained:
     file.write_text(json.dumps(document))
     ranks = [_start(stage, document, directory, file, rank) for rank in range(document["gpus"])]
     outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * len(ranks), outputs
+    assert [rank.returncode for rank in ranks] == [0] * len(ranks), "\n".join(output[-3000:] for output in outputs)
     (directory / "log-test.tiny_1_0.out").write_text(outputs[0])
     return Trained(document, directory, np.load(stage.path / f"{name}.npy"))
 

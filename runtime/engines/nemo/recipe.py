@@ -74,6 +74,9 @@ def set_model(recipe: Any, plan: Plan) -> None:
     config.add_qkv_bias = model["qkv_bias"]
     if model["rope_scaling_factor"]:
         config.scale_factor = model["rope_scaling_factor"]
+    if model["nemo_recipe"].startswith("mistral"):
+        # NeMo's config of Mistral 7B has the sliding window of v0.1; v0.2 and later have none (sliding_window in config.json)
+        config.window_size = None
     config.seq_length = recipe.data.seq_length = plan["seq_length"]
     # some of NeMo's recipes count embedding and loss as pipeline layers; the plan counts only transformer layers
     config.account_for_embedding_in_pipeline_split = config.account_for_loss_in_pipeline_split = False
