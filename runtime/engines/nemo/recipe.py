@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import nemo_run as run
+import torch
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
@@ -161,7 +162,7 @@ def _set_trainer(recipe: Any, plan: Plan) -> None:
 def _for_the_cpu(recipe: Any) -> None:
     from runtime.engines.nemo import cpu
 
-    for key, value in cpu.plain().items():
+    for key, value in (cpu.plain() | {"params_dtype": torch.float32}).items():  # NeMo's config of Mistral 7B has bfloat16
         setattr(recipe.model.config, key, value)
     trainer, optimizer = recipe.trainer, recipe.optim.config
     trainer.accelerator = "cpu"
