@@ -73,9 +73,7 @@ def test_a_tensor_that_does_not_fit_is_not_written(tensor: torch.Tensor, error: 
         shards.write(tmp_path, layout({"a": shards.SINGLE}), lambda _: tensor)
 
 
-@pytest.mark.parametrize(
-    "change", [lambda data: data[:-1], lambda data: data + b"x", lambda _: b"", lambda _: b"\xff" * 40]
-)
+@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"x", lambda _: b"", lambda _: b"\xff" * 40])
 def test_a_damaged_file_is_noticed_before_it_is_converted(change: Callable[[bytes], bytes], tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()

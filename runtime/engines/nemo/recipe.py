@@ -76,7 +76,7 @@ def set_model(recipe: Any, plan: Plan) -> None:
     if model["rope_scaling_factor"]:
         config.scale_factor = model["rope_scaling_factor"]
     if model["nemo_recipe"].startswith("mistral"):
-        # NeMo's config of Mistral 7B has the sliding window of v0.1; v0.2 and later have none (sliding_window in config.json)
+        # NeMo's Mistral 7B has the sliding window of v0.1. Later versions have none (sliding_window in config.json).
         config.window_size = None
     config.seq_length = recipe.data.seq_length = plan["seq_length"]
     # some of NeMo's recipes count embedding and loss as pipeline layers; the plan counts only transformer layers
