@@ -117,7 +117,8 @@ def _bytes(name: str, entry: Entry, tensor: "torch.Tensor") -> memoryview:
             f"{name} is {tensor.dtype} {list(tensor.shape)}, but the base has {entry.dtype} {list(entry.shape)}",
             "use the script and the base that this checkpoint was trained with",
         )
-    if not torch.isfinite(tensor).all():
+    # NaN and infinity are in the smallest or the largest value; isfinite of all values needs memory for three more tensors
+    if not torch.isfinite(torch.stack(tensor.aminmax())).all():
         raise JobError(f"{name} has values that are no numbers: the training diverged", "export an earlier checkpoint")
     return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
 

@@ -50,13 +50,10 @@ def values(folder: Path, tensors: dict[str, Entry], trained: Trained) -> str:
     """JobError unless each value of the files is that of the checkpoint; if it was merged, within the roundings."""
     merged = trained.adapted(tensors)
     for name, entry in tensors.items():
-        found = shards.read(folder, name, entry)
         if name in merged:
-            _compare_merged(folder, name, found, merged[name], trained)
+            _compare_merged(folder, name, entry, merged[name], trained)
         else:
-            expected = _expected(name, trained)
-            if not _equal(found, expected.to(found.dtype)):
-                raise _wrong(folder, f"{name} differs from the checkpoint")
+            _compare(folder, name, entry, trained)
     same = f"{len(tensors) - len(merged)} tensors are those of the checkpoint, bit for bit"
     if not merged:
         return same
@@ -106,7 +103,14 @@ def bound_of(tensors: dict[str, Entry], trained: Trained) -> float:
     return max((ROUNDED[tensors[name].dtype] for name in trained.adapted(tensors)), default=SAME_WEIGHTS)
 
 
-def _compare_merged(folder: Path, name: str, found: "torch.Tensor", source: Source, trained: Trained) -> None:
+def _compare(folder: Path, name: str, entry: Entry, trained: Trained) -> None:
+    """JobError unless each value is that of the checkpoint. A function of its own, so that its tensors are freed."""
+    expected = _expected(name, trained).to(shards.torch_dtype(entry.dtype))
+    if not _equal(shards.read(folder, name, entry), expected):
+        raise _wrong(folder, f"{name} differs from the checkpoint")
+
+
+def _compare_merged(folder: Path, name: str, entry: Entry, source: Source, trained: Trained) -> None:
     """JobError unless each value is W + alpha / rank * B @ A, within the roundings of float32 sums and of its type."""
     import torch
 
@@ -118,7 +122,8 @@ def _compare_merged(folder: Path, name: str, found: "torch.Tensor", source: Sour
     expected = weight + b @ a
     # The sums in float32 have roundings of their own: one for each of the rank + 3 terms.
     sums = torch.finfo(torch.float32).eps / 2 * (weight.abs() + (trained.rank + 3) * (b.abs() @ a.abs()))
-    allowed = torch.finfo(found.dtype).eps / 2 * (expected.abs() + sums) + sums
+    allowed = torch.finfo(shards.torch_dtype(entry.dtype)).eps / 2 * (expected.abs() + sums) + sums
+    found = shards.read(folder, name, entry)
     if not bool(((found.double() - expected).abs() <= allowed).all()):
         raise _wrong(folder, f"{name} differs from W + alpha / rank * B @ A by more than roundings do")
 
