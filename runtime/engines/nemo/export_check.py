@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Plan = dict[str, Any]
 TOKENS = 32
+ROWS = 1024  # rows of a merged weight that are compared at a time, because float64 needs much memory
 # Largest difference of a logit, as a fraction of the largest logit. Same weights in float32: only the order of sums differs
 # (measured on tiny models: 4e-7). Weights that were rounded once after merging: 2 to the power of -8 for bfloat16 each.
 SAME_WEIGHTS = 1e-3
@@ -115,17 +116,23 @@ def _compare_merged(folder: Path, name: str, entry: Entry, source: Source, train
     import torch
 
     assert trained.adapters  # noqa: S101 - it is merged
-    weight = _expected(name, trained).double()
     a = trained.adapters.read(names.adapter(source.linear, "in"), source.layer).double()
     b = trained.adapters.read(names.adapter(source.linear, "out"), source.layer).double()
     b = b[_rows(source.part, len(b), trained.model)] * trained.scale
-    expected = weight + b @ a
-    # The sums in float32 have roundings of their own: one for each of the rank + 3 terms.
-    sums = torch.finfo(torch.float32).eps / 2 * (weight.abs() + (trained.rank + 3) * (b.abs() @ a.abs()))
-    allowed = torch.finfo(shards.torch_dtype(entry.dtype)).eps / 2 * (expected.abs() + sums) + sums
-    found = shards.read(folder, name, entry)
-    if not bool(((found.double() - expected).abs() <= allowed).all()):
-        raise _wrong(folder, f"{name} differs from W + alpha / rank * B @ A by more than roundings do")
+    found, weight = shards.read(folder, name, entry), _expected(name, trained)
+    for some in zip(found.split(ROWS), weight.split(ROWS), b.split(ROWS), strict=True):
+        if not _is_merged(*some, a):
+            raise _wrong(folder, f"{name} differs from W + alpha / rank * B @ A by more than roundings do")
+
+
+def _is_merged(found: "torch.Tensor", weight: "torch.Tensor", b: "torch.Tensor", a: "torch.Tensor") -> bool:
+    """Whether `found` is weight + b @ a, within the roundings. The sums in float32 have one for each of rank + 3 terms."""
+    import torch
+
+    expected = weight.double() + b @ a
+    sums = torch.finfo(torch.float32).eps / 2 * (weight.double().abs() + (len(a) + 3) * (b.abs() @ a.abs()))
+    allowed = torch.finfo(found.dtype).eps / 2 * (expected.abs() + sums) + sums
+    return bool(((found.double() - expected).abs() <= allowed).all())
 
 
 def _expected(name: str, trained: Trained) -> "torch.Tensor":
