@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from exports import LORA, Case, Trained, train, write_bases
 from safetensors.torch import load_file, save_file
 from stages import Stage
@@ -216,10 +217,11 @@ def test_a_config_that_describes_another_model_is_refused(
     run = runs["llama 3.2, LoRA, PP 2"]
     weights = weights_of(run)
     right = reload.Reloaded(exported(run, "merged"))
-    export_check.behaviour(right, weights, 1e-5, export_check.SAME_WEIGHTS)
+    expected = export_check.reference(weights, 1e-5, torch.float32)
+    export_check.behaviour(right, expected)
     wrong = unlike(run, tmp_path / "wrong", lambda config: config.update(change))
     with pytest.raises(JobError, match="the exported model is not the trained model: logits differ by"):
-        export_check.behaviour(wrong, weights, 1e-5, export_check.SAME_WEIGHTS)
+        export_check.behaviour(wrong, expected)
 
 
 @pytest.mark.parametrize(

@@ -115,10 +115,10 @@ def _merged(export: Export) -> list[str]:
     findings += [export_check.structure(folder, tensors), export_check.values(folder, tensors, trained)]
     if why := reload.missing(export.plan["model"]["parameters"]):
         return [*findings, f"not checked: logits and completion, because {why}"]
+    merged = export_check.merged_type(tensors, trained)
+    expected = export_check.reference(trained, export.config["rms_norm_eps"], merged)
     model = reload.Reloaded(folder)
-    bound = export_check.bound_of(tensors, trained)
-    findings.append(export_check.behaviour(model, trained, export.config["rms_norm_eps"], bound))
-    return [*findings, export_check.completion(model)]
+    return [*findings, *export_check.behaviour(model, expected), export_check.completion(model)]
 
 
 def _adapter(export: Export) -> list[str]:
@@ -133,8 +133,8 @@ def _adapter(export: Export) -> list[str]:
     why = reload.missing(plan["model"]["parameters"], "peft") if model else "the base in Hugging Face format is not here"
     if model is None or why:
         return [*findings, f"not checked: logits, because {why}"]
-    loaded = reload.Reloaded(model, folder)
-    return [*findings, export_check.behaviour(loaded, trained, export.config["rms_norm_eps"], export_check.SAME_WEIGHTS)]
+    expected = export_check.reference(trained, export.config["rms_norm_eps"])
+    return findings + export_check.behaviour(reload.Reloaded(model, folder), expected)
 
 
 def _size(folder: Path) -> int:

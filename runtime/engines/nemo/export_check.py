@@ -5,15 +5,16 @@ In: the folder of the export, and the trained weights. Out: findings for the log
 1. Names, shapes and types of the tensors are those of the base (`structure`).
 2. Each value in the files is that of the checkpoint (`values`). The rows of fused tensors are found by computing their
    numbers, not as the export cuts them, and adapters are merged in float64: the files may differ by roundings.
-3. A model that transformers loads from the files computes the logits of the trained model (`behaviour`). These come
-   from `forward.py`, which reads the checkpoint as Megatron does.
+3. A model that transformers loads from the files computes the logits of the trained weights (`behaviour`). These come
+   from `forward.py`, which reads the checkpoint as Megatron does. For merged weights, it also tells how much the
+   rounding changed the logits.
 
 Together: the files are the trained weights, their layout is what transformers expects, and config.json describes the
 model that was trained. Training and checkpoint themselves are taken as they are.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runtime.engines.nemo import forward, names
 from runtime.engines.nemo.names import Source
@@ -28,10 +29,9 @@ if TYPE_CHECKING:
 Plan = dict[str, Any]
 TOKENS = 32
 ROWS = 1024  # rows of a merged weight that are compared at a time, because float64 needs much memory
-# Largest difference of a logit, as a fraction of the largest logit. Same weights in float32: only the order of sums differs
-# (measured on tiny models: 4e-7). Weights that were rounded once after merging: 2 to the power of -8 for bfloat16 each.
-SAME_WEIGHTS = 1e-3
-ROUNDED = {"F64": 1e-3, "F32": 1e-3, "F16": 1e-2, "BF16": 5e-2}
+# Largest difference of a logit, as a fraction of the largest logit. Both sides have the same weights and compute in float32:
+# only the order of sums differs. Measured: 1e-6, on tiny models and on two layers of the size of Llama-3 8B.
+BOUND = 1e-3
 PROMPT = "The capital of France is"
 
 
@@ -78,18 +78,41 @@ def adapter_values(folder: Path, modules: dict[str, Source], trained: Trained) -
     return f"{len(found)} tensors are those of the checkpoint, bit for bit"
 
 
-def behaviour(model: reload.Reloaded, trained: Trained, epsilon: float, bound: float) -> str:
-    """JobError unless the loaded model has the trained model's logits."""
+class Reference(NamedTuple):
+    """What the loaded model must compute."""
+
+    tokens: list[int]
+    logits: "torch.Tensor"  # of the weights as they are exported
+    unmerged: "torch.Tensor | None"  # of the adapters beside the weights
+    merged: "torch.dtype | None"
+
+
+def reference(trained: Trained, epsilon: float, merged: "torch.dtype | None" = None) -> Reference:
+    """Logits from the checkpoint. `merged`: the type of weights that adapters were merged into. Call it before a model is
+    loaded, so that memory never holds both.
+    """
     tokens = _tokens(trained.model["vocab_size"])
-    expected = forward.logits(trained, tokens, epsilon)
-    difference = float((model.logits(tokens)[:, : expected.shape[1]] - expected).abs().max() / expected.abs().max())
-    told = f"{difference:.1e} of the largest logit (bound {bound:.0e})"
-    if not difference <= bound:  # also for NaN
+    unmerged = forward.logits(trained, tokens, epsilon)
+    if merged is None:
+        return Reference(tokens, unmerged, None, None)
+    return Reference(tokens, forward.logits(trained, tokens, epsilon, merged), unmerged, merged)
+
+
+def behaviour(model: reload.Reloaded, expected: Reference) -> list[str]:
+    """JobError unless the loaded model computes what the trained weights do."""
+    found = model.logits(expected.tokens)[:, : expected.logits.shape[1]]
+    difference = _difference(found, expected.logits)
+    told = f"{difference:.1e} of the largest logit (bound {BOUND:.0e})"
+    if not difference <= BOUND:  # also for NaN
         raise JobError(
             f"the exported model is not the trained model: logits differ by {told}",
             "please report this; the files were not published",
         )
-    return f"logits of the model that transformers loads differ from those of the checkpoint by {told}"
+    findings = [f"logits of the model that transformers loads differ from those of the checkpoint by {told}"]
+    if expected.unmerged is not None:
+        rounding = f"{_difference(found, expected.unmerged):.1e} of the largest one"
+        findings.append(f"merging the adapters and rounding to {expected.merged} changed logits by {rounding}")
+    return findings
 
 
 def completion(model: reload.Reloaded) -> str:
@@ -99,9 +122,14 @@ def completion(model: reload.Reloaded) -> str:
     return f"warning: the trained model repeats one token: {told}" if repeated else told
 
 
-def bound_of(tensors: dict[str, Entry], trained: Trained) -> float:
-    """The bound for the logits of the exported tensors."""
-    return max((ROUNDED[tensors[name].dtype] for name in trained.adapted(tensors)), default=SAME_WEIGHTS)
+def merged_type(tensors: dict[str, Entry], trained: Trained) -> "torch.dtype | None":
+    """The type of the weights that adapters were merged into; None without adapters."""
+    return next((shards.torch_dtype(tensors[name].dtype) for name in trained.adapted(tensors)), None)
+
+
+def _difference(found: "torch.Tensor", expected: "torch.Tensor") -> float:
+    """The largest difference of a logit, as a fraction of the largest logit."""
+    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def _compare(folder: Path, name: str, entry: Entry, trained: Trained) -> None:
@@ -113,7 +141,6 @@ def _compare(folder: Path, name: str, entry: Entry, trained: Trained) -> None:
 
 def _compare_merged(folder: Path, name: str, entry: Entry, source: Source, trained: Trained) -> None:
     """JobError unless each value is W + alpha / rank * B @ A, within the roundings of float32 sums and of its type."""
-    import torch
 
     assert trained.adapters  # noqa: S101 - it is merged
     a = trained.adapters.read(names.adapter(source.linear, "in"), source.layer).double()

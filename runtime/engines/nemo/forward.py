@@ -2,9 +2,9 @@
 
 In: the tensors of the checkpoint, token ids. Out: logits [tokens, vocabulary].
 
-This is the independent path that an export is checked with. It shares neither names nor fused layouts with the export:
-it uses Megatron's tensors as Megatron itself does, and adds the adapters to the output of a layer instead of merging
-them into its weights. It reads one layer at a time.
+This is the independent path that an export is checked with. It shares neither names nor cuts of fused tensors with the
+export: it uses Megatron's tensors as Megatron itself does. It adds the adapters to the output of a layer, as the
+training did, or merges them into its fused weights. It reads one layer at a time.
 """
 
 import math
@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 LOW, HIGH, OLD_CONTEXT = 1.0, 4.0, 8192
 
 
-def logits(trained: Trained, tokens: list[int], epsilon: float) -> "torch.Tensor":
-    """Logits of one sequence. `epsilon` is that of the norms (rms_norm_eps)."""
+def logits(trained: Trained, tokens: list[int], epsilon: float, merged: "torch.dtype | None" = None) -> "torch.Tensor":
+    """Logits of one sequence. `epsilon` is that of the norms (rms_norm_eps).
+
+    With `merged`, adapters are merged into the weights, which are then rounded to this type.
+    """
     import torch
 
     model = trained.model
@@ -28,7 +31,7 @@ def logits(trained: Trained, tokens: list[int], epsilon: float) -> "torch.Tensor
         hidden = trained.weights.read("embedding.word_embeddings.weight")[tokens].float()
         rotation = _rotation(model, len(tokens))
         for layer in range(model["num_layers"]):
-            hidden = _Layer(trained, layer, epsilon).forward(hidden, rotation)
+            hidden = _Layer(trained, layer, epsilon, merged).forward(hidden, rotation)
         hidden = _norm(hidden, trained.weights.read("decoder.final_layernorm.weight"), epsilon)
         tied = model["tied_embeddings"]
         head = trained.weights.read("embedding.word_embeddings.weight" if tied else "output_layer.weight")
@@ -39,8 +42,8 @@ def logits(trained: Trained, tokens: list[int], epsilon: float) -> "torch.Tensor
 class _Layer:
     """One transformer layer of Megatron."""
 
-    def __init__(self, trained: Trained, layer: int, epsilon: float) -> None:
-        self.trained, self.layer, self.epsilon = trained, layer, epsilon
+    def __init__(self, trained: Trained, layer: int, epsilon: float, merged: "torch.dtype | None") -> None:
+        self.trained, self.layer, self.epsilon, self.merged = trained, layer, epsilon, merged
 
     def forward(self, hidden: "torch.Tensor", rotation: tuple["torch.Tensor", "torch.Tensor"]) -> "torch.Tensor":
         """[tokens, hidden] to [tokens, hidden]."""
@@ -66,15 +69,18 @@ class _Layer:
 
     def _linear(self, name: str, x: "torch.Tensor") -> "torch.Tensor":
         """The layer's output, with its bias and with that of its adapter."""
-        y = x @ self._read(f"{name}.weight").float().T
+        weight, y = self._read(f"{name}.weight").float(), 0.0
         if f"decoder.layers.{name}.bias" in self.trained.weights.names:
-            y += self._read(f"{name}.bias").float()
+            y = self._read(f"{name}.bias").float()
         adapters = self.trained.adapters
         if adapters and f"decoder.layers.{name}.adapter.linear_in.weight" in adapters.names:
             a = adapters.read(f"decoder.layers.{name}.adapter.linear_in.weight", self.layer).float()
             b = adapters.read(f"decoder.layers.{name}.adapter.linear_out.weight", self.layer).float()
-            y += (x @ a.T) @ b.T * self.trained.scale
-        return y
+            if self.merged:
+                weight = (weight + self.trained.scale * (b @ a)).to(self.merged).float()
+            else:
+                y = y + (x @ a.T) @ b.T * self.trained.scale
+        return x @ weight.T + y
 
     def _read(self, name: str) -> "torch.Tensor":
         return self.trained.weights.read(f"decoder.layers.{name}", self.layer)
