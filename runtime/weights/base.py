@@ -55,6 +55,15 @@ def copy(model: Path, folder: Path, without: Container[str] = ()) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
+def set_chat_template(folder: Path, text: str) -> None:
+    """Give the tokenizer in `folder` the chat template that the training used. Older versions of transformers read it from
+    tokenizer_config.json, newer ones from the file.
+    """
+    (folder / "chat_template.jinja").write_text(text)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": text}, indent=2) + "\n")
+
+
 def tensors(folder: Path) -> dict[str, Entry]:
     """The tensors of the base, by name, in the order of its files."""
     document: dict[str, Any] = json.loads((folder / TENSORS).read_text())

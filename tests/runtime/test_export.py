@@ -164,6 +164,24 @@ def test_a_head_that_was_trained_by_itself_is_not_tied_again(runs: dict[str, Tra
     assert "- config.json: tie_word_embeddings is false now" in (folder / "README.md").read_text()
 
 
+def test_the_tokenizer_has_the_chat_template_that_the_model_was_trained_with(
+    runs: dict[str, Trained], stage_path: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    run = runs["mistral, LoRA of queries, keys and values"]
+    copy = tmp_path / "checkpoints" / "step_3"
+    shutil.copytree(run.directory / "checkpoints" / "step_3", copy)
+    document = json.loads((copy / "manifest.json").read_text())
+    document["plan"]["data"]["chat_template"] = "{{ messages[0]['content'] }}!"
+    (copy / "manifest.json").write_text(json.dumps(document))
+    export.export(asking(run, "adapter"), str(copy))
+    folder = tmp_path / "exports" / "step_3" / "adapter"
+    found = AutoTokenizer.from_pretrained(folder)
+    assert found.apply_chat_template([{"role": "user", "content": "yes"}], tokenize=False) == "yes!"
+    assert json.loads((folder / "tokenizer_config.json").read_text())["chat_template"] == "{{ messages[0]['content'] }}!"
+
+
 # --- the model card
 
 

@@ -68,6 +68,9 @@ def _build(run: Run, what: str, staging: Path) -> dict[str, Any]:
     scratch = staging / "from"
     export = Export(run, staging, base_model.files(run.plan, scratch))
     findings = {"merged": _merged, "adapter": _adapter}[what](export)
+    if template := run.plan["data"].get("chat_template"):
+        base.set_chat_template(staging, template)
+        findings.append("the tokenizer has the chat template of the spec, with which the model was trained")
     shutil.rmtree(scratch, ignore_errors=True)
     for finding in findings:
         say(finding)
