@@ -7,7 +7,7 @@ separates the registry from the name with `#`; without `#`, it asks Docker Hub. 
 """
 
 SUFFIXES = (".sqsh", ".squashfs", ".sqfs", ".sif", ".img")
-# Sources without "//" that apptainer knows (its manual, "Build a container").
+# Sources without "//" that apptainer knows (its manual, "Support for Docker and OCI Containers").
 WITHOUT_SLASHES = ("docker-daemon:", "docker-archive:", "oci:", "oci-archive:")
 
 

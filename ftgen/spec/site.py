@@ -79,7 +79,7 @@ class Python(Table):
         None,
         description="Let the job write into the image. The changes are lost at its end. Default: true for pyxis, because "
         "enroot mounts an image read-only unless the site changes that, and packages write beside their files; false for "
-        "apptainer and singularity, whose --writable-tmpfs not every node supports.",
+        "apptainer and singularity, whose --writable-tmpfs has room for only 64 MiB unless the site changes that.",
     )
     mount_home: bool = Field(False, description="Mount the home directory into the image.")
     container_name: bool = Field(
@@ -115,8 +115,8 @@ class Site(Table):
     max_walltime: Walltime | None = Field(None, description="Time limit of the partition, as [days-]hours:minutes:seconds.")
     segment: Positive | None = Field(
         None,
-        description="Nodes of a segment, which Slurm places in one block, such as an NVL72 rack (--segment, Slurm 24.05 and "
-        "later). A job with fewer nodes is one segment.",
+        description="Nodes of a segment, which Slurm places in one block, such as an NVL72 rack (--segment, with Slurm's "
+        "topology/block). A job with fewer nodes is one segment.",
     )
     mpi: Word = Field("none", description="Value of srun's option --mpi. The ranks find each other without MPI.")
     exclusive: bool = Field(True, description="Request whole nodes. false: share nodes; then set cpus_per_gpu.")
