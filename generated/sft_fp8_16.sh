@@ -135,7 +135,7 @@ start_clean() {
     if is_batch_job; then unset CUDA_VISIBLE_DEVICES GPU_DEVICE_ORDINAL ROCR_VISIBLE_DEVICES ZE_AFFINITY_MASK; fi
     if is_batch_job; then ask_slurm_of_this_job; fi
 }
-share_flags=()
+exported=ALL share_flags=()
 
 # Slurm sets some facts only where there is something to say. Otherwise they are those of the session.
 ask_slurm_of_this_job() {

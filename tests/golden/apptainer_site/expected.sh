@@ -132,7 +132,7 @@ start_clean() {
     drop_inherited
     if is_batch_job; then ask_slurm_of_this_job; fi
 }
-share_flags=()
+exported=ALL share_flags=()
 
 # Slurm sets some facts only where there is something to say. Otherwise they are those of the session.
 ask_slurm_of_this_job() {
