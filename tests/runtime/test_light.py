@@ -171,7 +171,8 @@ def test_a_path_of_the_spec_has_its_variables_expanded_on_the_node(path: str, st
     (stage.path / "here/x.jsonl").write_text("")
     places = {"HOME": str(stage.path), "WHERE": str(stage.path / "here")}
     status, output = stage.run(plan(data={"kind": "jsonl", "path": path}), "check", **places)
-    assert (status, output) == (0, "ftgen: nothing is missing for sft_nemo_tiny_llama_fp32_1\n")
+    assert status == 0
+    assert output.endswith("\nftgen: nothing is missing for sft_nemo_tiny_llama_fp32_1\n")
 
 
 def test_a_path_with_a_variable_that_is_not_set_is_named(stage: Stage) -> None:
