@@ -756,6 +756,7 @@ run_tasks() {
 
 run_step() {
     local before status=0
+    check_mpi
     place_ranks
     before=$(wc -c <"$log")
     next_step
@@ -764,6 +765,15 @@ run_step() {
         "${python[@]}" "$code/$name.py" "$1" || status=$?
     if ((status)); then status=$(first_failure "$before" "$status"); fi
     return "$status"
+}
+
+# srun does not name the site profile when it lacks an MPI type.
+check_mpi() {
+    local known
+    known=$(srun --mpi=list 2>&1 | tr -s '\n\t' '  ') || return 0
+    if [[ " ${known//,/ } " != *" "pmi2" "* ]]; then
+        die "this Slurm has no MPI type "pmi2": $known" 'set mpi = "none" in the site profile: the ranks find each other without MPI'
+    fi
 }
 
 # Ranks are in blocks, so that the tensor-parallel ranks of a group share a node. Prints who is where. Each rank compares its
