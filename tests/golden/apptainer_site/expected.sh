@@ -292,6 +292,8 @@ find_options() {
         got=$(value_in_record "$field")
         if [[ -z $got || $got == "$unset_value" ]]; then continue; fi
         mine=$(value_in_header "$0" "$option")
+        # sbatch refuses two ways to ask for memory: if the header has another one, Slurm filled this field
+        if [[ $mine == --mem* ]]; then continue; fi
         # Slurm chooses one of several partitions
         if [[ $got == "$mine" || ($option == partition && ,$mine, == *,"$got",*) ]]; then continue; fi
         theirs=$(value_in_header "$1" "$option")
@@ -769,10 +771,10 @@ run_step() {
 
 # srun does not name the site profile when it lacks an MPI type.
 check_mpi() {
-    local known
+    local known type=pmi2
     known=$(srun --mpi=list 2>&1 | tr -s '\n\t' '  ') || return 0
-    if [[ " ${known//,/ } " != *" "pmi2" "* ]]; then
-        die "this Slurm has no MPI type "pmi2": $known" 'set mpi = "none" in the site profile: the ranks find each other without MPI'
+    if [[ " ${known//,/ } " != *" $type "* ]]; then
+        die "this Slurm has no MPI type $type: $known" 'set mpi = "none" in the site profile: the ranks find each other without MPI'
     fi
 }
 
