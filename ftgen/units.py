@@ -34,6 +34,15 @@ def format_flops(flops: float | None) -> str:
     return UNKNOWN if flops is None else f"{flops / 1e12:g} TFLOP/s"
 
 
+def format_bytes(count: float) -> str:
+    """Bytes in the binary unit that gives one to four digits before the point."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
+
+
 def number(value: float | None, decimals: int) -> str:
     """Rounded to `decimals`, without trailing zeros: 1.32, 0.924, 116."""
     if value is None:

@@ -515,8 +515,9 @@ finish() {
     if [[ -z ${stopping:-} ]] && is_batch_job; then submit_the_rest "$SLURM_JOB_ID"; fi
     end_watch
     if [[ -n ${ender:-} ]]; then kill "$ender" 2>/dev/null || true; fi
-    say "exit status $1" || true # the disk may be full
-    if [[ -n ${SLURM_JOB_ID:-} && -n ${opened:-} ]]; then report "$1" >&3; fi
+    local ended=$1
+    say "exit status $ended" || true # the disk may be full
+    if [[ -n ${SLURM_JOB_ID:-} && -n ${opened:-} ]]; then report "$ended" >&3; fi
     if [[ -n ${tee:-} ]]; then
         exec >/dev/null 2>&1 3>&1
         wait "$tee" || true
@@ -575,7 +576,7 @@ await() {
 # miss its end and wait for ever. So once the job has to stop, this function polls with `kill -0`.
 wait_for() {
     local status=0
-    wait "$1" || status=$?
+    if [[ -z ${stopping:-} ]]; then wait "$1" || status=$?; fi
     if [[ -z ${stopping:-} ]]; then return "$status"; fi
     if [[ -z ${ender:-} ]]; then
         end_children >/dev/null 2>&1 3>&1 &
@@ -590,6 +591,7 @@ wait_for() {
 
 # begin_watch COMMAND PID: watches a command of the entrypoint. PID is its process, or the srun of its tasks.
 begin_watch() {
+    if [[ -z ${opened:-} ]]; then return 0; fi # a download has no log, and shows its own progress
     watch_step "$@" &
     watcher=$!
     disown # `wait -n` must not wait for it
@@ -700,8 +702,9 @@ find_hub() {
 
 # download [SCRIPTS...]: downloads what jobs of this script, and of the others, read from the Hugging Face hub.
 download() {
-    local script status=0
+    local script status=0 doing=download
     code=$(mktemp -d)
+    exec 3>/dev/null # there is no Slurm's output file beside this one
     trap 'rm -rf "$code"' EXIT
     trap 'stop 143 "SIGTERM: the same command continues the download"' TERM
     trap 'stop 130 "interrupted: the same command continues the download"' INT
@@ -755,7 +758,8 @@ run_tasks() {
         # the first task that fails gives the exit code; the other tasks would wait for it for ever
         wait -n || status=$?
     done
-    if ((status)); then kill "${children[@]}" 2>/dev/null || true; fi
+    # a signal to this script ends `wait` too; wait_for then ends the tasks
+    if ((status)) && [[ -z ${stopping:-} ]]; then kill "${children[@]}" 2>/dev/null || true; fi
     for rank in "${children[@]}"; do wait_for "$rank" || true; done
     end_watch
     children=()
@@ -1134,9 +1138,10 @@ from pathlib import Path
 from typing import Any
 
 from runtime import download
-from runtime.data import jsonl
+from runtime.data import held_out, jsonl
 from runtime.engines.nemo import convert
 from runtime.engines.nemo import packages as nemo_packages
+from runtime.guard import checkpoints, publish
 from runtime.hub import errors, find
 from runtime.hub.token import has_token
 from runtime.job.errors import JobError
@@ -1149,7 +1154,15 @@ DRIVER = Path("/proc/driver/nvidia/gpus")
 def check(plan: Plan) -> int:
     """Exit code 0 if the job can start. Otherwise 1, and on stderr an error and a hint for each thing that is missing."""
     say(f"packages: {nemo_packages.found()}")
-    problems = [*_stage_path(), *_packages(plan), *_weights(plan), *_data(plan), *_hub(plan), *_gpus(plan)]
+    problems = [
+        *_stage_path(),
+        *_packages(plan),
+        *_weights(plan),
+        *_data(plan),
+        *_hub(plan),
+        *_checkpoints(plan),
+        *_gpus(plan),
+    ]
     for problem in problems:
         print(f"ftgen: error: {problem}", file=sys.stderr, flush=True)
     if not problems:
@@ -1216,6 +1229,28 @@ def _data(plan: Plan) -> Iterator[JobError]:
             jsonl.user_file(plan)
         except JobError as problem:
             yield problem
+            return
+    try:
+        held_out.check(plan)
+    except JobError as problem:
+        yield problem
+
+
+def _checkpoints(plan: Plan) -> Iterator[JobError]:
+    """Room for the checkpoints that the run keeps and one more; those that it has already need no more room."""
+    save = plan.get("save")
+    if not save or not os.environ.get("STAGE_PATH"):
+        return
+    folder = checkpoints.folder_of_run()
+    there = sum(path.stat().st_size for path in folder.glob(f"{checkpoints.PREFIX}*/**/*") if path.is_file())
+    place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    try:
+        count = save["keep"] + 1
+        publish.require_space(
+            place, count * save["checkpoint_bytes"] - there, f"room for {count} checkpoints (save.keep + 1)"
+        )
+    except JobError as problem:
+        yield problem
 
 
 def _gpus(plan: Plan) -> Iterator[JobError]:
@@ -1257,6 +1292,101 @@ END_OF_FTGEN_FILE
 In: a plan and a tokenizer. Out: folders below $STAGE_PATH/data. Start with `prepare.py`.
 """
 END_OF_FTGEN_FILE
+    cat >"$1"/runtime/data/held_out.py <<'END_OF_FTGEN_FILE' || return
+"""Hold examples out of the training, for the validation.
+
+In: a plan, and a folder with training.jsonl and validation.jsonl as its kind of data has split them. Out: the same
+folder, split as plan["validation"] asks; the number of held-out sequences.
+
+Without plan["validation"], and with its default fraction, the split stays as it is. With a file, the training gets all
+examples of the data.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from runtime.data import jsonl
+from runtime.data.split import VALIDATION, split
+from runtime.guard.manifest import sha256_of
+from runtime.job.errors import JobError
+
+Plan = dict[str, Any]
+
+
+def identity(plan: Plan) -> dict[str, Any]:
+    """What identifies the split, if it is not the default: the fraction, or the hash of the file."""
+    asked = plan.get("validation")
+    if not asked or asked["fraction"] == VALIDATION:
+        return {}
+    return {"validation": {"sha256": sha256_of(user_file(plan))} if asked["file"] else {"fraction": asked["fraction"]}}
+
+
+def apply(plan: Plan, folder: Path) -> None:
+    """Split the examples of the folder again. JobError: the file has faulty lines."""
+    if not identity(plan):
+        return
+    asked = plan["validation"]
+    names = ("training", "validation")
+    examples = [json.loads(line) for name in names for line in (folder / f"{name}.jsonl").open()]
+    if not asked["file"]:
+        split(examples, plan["seed"], folder, asked["fraction"])
+        return
+    for name, lines in zip(names, (examples, jsonl.read_jsonl(user_file(plan))), strict=True):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def user_file(plan: Plan) -> Path:
+    """Path of validation.file; a relative path is below STAGE_PATH. JobError: the file cannot be read."""
+    return jsonl.readable(plan["validation"]["file"], "validation.file")
+
+
+def refuse_too_few(plan: Plan, examples: Path, packed: Path | None) -> None:
+    """JobError if the held-out set does not fill one global batch: NeMo would validate on nothing, and not say so."""
+    if not plan.get("validation"):
+        return
+    count = _rows(packed / "validation.npy") if packed else _lines(examples / "validation.jsonl")
+    refuse_fewer(count, plan, "sequences" if packed else "examples")
+
+
+def refuse_fewer(count: int, plan: Plan, what: str) -> None:
+    """JobError if this many held-out sequences do not fill a global batch."""
+    if count < plan["global_batch_size"]:
+        more = "add examples to validation.file" if plan["validation"]["file"] else "increase validation.fraction"
+        raise JobError(
+            f"validation: the held-out data has {count} {what}, but a global batch has {plan['global_batch_size']}",
+            f"{more}, or reduce global_batch_size",
+        )
+
+
+def check(plan: Plan) -> None:
+    """JobError if it is clear before the training that the held-out examples are too few, or cannot be read.
+
+    Packing makes fewer sequences than examples. The training counts them.
+    """
+    asked = plan.get("validation")
+    if not asked:
+        return
+    if asked["file"]:
+        refuse_fewer(_lines(user_file(plan)), plan, "examples")
+    elif plan["data"]["kind"] == "jsonl":
+        refuse_fewer(max(1, round(_lines(jsonl.user_file(plan)) * asked["fraction"])), plan, "examples")
+
+
+def _lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(bool(line.strip()) for line in file)
+
+
+def _rows(path: Path) -> int:
+    """Number of rows of a .npy file, from its header."""
+    from numpy.lib import format as npy
+
+    with path.open("rb") as file:
+        version: tuple[int, int] = npy.read_magic(file)  # type: ignore[no-untyped-call]
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        return int(read(file)[0][0])  # type: ignore[no-untyped-call]
+END_OF_FTGEN_FILE
     cat >"$1"/runtime/data/jsonl.py <<'END_OF_FTGEN_FILE' || return
 """Read the user's own examples from a JSONL file, one {"input", "output"} per line.
 
@@ -1290,10 +1420,15 @@ def write(plan: Plan, folder: Path) -> None:
 
 def user_file(plan: Plan) -> Path:
     """Path of the file; a relative data.path is below STAGE_PATH. JobError: the file cannot be read."""
-    path = Path(os.environ.get("STAGE_PATH") or Path.cwd(), variables.path_with_values("data.path", plan["data"]["path"]))
+    return readable(plan["data"]["path"], "data.path")
+
+
+def readable(name: str, key: str) -> Path:
+    """Path of the file that a key of the spec names. JobError: the file cannot be read."""
+    path = Path(os.environ.get("STAGE_PATH") or Path.cwd(), variables.path_with_values(key, name))
     if not path.is_file() or not os.access(path, os.R_OK):
         raise JobError(
-            f"data.path: the file {path} does not exist or cannot be read",
+            f"{key}: the file {path} does not exist or cannot be read",
             "give the path of a file that every node can read",
         )
     return path
@@ -1395,7 +1530,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runtime.data import packing
+from runtime.data import held_out, packing
 from runtime.guard import manifest, publish
 from runtime.guard.manifest import sha256_of
 from runtime.hub.fetch import fetch
@@ -1419,6 +1554,7 @@ def prepare(plan: Plan, tokenizer: Path) -> Files:
     folder = _folder(plan["data"]["kind"], examples)
     publish.ensure(folder, examples, lambda staging: _build(plan, staging))
     if not plan["data"]["packed"]:
+        held_out.refuse_too_few(plan, folder, None)
         return Files(folder, None)
     packed = {
         "kind": "packed examples",
@@ -1429,6 +1565,7 @@ def prepare(plan: Plan, tokenizer: Path) -> Files:
     }
     packed_folder = _folder(f"{plan['data']['kind']}-packed-{plan['seq_length']}", packed)
     publish.ensure(packed_folder, packed, lambda staging: packing.pack(plan, folder, tokenizer, staging))
+    held_out.refuse_too_few(plan, folder, packed_folder)
     return Files(folder, packed_folder)
 
 
@@ -1455,7 +1592,7 @@ def identity(plan: Plan) -> dict[str, Any]:
     """What identifies the examples: two plans with the same identity use the same folder."""
     kind = plan["data"]["kind"]
     own: dict[str, Any] = _module(kind).identity(plan)
-    return {"kind": f"{kind} examples", "format": FORMAT, "seed": plan["seed"]} | own
+    return {"kind": f"{kind} examples", "format": FORMAT, "seed": plan["seed"]} | own | held_out.identity(plan)
 
 
 def _folder(name: str, identity: dict[str, Any]) -> Path:
@@ -1467,6 +1604,7 @@ def _build(plan: Plan, staging: Path) -> None:
     kind = plan["data"]["kind"]
     with timed(f"preparing the data: {kind}"):
         _module(kind).write(plan, staging)
+        held_out.apply(plan, staging)
         packing.index(staging)
 
 
@@ -1486,11 +1624,11 @@ from pathlib import Path
 VALIDATION = 0.05  # fraction of all examples, the same as in NeMo's SQuAD module
 
 
-def split(examples: list[dict[str, str]], seed: int, folder: Path) -> None:
-    """Write both files. Each keeps the order of the examples."""
+def split(examples: list[dict[str, str]], seed: int, folder: Path, fraction: float = VALIDATION) -> None:
+    """Write both files; `fraction` of the examples is held out. Each file keeps the order of the examples."""
     order = list(range(len(examples)))
     random.Random(seed).shuffle(order)  # noqa: S311
-    count = max(1, round(len(examples) * VALIDATION))
+    count = max(1, round(len(examples) * fraction))
     for name, numbers in (("validation", order[:count]), ("training", order[count:])):
         with (folder / f"{name}.jsonl").open("w") as file:
             file.writelines(json.dumps(examples[number]) + "\n" for number in sorted(numbers))
@@ -1767,6 +1905,98 @@ END_OF_FTGEN_FILE
 
 In: a plan. Out: a converted checkpoint (`convert.py`), training (`train.py`). Start with `train.py`, then `recipe.py`.
 """
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/attempt.py <<'END_OF_FTGEN_FILE' || return
+"""One attempt of a run that is saved: which checkpoint it goes on from, and what it saves.
+
+In: a plan with `save`. Out: an `Attempt`; with a recipe, the recipe that saves and resumes.
+
+A run has several attempts if its job is requeued, or if its script is submitted again with --resume. All attempts share
+the run directory, and so the folder of checkpoints.
+"""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from runtime.data.prepare import Files
+from runtime.guard import checkpoints
+from runtime.guard.checkpoints import Checkpoint
+from runtime.guard.claim import Claim
+from runtime.job import children, environment, stop
+from runtime.job.errors import JobError
+from runtime.job.progress import say
+
+Plan = dict[str, Any]
+
+
+class Attempt(NamedTuple):
+    """What this attempt owns and goes on from."""
+
+    folder: Path  # of the checkpoints
+    claim: Claim | None  # of rank 0
+    checkpoint: Checkpoint | None  # None: it begins with the first step
+
+    @property
+    def step(self) -> int:
+        """Number of steps that earlier attempts made and saved."""
+        return self.checkpoint.step if self.checkpoint else 0
+
+
+def begin(plan: Plan) -> Attempt:
+    """Take over the run and choose its newest checkpoint. JobError: another plan or a living job owns it."""
+    stop.listen(signal.SIGUSR1)  # until the first step has ended, SIGTERM still ends this process
+    children.pass_signals_by(signal.SIGUSR1, signal.SIGTERM)
+    children.end_with_this_process()
+    folder, claim = checkpoints.folder_of_run(), None
+    if os.environ["RANK"] == "0":
+        claim = checkpoints.own(folder)
+        checkpoints.clear(folder, claim)
+    checkpoint = checkpoints.newest(folder)
+    if checkpoint:
+        checkpoints.refuse_other(checkpoint, plan)
+        say(f"resumed after step {checkpoint.step}: {checkpoint.path}")
+    return Attempt(folder, claim, checkpoint)
+
+
+def add(recipe: Any, plan: Plan, attempt: Attempt, files: Files) -> None:
+    """Make the recipe save, and resume from the attempt's checkpoint. JobError: the data has changed. Imports NeMo."""
+    from runtime.engines.nemo import resume, save
+
+    data = [folder.name for folder in files if folder]
+    versions = environment.packages()
+    if attempt.checkpoint:
+        _compare(attempt.checkpoint, data, versions)
+        resume.resume(recipe, attempt.checkpoint.path)
+    resume.prepare(recipe, plan)
+    save.add(
+        recipe,
+        save.Saves(
+            folder=str(attempt.folder),
+            every_steps=plan["save"]["every_steps"],
+            keep=plan["save"]["keep"],
+            generation=attempt.claim.generation if attempt.claim else 0,
+            resumed=attempt.step,
+            checkpoint_bytes=plan["save"]["checkpoint_bytes"],
+            about=checkpoints.about(plan, data, versions),
+            lead_s=plan["slurm"]["end_before_limit_s"] if os.environ.get("SLURM_JOB_ID") else 0,
+        ),
+    )
+
+
+def _compare(checkpoint: Checkpoint, data: list[str], versions: dict[str, str]) -> None:
+    before, packages = checkpoint.manifest["data"], checkpoint.manifest["versions"]
+    if before != data:
+        raise JobError(
+            f"{checkpoint.path} was trained on other data: {', '.join(before)} there and {', '.join(data)} here",
+            "restore the data as it was, or submit the script without --resume: that starts a new run",
+        )
+    changed = [
+        f"{name} {packages.get(name)} -> {versions.get(name)}" for name in versions if packages.get(name) != versions[name]
+    ]
+    if changed:
+        say(f"warning: packages have changed since {checkpoint.path}, so results may differ: {', '.join(changed)}")
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/compatibility.py <<'END_OF_FTGEN_FILE' || return
 """Make older and newer versions of NeMo and Megatron-Core work together, and with this runtime.
@@ -2053,6 +2283,7 @@ def stand_in() -> None:
     from nemo.collections.llm.peft import utils as lora_layers
     from nemo.lightning import megatron_init
     from nemo.lightning.io import pl as nemo_checkpoints
+    from nemo.lightning.pytorch.callbacks.progress_printer import ProgressPrinter
 
     megatron_random._set_cuda_rng_state = torch.cuda.set_rng_state
     megatron_random._get_cuda_rng_state = torch.cuda.get_rng_state
@@ -2061,6 +2292,8 @@ def stand_in() -> None:
         lora_layers.HAVE_TE = False  # NeMo 2.7 sets it to True here though Transformer Engine is not installed
     megatron_init._set_random_seed = _with_a_device(megatron_init._set_random_seed)
     nemo_checkpoints._fix_tensors_device = _same  # it moves loaded tensors between GPUs
+    # Rank 0 alone gathers Megatron's timers from all ranks. Gloo takes that for the next collective of the other ranks.
+    ProgressPrinter.log_megatron_timers = _nothing
     # CPU and GPU share one random generator here. Megatron would warn each time that the CPU's state changes.
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
     _OnTheCpu().__enter__()  # never exited
@@ -2177,12 +2410,9 @@ In: a directory in Hugging Face format. Out: a directory in NeMo's format.
 This module imports NeMo (15-40 s), so only a conversion imports it.
 """
 
-import ctypes
 import json
-import os
 import queue
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -2194,10 +2424,9 @@ from nemo.collections.llm.gpt.model.qwen2 import HFQwen2Importer
 from transformers import AutoTokenizer
 
 from runtime.engines.nemo import cpu
+from runtime.job import children
 from runtime.job.errors import JobError
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-LIBC = ctypes.CDLL(None)
 # By the `model_type` of a config.json.
 IMPORTERS = {"llama": HFLlamaImporter, "mistral": HFMistralImporter, "qwen2": HFQwen2Importer}
 
@@ -2266,18 +2495,14 @@ def import_directory(source: Path, output: Path, scratch: Path) -> str:
 
 
 def _keep_to_this_process() -> None:
-    """Make Megatron's forked processes end with this one. Otherwise they would keep our memory and our output open.
+    """Make Megatron's forked processes end with this one.
 
     Saving is not asynchronous here, so a plain queue replaces Megatron-Core's, which needs a server process (two
     seconds to start).
     """
     base.async_calls = SavesHere()
     filesystem_async._results_queue = queue.Queue()
-    os.register_at_fork(after_in_child=_die_with_the_parent)
-
-
-def _die_with_the_parent() -> None:
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    children.end_with_this_process()
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/imports.py <<'END_OF_FTGEN_FILE' || return
 """Import NeMo faster: packages that a fine-tune does not use are imported only when something uses them.
@@ -3486,6 +3711,281 @@ def _for_the_cpu(recipe: Any) -> None:
     optimizer.clip_grad = 0.0  # its kernel needs CUDA
     recipe.data.num_workers = 0
 END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/resume.py <<'END_OF_FTGEN_FILE' || return
+"""Resume a training from a checkpoint, so that it trains exactly what an uninterrupted one does.
+
+In: a recipe and a checkpoint. Out: the recipe, changed, and NeMo, changed for this process.
+
+NeMo 2.7.3 alone resumes on wrong data. Five things are changed (a test compares each loss, learning rate and batch):
+
+1. Length of the data. Lightning counts batches from the start of the run, NeMo's sampler those that are left. The
+   resumed epoch ended early, and the data began again.
+2. The checkpoint is the one that ftgen has chosen. NeMo's own choice fails if its newest copy is half-written.
+3. Base weights and tokenizer come from the converted checkpoint, which stays. NeMo takes the tokenizer from the
+   checkpoint before, which may be deleted; and with LoRA it takes the base from the path that it once had.
+4. Random numbers. NeMo saves no state of the generators. With dropout, each step gets a seed of its own.
+5. Scales of FP8. With LoRA, NeMo saves the adapters alone. The scales and the amax history of the frozen layers are saved
+   with them. Not measured yet: the plan's rules refuse FP8 until bench/resume.py has shown that it resumes exactly.
+
+This module imports NeMo, so only a training imports it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import nemo_run as run
+from lightning.pytorch.callbacks import Callback
+from nemo import lightning as nl
+from nemo.collections.common.data.data_samplers import MegatronPretrainingBatchSampler
+from nemo.lightning import megatron_init
+from nemo.lightning.pytorch.callbacks import PEFT
+from nemo.lightning.resume import AdapterPath
+
+Plan = dict[str, Any]
+
+
+def prepare(recipe: Any, plan: Plan) -> None:
+    """Make a run resumable. This concerns its first attempt as well: all attempts must train alike."""
+    MegatronPretrainingBatchSampler.__len__ = _whole_length
+    if plan["lora"] and plan["precision"] == "fp8":
+        PEFT.adapter_key_filter = _with_scales(PEFT.adapter_key_filter)
+    if plan["lora"] and plan["lora"]["dropout"]:
+        recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), run.Config(Reseed, plan["seed"])]
+
+
+def resume(recipe: Any, checkpoint: Path) -> None:
+    """Make the recipe go on from a checkpoint."""
+    recipe.resume = run.Config(Resume, restore_config=recipe.resume.restore_config, resume_from_path=str(checkpoint))
+
+
+class Reseed(Callback):  # type: ignore[misc]
+    """Seeds the random numbers before each step, from the step's number."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: Any, *_args: Any) -> None:
+        """Seed the generators as NeMo does at the start of a run."""
+        megatron_init._set_random_seed(self.seed + 1 + trainer.global_step)
+
+
+class Resume(nl.AutoResume):  # type: ignore[misc]
+    """Resumes from `resume_from_path`, with base weights and tokenizer from `restore_config.path`."""
+
+    def get_trainer_ckpt_path(self, _model: Any = None) -> Path:
+        """The weights of the checkpoint; for adapters, also the path of the base weights."""
+        weights = Path(self.resume_from_path) / "weights"
+        if (weights / "adapter_metadata.json").exists():
+            return AdapterPath(weights, base_model_path=Path(self.restore_config.path))  # type: ignore[no-any-return]
+        return weights
+
+    def get_context_path(self, _model: Any = None) -> Path:
+        """Where the tokenizer is."""
+        return Path(self.restore_config.path) / "context"
+
+
+def _with_scales(is_adapter: Any) -> Any:
+    def is_saved(self: Any, key: Any) -> bool:
+        """Whether a LoRA checkpoint has this key: a weight of an adapter, or the FP8 state of any layer."""
+        return is_adapter(self, key) or (isinstance(key, str) and key.endswith("_extra_state"))
+
+    return is_saved
+
+
+def _whole_length(sampler: Any) -> int:
+    """Number of batches from the start of the run, as `MegatronPretrainingBatchSampler.__len__`."""
+    whole, left = divmod(sampler.total_samples, sampler.global_batch_size)
+    return int(whole + (1 if left and not sampler.drop_last else 0))
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/save.py <<'END_OF_FTGEN_FILE' || return
+"""Save a training while it runs, and stop it between two steps when Slurm asks for that.
+
+In: a recipe, and what is saved where (`Saves`). Out: the recipe with a callback; checkpoints as checkpoints.py describes.
+
+All ranks write their part of a checkpoint in Megatron's distributed format, and wait until it is on the disk. Rank 0
+publishes it. Saving is synchronous: an asynchronous save that is killed leaves nothing, and its processes live on.
+
+NeMo's own ModelCheckpoint is not used. If it is killed while it writes its second copy, `-last`, no resume is possible.
+
+This module imports Lightning, so only a training imports it.
+"""
+
+import queue
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nemo_run as run
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed import ReduceOp
+
+from runtime.guard import checkpoints, publish
+from runtime.job import stop
+from runtime.job.errors import JobError
+from runtime.job.progress import say, say_clock
+
+CLOCK_S = 30.0  # between two lines with the time, about
+# How torch and Megatron word a failed write: they do not hand on the error of the system.
+DISK_ERRORS = ("No space left on device", "Disk quota exceeded", "unexpected pos")
+
+
+class Saves(NamedTuple):
+    """What is saved, where and when."""
+
+    folder: str
+    every_steps: int
+    keep: int
+    generation: int  # number of the claim of this job; 0 on all ranks but rank 0
+    resumed: int  # step of the checkpoint that this job goes on from; 0 if it begins
+    checkpoint_bytes: int  # estimated size of a checkpoint
+    about: dict[str, Any]  # for the manifests
+    lead_s: int  # seconds from Slurm's warning to the time limit; 0 outside of Slurm
+
+
+def add(recipe: Any, saves: Saves) -> None:
+    """Add the callback to the recipe."""
+    recipe.trainer.enable_checkpointing = True
+    recipe.trainer.strategy.ckpt_async_save = False
+    filesystem_async._results_queue = queue.Queue()  # Megatron's own is a server process, for asynchronous saves
+    recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), run.Config(Save, tuple(saves))]
+
+
+class Save(Checkpoint):  # type: ignore[misc]
+    """Saves after every N steps, after the last one, and after the step in which the training is asked to stop.
+
+    Lightning calls a `Checkpoint` after all other callbacks. So NeMo's timer has stopped when a save begins: the times of
+    the step lines are without saves.
+    """
+
+    last_model_path = ""  # NeMo sets it when it resumes
+
+    def __init__(self, saves: tuple[Any, ...]) -> None:
+        self.saves = Saves(*saves)
+        self.folder = Path(self.saves.folder)
+        self.saved = self.saves.resumed  # step of the last checkpoint
+        self.size = self.saves.checkpoint_bytes  # of the last checkpoint; before the first one, estimated
+        self.waiting = False  # for a validation, before the save
+        self.stopping = False
+        self.began = 0.0  # of the current step
+        self.clock = 0.0  # of the last line with the time
+        self.told = False  # that the lead time is too short
+
+    def on_train_start(self, *_args: Any) -> None:
+        """Check that all ranks resume from the same step, and tell them the number of the claim."""
+        stop.listen(signal.SIGUSR1, signal.SIGTERM)
+        first, last = -_over_ranks(-self.saves.resumed), _over_ranks(self.saves.resumed)
+        if first != last:
+            raise JobError(
+                f"the ranks see different checkpoints in {self.folder}: step {first} and step {last}",
+                "the shared file system is late: submit the job again",
+            )
+        self.saves = self.saves._replace(generation=_over_ranks(self.saves.generation))
+        self._tell_the_time(self.saves.resumed)
+
+    def on_train_batch_start(self, trainer: Any, *_args: Any) -> None:
+        """Note the time, and write it now and then."""
+        self.began = time.monotonic()
+        if self.began - self.clock > CLOCK_S:
+            self._tell_the_time(trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Any, *_args: Any) -> None:
+        """Save, if it is time to. If this step is validated too, do it after the validation.
+
+        A run that is resumed does not repeat the validation of the step that it goes on from.
+        """
+        step = trainer.global_step
+        self.stopping = bool(_over_ranks(int(bool(stop.asked()))))
+        if self.stopping and step < trainer.max_steps:
+            say(f"asked to stop ({stop.asked() or 'another rank was'}): the run is saved after step {step}")
+        if self.stopping or step == trainer.max_steps or step % self.saves.every_steps == 0:
+            loop = trainer.fit_loop
+            self.waiting = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+            if not self.waiting:
+                self._save(trainer)
+
+    def on_validation_end(self, trainer: Any, *_args: Any) -> None:
+        """Save, if a save waited for this validation."""
+        if self.waiting:
+            self.waiting = False
+            self._save(trainer)
+
+    def on_save_checkpoint(self, _trainer: Any, _module: Any, checkpoint: dict[str, Any]) -> None:
+        """Count the current batch as completed. Lightning does so only after this callback.
+
+        A resumed run would count one batch less, and validate one step later than it should.
+        """
+        for part in ("total", "current"):
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"][part]
+            progress["completed"] = progress["processed"]
+
+    def _save(self, trainer: Any) -> None:
+        step = trainer.global_step
+        before_s = time.monotonic() - self.began  # the step, and its validation
+        if step != self.saved:
+            begin = time.monotonic()
+            self.size = self._write(trainer, step)
+            took_s, gib = time.monotonic() - begin, self.size / 2**30
+            say(f"saved step {step} in {took_s:.2f} s: checkpoints/{checkpoints.PREFIX}{step}, {gib:.3g} GiB")
+            self._tell_the_time(step)
+            self._warn_of_the_limit(before_s + took_s)
+        self.saved = step
+        if self.stopping and step < trainer.max_steps:
+            say(f"stopped after step {step} of {trainer.max_steps}: exit code {stop.AGAIN}, to be run again")
+            raise SystemExit(stop.AGAIN)
+
+    def _write(self, trainer: Any, step: int) -> int:
+        """Write and publish the checkpoint of a step, on all ranks together. Returns its size in bytes, on rank 0."""
+        staging = checkpoints.staging(self.folder, step, self.saves.generation)
+        barrier, size = trainer.strategy.barrier, 0
+        try:
+            if trainer.is_global_zero:
+                publish.require_space(self.folder, self.size, f"the checkpoint of step {step}")
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir()
+            barrier()
+            trainer.save_checkpoint(staging, weights_only=False)
+            if trainer.local_rank == 0:
+                checkpoints.sync_files(staging)
+            barrier()
+            if trainer.is_global_zero:
+                size = checkpoints.publish_step(self.folder, step, self.saves.generation, self.saves.about)
+                checkpoints.keep_newest(self.folder, self.saves.keep)
+            barrier()
+        except BaseException as error:
+            shutil.rmtree(staging, ignore_errors=True)  # on a full disk, every byte counts
+            if publish.is_disk_error(error) or any(words in str(error) for words in DISK_ERRORS):
+                raise JobError(
+                    f"the checkpoint of step {step} cannot be written: the disk or your quota is full: {self.folder}",
+                    f"free some space. The run can go on after step {self.saved}",
+                ) from error
+            raise
+        return size
+
+    def _tell_the_time(self, step: int) -> None:
+        self.clock = time.monotonic()
+        say_clock(step)
+
+    def _warn_of_the_limit(self, needed_s: float) -> None:
+        if needed_s > self.saves.lead_s > 0 and not self.told:
+            self.told = True
+            say(
+                f"warning: a step and its save take {needed_s:.0f} s, but Slurm warns only {self.saves.lead_s} s before the "
+                f"time limit: set end_before_limit_s in the site profile to {2 * needed_s:.0f}"
+            )
+
+
+def _over_ranks(value: int) -> int:
+    """The highest value of all ranks."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return value
+    highest = torch.tensor(value, device=torch.cuda.current_device(), dtype=torch.int64)
+    torch.distributed.all_reduce(highest, op=ReduceOp.MAX)
+    return int(highest.item())
+END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/train.py <<'END_OF_FTGEN_FILE' || return
 """Train: one process per rank.
 
@@ -3501,7 +4001,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.data.prepare import prepare
-from runtime.engines.nemo import compatibility, convert, imports
+from runtime.engines.nemo import attempt, compatibility, convert, imports
 from runtime.engines.nemo.optimizations import switch
 from runtime.job import environment, profile
 from runtime.job.errors import JobError
@@ -3518,6 +4018,10 @@ def train(plan: Plan) -> int:
     weights = convert.directory(plan)
     if not convert.converted(plan):
         raise JobError(f"there is no converted checkpoint in {weights}", "run the command convert first")
+    this = attempt.begin(plan) if plan.get("save") else None
+    if this and this.step == plan["max_steps"]:
+        say("the run is complete: its last step is saved")
+        return 0
     read_ahead.begin(weights / "weights")
     with timed("importing NeMo"):
         _set_variables(plan)
@@ -3526,7 +4030,7 @@ def train(plan: Plan) -> int:
         import fiddle
         import torch
 
-        from runtime.engines.nemo import recipe
+        from runtime.engines.nemo import recipe, validate
 
         compatibility.after_imports()
     if plan["gpu"]["name"] == "cpu":
@@ -3541,6 +4045,10 @@ def train(plan: Plan) -> int:
     recipe_of_run = recipe.build(plan, weights, files, _log_directory())
     switch.apply(recipe_of_run, plan, off)
     profile.add(recipe_of_run, plan)
+    if plan.get("validation"):
+        validate.add(recipe_of_run, plan)
+    if this:
+        attempt.add(recipe_of_run, plan, this, files)
     training = fiddle.build(recipe_of_run)
     say(f"training: {plan['experiment']}, {plan['max_steps']} steps")
     training()
@@ -3581,11 +4089,264 @@ def _free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/validate.py <<'END_OF_FTGEN_FILE' || return
+"""Compute the loss of the held-out examples while a training runs.
+
+In: a recipe, a plan with `validation`. Out: the recipe, which validates every N steps and after the last one; a line in
+the log for each validation.
+
+NeMo leaves out what does not fill a global batch. The line says how many sequences counted.
+
+This module imports Lightning, so only a training imports it.
+"""
+
+import time
+from typing import Any
+
+import nemo_run as run
+from lightning.pytorch.callbacks import Callback
+
+from runtime.job.progress import say
+
+Plan = dict[str, Any]
+
+
+def add(recipe: Any, plan: Plan) -> None:
+    """Switch validation on. It does not change what is trained: no random number and no sample is used up."""
+    trainer = recipe.trainer
+    trainer.limit_val_batches = 1.0
+    trainer.num_sanity_val_steps = 0
+    trainer.val_check_interval = plan["validation"]["every_steps"]
+    trainer.check_val_every_n_epoch = None  # the interval counts steps of the whole run, not of an epoch
+    trainer.callbacks = [*(trainer.callbacks or []), run.Config(Validate, plan["global_batch_size"])]
+
+
+class Validate(Callback):  # type: ignore[misc]
+    """Validates after the last step, and writes a line for each validation."""
+
+    def __init__(self, global_batch_size: int) -> None:
+        self.global_batch_size = global_batch_size
+        self.began = 0.0
+        self.batches = 0
+
+    def on_train_batch_end(self, trainer: Any, *_args: Any) -> None:
+        """After the last step, Lightning validates if it is told to stop."""
+        if trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True
+
+    def on_validation_start(self, *_args: Any) -> None:
+        """Note the time."""
+        self.began, self.batches = time.monotonic(), 0
+
+    def on_validation_batch_end(self, *_args: Any) -> None:
+        """Count a global batch."""
+        self.batches += 1
+
+    def on_validation_end(self, trainer: Any, *_args: Any) -> None:
+        """Write the loss, with all its digits."""
+        loss, took_s = float(trainer.callback_metrics["val_loss"]), time.monotonic() - self.began
+        counted = f"{self.batches * self.global_batch_size} sequences"
+        say(f"validation after step {trainer.global_step}: loss {loss:.7g} over {counted} in {took_s:.2f} s")
+END_OF_FTGEN_FILE
     cat >"$1"/runtime/guard/__init__.py <<'END_OF_FTGEN_FILE' || return
 """Build a folder once, however many jobs and ranks need it, and publish it only when it is complete.
 
 In: a path, what identifies its content, and a function that builds it. Out: the folder. Start with `publish.py`.
 """
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/guard/checkpoints.py <<'END_OF_FTGEN_FILE' || return
+"""The checkpoints of a run: publish each one complete, find the newest complete one, keep the last ones.
+
+In: the folder of a run's checkpoints, and plans. Out: <folder>/step_<N>/{weights/,manifest.json} after N steps.
+
+A checkpoint is written into a staging folder. It gets a manifest and is renamed to step_<N>, so a folder of this name is
+complete. A crash of the file system can still damage it, so its files must have the sizes of the manifest. They are not
+hashed: a checkpoint has 100 GB and more. A damaged checkpoint is renamed, and an older one is used.
+
+One job at a time owns the folder (see claim.py). An owner that was taken for dead publishes nothing.
+
+Environment: FTGEN_RUN_DIR, the run directory (default $STAGE_PATH/logs).
+
+manifest.json contains {"format", "step", "plan_sha256", "plan", "data", "versions", "files": {path: {"size": bytes}}}.
+
+In <folder>:  step_<N>/  .claims/<n>/  .step_<N>.staging-<n>/  step_<N>.untrusted-<time>/
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from runtime.guard import publish
+from runtime.guard.claim import Claim, Watch, highest, stale_s
+from runtime.guard.manifest import sync
+from runtime.job.errors import JobError
+from runtime.job.progress import say
+
+FORMAT = 1
+NAME = "manifest.json"
+PREFIX = "step_"
+# Keys of a plan that do not change what is trained. All others must be the same when a run is resumed.
+NOT_TRAINING = {"format", "ftgen_version", "name", "experiment", "spec_file", "spec_sha256", "point", "overrides", "save"}
+NOT_TRAINING |= {"window_steps", "profile", "environment", "stage_path", "modules", "setup_lines", "prefix", "python"}
+NOT_TRAINING |= {"slurm", "checkpoint.gated"}
+NOT_TRAINING |= {"gpu.memory_gib", "gpu.peak_flops", "model.flops_per_sample", "model.parameters"}
+
+Plan = dict[str, Any]
+
+
+class Checkpoint(NamedTuple):
+    """A complete checkpoint."""
+
+    path: Path
+    step: int  # number of steps that were made
+    manifest: dict[str, Any]
+
+
+def folder_of_run() -> Path:
+    """The folder of this run's checkpoints; the script sets FTGEN_RUN_DIR."""
+    stage = os.environ.get("STAGE_PATH") or Path.cwd()
+    return Path(os.environ.get("FTGEN_RUN_DIR") or Path(stage, "logs"), "checkpoints")
+
+
+def own(folder: Path) -> Claim:
+    """The right to write into the folder, for this process alone. JobError: another process has it and still lives."""
+    claims = folder / ".claims"
+    publish.make_directory(claims)
+    watch, end = Watch(claims), time.monotonic() + 1.5 * stale_s()
+    said = False
+    while not (claim := watch.claim()):
+        if not said:
+            say(f"waiting for {folder}: {watch.holder()} trains this run, or was killed a moment ago")
+            said = True
+        if time.monotonic() > end:
+            raise JobError(f"{watch.holder()} trains the run of {folder}", "wait until it ends, or cancel it")
+        time.sleep(0.5)
+    return claim
+
+
+def clear(folder: Path, claim: Claim) -> None:
+    """Remove what earlier owners left half-written, and rename the damaged checkpoints that are newer than a good one."""
+    for left in [*folder.glob(f".{PREFIX}*.staging-*"), *folder.glob(f".{PREFIX}*.trash")]:
+        if left.suffix == ".trash" or left.name.rpartition("-")[2] != str(claim.generation):
+            shutil.rmtree(left, ignore_errors=True)
+    for step, path in _all(folder):
+        if (found := flaw(path)) is None:
+            return
+        aside = path.with_name(f"{path.name}.untrusted-{time.strftime('%Y%m%d-%H%M%S')}")
+        path.rename(aside)
+        say(f"checkpoint of step {step} is not used: {found}. It was moved to {aside}, which you can delete")
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that has no flaw; None if there is none."""
+    for step, path in _all(folder):
+        if flaw(path) is None:
+            return Checkpoint(path, step, json.loads((path / NAME).read_text()))
+    return None
+
+
+def flaw(path: Path) -> str | None:
+    """The first thing that is wrong with a checkpoint, or None. Never raises, whatever the folder contains."""
+    try:
+        document = json.loads((path / NAME).read_text())
+        if document["format"] != FORMAT or not document["files"] or f"{PREFIX}{document['step']}" != path.name:
+            return f"{NAME} has another format"
+        sizes = {name: entry["size"] for name, entry in document["files"].items()}
+        for name, size in sizes.items():
+            found = (path / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes, not {size}"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{NAME} cannot be read: {error}"
+    return None
+
+
+def staging(folder: Path, step: int, generation: int) -> Path:
+    """Where owner number `generation` writes the checkpoint of a step."""
+    return folder / f".{PREFIX}{step}.staging-{generation}"
+
+
+def sync_files(folder: Path) -> None:
+    """Wait until the files below a folder are on the disk. A node can do this only for what it has written itself."""
+    for path in folder.rglob("*"):
+        sync(path)
+
+
+def publish_step(folder: Path, step: int, generation: int, about: dict[str, Any]) -> int:
+    """Give the staged checkpoint of a step its manifest and its name. JobError: another job owns the run by now.
+
+    Returns its size in bytes.
+    """
+    staged, place = staging(folder, step, generation), folder / f"{PREFIX}{step}"
+    files = {path.relative_to(staged).as_posix(): path for path in sorted(staged.rglob("*")) if path.is_file()}
+    sizes = {name: {"size": path.stat().st_size} for name, path in files.items()}
+    document = {"format": FORMAT, "step": step, **about, "files": sizes}
+    (staged / NAME).write_text(json.dumps(document, indent=1) + "\n")
+    for path in (staged / NAME, staged, *(path for path in staged.rglob("*") if path.is_dir())):
+        sync(path)
+    if highest(folder / ".claims") != generation:
+        raise JobError(f"another job has taken over the run of {folder}", "let it train: this job stops here")
+    staged.rename(place)
+    sync(folder)
+    return sum(entry["size"] for entry in sizes.values())
+
+
+def keep_newest(folder: Path, count: int) -> None:
+    """Remove all but the newest checkpoints. Each is renamed first: a half-removed one must not have its name."""
+    for _, path in _all(folder)[count:]:
+        trash = path.with_name(f".{path.name}.trash")
+        path.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def about(plan: Plan, data: list[str], versions: dict[str, str]) -> dict[str, Any]:
+    """What a manifest says of the training: plan, names of the data's folders (with their hashes), package versions."""
+    return {"plan_sha256": digest(plan), "plan": plan, "data": data, "versions": versions}
+
+
+def digest(plan: Plan) -> str:
+    """Hash of those keys of a plan that change what is trained."""
+    return sha256(json.dumps(dict(_training(plan)), sort_keys=True).encode()).hexdigest()
+
+
+def refuse_other(checkpoint: Checkpoint, plan: Plan) -> None:
+    """JobError if the checkpoint was made by a plan that trains something else, with every difference."""
+    before, now = dict(_training(checkpoint.manifest["plan"])), dict(_training(plan))
+    found = [
+        f"{key} is {before.get(key)!r} there and {now.get(key)!r} here"
+        for key in sorted(before.keys() | now.keys())
+        if (before.get(key) or None) != (now.get(key) or None)
+    ]
+    if found:
+        schedule = " (max_steps changes the learning rate of every step)" if "max_steps" in found[0] else ""
+        raise JobError(
+            f"{checkpoint.path} was saved by another plan: {'; '.join(found)}{schedule}",
+            "compile the spec as it was, or submit the script without --resume: that starts a new run",
+        )
+
+
+def _all(folder: Path) -> list[tuple[int, Path]]:
+    """Step and path of every folder that has a checkpoint's name, the newest first."""
+    names = ((path.name.removeprefix(PREFIX), path) for path in folder.glob(f"{PREFIX}*"))
+    return sorted(((int(step), path) for step, path in names if step.isdigit()), reverse=True)
+
+
+def _training(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a plan, without those that do not change what is trained."""
+    for key, value in tree.items():
+        if f"{prefix}{key}" in NOT_TRAINING:
+            continue
+        if isinstance(value, dict) and value:
+            yield from _training(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/guard/claim.py <<'END_OF_FTGEN_FILE' || return
 """Decide which of many processes builds a folder, by numbered claims on a shared file system.
@@ -3958,7 +4719,7 @@ def ensure(place: Path, source: Source, build: Build, *, need_bytes: int | Calla
     if manifest.flaw(place, source) is None:
         return place
     claims = place.parent / f".{place.name}.claims"
-    _make_directory(claims)
+    make_directory(claims)
     while claim := _next_claim(place, source, claims):
         with _held(claim):
             if manifest.flaw(place, source) is None or _make(place, source, build, need_bytes, claim):
@@ -4099,7 +4860,8 @@ def _sigterm_ends_the_block() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _make_directory(directory: Path) -> None:
+def make_directory(directory: Path) -> None:
+    """Create a directory that this process can write to. JobError: that is not possible."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -4127,16 +4889,21 @@ def _plain_disk_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        failed = [cause for cause in causes(error) if isinstance(cause, OSError)]
-        if any(cause.errno in FULL for cause in failed):
+        if is_disk_error(error):
             raise JobError(
                 f"the disk of {directory} is full, or your quota is used up",
                 "free some space there, or set STAGE_PATH to a directory on a larger file system",
             ) from error
+        failed = [cause for cause in causes(error) if isinstance(cause, OSError)]
         denied = [cause for cause in failed if cause.errno in DENIED and str(cause.filename).startswith(str(directory))]
         if denied:
             raise _cannot_create(Path(denied[0].filename), denied[0]) from error
         raise
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Whether the disk or a quota is full, however deep in a library the error was raised."""
+    return any(isinstance(cause, OSError) and cause.errno in FULL for cause in causes(error))
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/hub/__init__.py <<'END_OF_FTGEN_FILE' || return
 """Repositories of the Hugging Face hub: find them on this machine, or download them once for all jobs.
@@ -4872,6 +5639,41 @@ def _place() -> Path:
         pass
     return Path(os.environ.get("FTGEN_RUN_DIR") or Path.cwd(), "cache", os.environ.get("SLURM_NODEID", "0"))
 END_OF_FTGEN_FILE
+    cat >"$1"/runtime/job/children.py <<'END_OF_FTGEN_FILE' || return
+"""How forked children of this process behave: data loaders' workers, and processes that write a checkpoint.
+
+In: nothing. Out: every child that this process forks from now on is changed. Programs that it starts are not.
+"""
+
+import ctypes
+import os
+import signal
+from multiprocessing.popen_fork import Popen
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+LIBC = ctypes.CDLL(None)
+
+
+def end_with_this_process() -> None:
+    """Kill the children when this process ends. Otherwise they would keep its memory and its output open."""
+    os.register_at_fork(after_in_child=lambda: LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
+
+
+def pass_signals_by(*signals: signal.Signals) -> None:
+    """Block these signals in the children. Slurm sends a signal to every process of a task, and only the task handles it.
+
+    A data loader's worker that dies makes the training fail, and a process that writes a part of a checkpoint the save.
+    multiprocessing ends its children with SIGTERM and waits for them: now that they block it, with SIGKILL.
+    """
+    os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, signals))
+    if signal.SIGTERM in signals:
+        setattr(Popen, "terminate", _kill)  # noqa: B010 - mypy refuses an assignment
+
+
+def _kill(process: Popen) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take the end of a worker for a failure
+    process.kill()
+END_OF_FTGEN_FILE
     cat >"$1"/runtime/job/environment.py <<'END_OF_FTGEN_FILE' || return
 """Write the environment of a training into its log: versions, machine, Slurm job. `ftgen report` shows it.
 
@@ -4904,12 +5706,17 @@ def found(plan: dict[str, Any]) -> dict[str, Any]:
     """The environment as names and values; what this machine does not have is left out."""
     facts: dict[str, Any] = {
         "python": platform.python_version(),
-        "packages": {name: number for name in PACKAGES if (number := installed(name))},
+        "packages": packages(),
         "system": platform.platform(),
         "cpus": os.cpu_count(),
         **{name: os.environ[variable] for name, variable in JOB.items() if os.environ.get(variable)},
     }
     return facts | (_gpu() if plan["gpu"]["name"] != "cpu" else {})
+
+
+def packages() -> dict[str, str]:
+    """Versions of the packages that decide what is computed."""
+    return {name: number for name in PACKAGES if (number := installed(name))}
 
 
 def _gpu() -> dict[str, Any]:
@@ -5134,12 +5941,18 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 
 
 def say(text: str, *, any_rank: bool = False) -> None:
     """Print `ftgen: text` on rank 0. `any_rank` prints on every rank: for an event that happens on one rank only."""
     if any_rank or os.environ.get("RANK", "0") == "0":
         print(f"ftgen: {text}", flush=True)
+
+
+def say_clock(step: int) -> None:
+    """Print the time, and how many steps the run has made. The job's script prints it at its start and its end."""
+    say(f"clock {datetime.now(timezone.utc).isoformat(timespec='seconds')} after step {step}")
 
 
 @contextmanager
@@ -5288,6 +6101,35 @@ def owner_of(path: Path) -> str:
     """Whose file or folder it is."""
     return user_name(path.stat().st_uid)
 END_OF_FTGEN_FILE
+    cat >"$1"/runtime/job/stop.py <<'END_OF_FTGEN_FILE' || return
+"""Stop a training when Slurm asks for it, after the current step instead of at once.
+
+In: signals to this process. Out: `asked()`, the name of the first signal, or "".
+
+SIGUSR1 is Slurm's warning before the time limit. SIGTERM comes with a pre-emption, a requeue and a cancellation.
+"""
+
+import signal
+from types import FrameType
+
+AGAIN = 85  # exit code of a training that was saved before its last step: run it again
+_asked: list[str] = []
+
+
+def listen(*signals: signal.Signals) -> None:
+    """From now on these signals do not end this process; `asked` tells of them. Only the main thread may call this."""
+    for one in signals:
+        signal.signal(one, _note)
+
+
+def asked() -> str:
+    """Name of the first signal that asked this process to stop; "" if none did."""
+    return _asked[0] if _asked else ""
+
+
+def _note(number: int, _frame: FrameType | None) -> None:
+    _asked.append(signal.Signals(number).name)
+END_OF_FTGEN_FILE
     cat >"$1"/runtime/job/variables.py <<'END_OF_FTGEN_FILE' || return
 """Set the variables of [environment]. Their texts may refer to the variables that are there.
 
@@ -5387,7 +6229,7 @@ def begin(command: str) -> None:
 
 def _answer(folder: Path, command: str, quiet: float) -> None:
     # the main thread handles signals: one that arrives here would not interrupt a long call of the main thread
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
     seen = _asked(folder)
     while True:
         faulthandler.dump_traceback_later(quiet, repeat=True)

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from runtime import download
-from runtime.data import jsonl
+from runtime.data import held_out, jsonl
 from runtime.engines.nemo import convert
 from runtime.engines.nemo import packages as nemo_packages
+from runtime.guard import checkpoints, publish
 from runtime.hub import errors, find
 from runtime.hub.token import has_token
 from runtime.job.errors import JobError
@@ -34,7 +35,15 @@ DRIVER = Path("/proc/driver/nvidia/gpus")
 def check(plan: Plan) -> int:
     """Exit code 0 if the job can start. Otherwise 1, and on stderr an error and a hint for each thing that is missing."""
     say(f"packages: {nemo_packages.found()}")
-    problems = [*_stage_path(), *_packages(plan), *_weights(plan), *_data(plan), *_hub(plan), *_gpus(plan)]
+    problems = [
+        *_stage_path(),
+        *_packages(plan),
+        *_weights(plan),
+        *_data(plan),
+        *_hub(plan),
+        *_checkpoints(plan),
+        *_gpus(plan),
+    ]
     for problem in problems:
         print(f"ftgen: error: {problem}", file=sys.stderr, flush=True)
     if not problems:
@@ -101,6 +110,28 @@ def _data(plan: Plan) -> Iterator[JobError]:
             jsonl.user_file(plan)
         except JobError as problem:
             yield problem
+            return
+    try:
+        held_out.check(plan)
+    except JobError as problem:
+        yield problem
+
+
+def _checkpoints(plan: Plan) -> Iterator[JobError]:
+    """Room for the checkpoints that the run keeps and one more; those that it has already need no more room."""
+    save = plan.get("save")
+    if not save or not os.environ.get("STAGE_PATH"):
+        return
+    folder = checkpoints.folder_of_run()
+    there = sum(path.stat().st_size for path in folder.glob(f"{checkpoints.PREFIX}*/**/*") if path.is_file())
+    place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    try:
+        count = save["keep"] + 1
+        publish.require_space(
+            place, count * save["checkpoint_bytes"] - there, f"room for {count} checkpoints (save.keep + 1)"
+        )
+    except JobError as problem:
+        yield problem
 
 
 def _gpus(plan: Plan) -> Iterator[JobError]:

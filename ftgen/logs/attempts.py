@@ -7,6 +7,7 @@ after the other.
 import copy
 
 from ftgen.logs.log import CLEAN_ENDS, NEAR, Log
+from ftgen.logs.marks import History
 from ftgen.logs.steps import Steps
 
 ENDS = CLEAN_ENDS | {"cancelled", "killed", "exit", "job exit", "task exit", "task killed"}
@@ -72,5 +73,11 @@ def end_run(log: Log) -> None:
     done.before, done.rows = [], 0
     done.first_bytes = done.last_bytes = b""  # of a file with several runs, nobody knows whose times these are
     log.before.append(done)
-    log.attempts, log.resumes, log.head = 1, 0, b""
+    log.attempts, log.resumes, log.head, log.history = 1, 0, b"", History()
     log.begin()
+
+
+def keep_earlier_steps(log: Log) -> None:
+    """Count the steps of the attempt before, if the last one made none: a run that is saved keeps its steps."""
+    if not log.steps and log.earlier:
+        log.steps, log.earlier = log.earlier, Steps()

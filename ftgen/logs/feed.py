@@ -79,6 +79,8 @@ def _take_alike(log: Log, text: bytes, start: int, block: Block) -> int:
         return start
     if not attempts.goes_on(log, scanned.numbers[0]) or not log.steps.add_scanned(text, scanned):
         return start
+    if count < block.rows:
+        log.history.take(text, start, last)
     log.last_of[failures.rank_of(text[start : start + LABEL])] = scanned.numbers[-1]
     log.has_losses = True
     log.step_lines += count - NEAR
@@ -133,6 +135,7 @@ def _take_text(log: Log, text: bytes, block: Block) -> None:
     """Text without step lines."""
     if not text:
         return
+    log.history.take(text)
     if log.traceback and (told := failures.exception(text, 0, log.traceback)):
         _take(log, told, block)
     log.traceback = max(0, log.traceback - len(text))

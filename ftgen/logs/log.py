@@ -9,6 +9,7 @@ from typing import Any
 
 from ftgen.logs.failures import REPEATED, Told
 from ftgen.logs.identity import Identity
+from ftgen.logs.marks import History
 from ftgen.logs.step import StepTime
 from ftgen.logs.steps import Steps
 
@@ -59,6 +60,7 @@ class Log(Attempt):
         self.attempts = 1  # in this file, or in those that are read together
         self.earlier_logs = 0  # logs of earlier restarts, which do not count
         self.resumes = 0  # attempts that went on where the one before had stopped
+        self.history = History()  # of all attempts
         self.before: list[Log] = []  # other runs, which ended in this file before this one began
         self.first_bytes = self.last_bytes = b""
         self.started: datetime | None = None  # the first and the last time in the log

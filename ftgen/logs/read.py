@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ftgen.errors import LogError
 from ftgen.logs import failures, identity
-from ftgen.logs.attempts import begin_attempt
+from ftgen.logs.attempts import begin_attempt, keep_earlier_steps
 from ftgen.logs.blocks import LogFileError, blocks
 from ftgen.logs.failures import Told
 from ftgen.logs.feed import feed
@@ -23,13 +23,16 @@ def read_log(run: Run) -> Log:
     """What the run's log says; other runs in the same file are in its `before`.
 
     Never fails: what could not be read is in `unread` or in `problems`. A restart that goes on where the one before stopped
-    is read together with that one.
+    is read together with that one, and so are all attempts of a run that is saved.
     """
     log = _read(run, [run.log])
     first = next(iter(log.steps), 0)
-    if run.earlier and first > 0 and not log.before:
+    saved = bool(log.history.attempts)  # by ftgen's own job: all attempts are one run, also those that made no step
+    if run.earlier and (first > 0 or saved) and not log.before:
         joined = _read(run, [*run.earlier, run.log])
-        if joined.resumes:
+        if saved:
+            keep_earlier_steps(joined)
+        if joined.resumes or saved:
             settle(run, joined)
             return joined
     log.earlier_logs = len(run.earlier)

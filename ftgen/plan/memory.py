@@ -11,7 +11,7 @@ parallelism and pipeline stages. Virtual stages were not measured: with them, th
 from dataclasses import asdict, dataclass
 
 from ftgen.errors import Problem
-from ftgen.plan.plan import Plan
+from ftgen.plan.plan import LoraPlan, ModelPlan, Plan
 
 GIB = 1 << 30
 BF16, FP32 = 2, 4  # bytes
@@ -50,7 +50,7 @@ def estimate(plan: Plan) -> Memory | None:
     weights = plan.model.parameters / (split.tensor_model_parallel_size * split.pipeline_model_parallel_size)
     embedding = plan.model.vocab_size * plan.model.hidden_size / split.tensor_model_parallel_size
     linear = weights - 2 * embedding / split.pipeline_model_parallel_size
-    trained = weights if plan.scheme == "sft" else _adapters(plan)
+    trained = adapter_weights(plan.model, plan.lora) if plan.lora else weights
     shards = split.data_parallel_size if plan.scheme == "sft" else 1  # of the distributed optimizer
     activations, logits = _activations(plan), _logits(plan, embedding)
     if split.pipeline_model_parallel_size > 1:  # the first stage keeps several micro-batches, the last has the logits
@@ -86,11 +86,8 @@ def problems(plan: Plan) -> list[Problem]:
     return [Problem(("gpu",), f"must have enough memory: {found}", hint)]
 
 
-def _adapters(plan: Plan) -> float:
+def adapter_weights(model: ModelPlan, lora: LoraPlan) -> int:
     """Number of weights in the LoRA adapters."""
-    if plan.lora is None:
-        return 0.0
-    model = plan.model
     attention = model.head_size * model.num_attention_heads
     features = {
         "linear_qkv": model.hidden_size + attention + 2 * model.head_size * model.num_query_groups,
@@ -98,7 +95,7 @@ def _adapters(plan: Plan) -> float:
         "linear_fc1": model.hidden_size + 2 * model.ffn_hidden_size,
         "linear_fc2": model.ffn_hidden_size + model.hidden_size,
     }
-    return model.num_layers * plan.lora.rank * sum(features[target] for target in plan.lora.targets)
+    return model.num_layers * lora.rank * sum(features[target] for target in lora.targets)
 
 
 def _activations(plan: Plan) -> float:

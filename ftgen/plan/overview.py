@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from ftgen.documents import get, leaves
 from ftgen.errors import dotted
-from ftgen.plan import memory
+from ftgen.plan import checkpoints, memory
 from ftgen.plan.experiments import Experiment
 from ftgen.plan.plan import Plan
 from ftgen.spec.site import Site
@@ -30,6 +30,7 @@ def overview(experiment: Experiment) -> str:
         f"{plan.name}: {plan.experiment}": _work(plan),
         "GPUs": _gpus(plan),
         "Memory of one GPU, estimated at the peak": _memory(plan),
+        **({"Checkpoints, estimated": checkpoints.describe(plan)} if plan.save else {}),
         "Enabled optimizations": [("", ", ".join(name for name, on in plan.optimizations.items() if on) or "none")],
         "Slurm request": _slurm(plan),
     }
@@ -77,8 +78,17 @@ def _work(plan: Plan) -> Rows:
         ("batch", f"{plan.global_batch_size} sequences per step: {batch}"),
         ("steps", f"{plan.max_steps}; the last {plan.window_steps} are timed"),
         ("data", f"{plan.data.kind}: {data}" if data else plan.data.kind),
+        *_validation(plan),
         ("learning rate", rate),
     ]
+
+
+def _validation(plan: Plan) -> Rows:
+    asked = plan.validation
+    if not asked:
+        return []
+    what = asked.file or f"{asked.fraction:.3g} of the data"
+    return [("validation", f"{what}, every {asked.every_steps} steps and at the end")]
 
 
 def _gpus(plan: Plan) -> Rows:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 FORMAT = 1  # version of plan.json
+OPTIONAL = ("save", "validation")  # tables that the recipe does not have: a plan without them is as it was before them
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,24 @@ class ProfilePlan:
 
 
 @dataclass(frozen=True)
+class SavePlan:
+    """When the training is saved. The checkpoints are in $FTGEN_RUN_DIR/checkpoints."""
+
+    every_steps: int
+    keep: int  # checkpoints
+    checkpoint_bytes: int  # estimated size of one checkpoint
+
+
+@dataclass(frozen=True)
+class ValidationPlan:
+    """The held-out examples, and when their loss is computed."""
+
+    file: str | None  # None: a fraction of the data
+    fraction: float | None  # None: a file
+    every_steps: int
+
+
+@dataclass(frozen=True)
 class PythonPlan:
     """Where the Python of the job comes from."""
 
@@ -201,7 +220,13 @@ class Plan:
     prefix: list[str]  # words before Python in each task of the training
     python: PythonPlan
     slurm: SlurmPlan
+    save: SavePlan | None = None
+    validation: ValidationPlan | None = None
+
+    def document(self) -> dict[str, Any]:
+        """The plan as a document. It has the keys of OPTIONAL only if the spec has these tables."""
+        return {key: value for key, value in asdict(self).items() if value is not None or key not in OPTIONAL}
 
     def to_json(self) -> str:
         """The plan as indented JSON."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=True)
+        return json.dumps(self.document(), indent=2, ensure_ascii=True)

@@ -9,6 +9,7 @@ from typing import Any
 from ftgen import __version__, catalogue
 from ftgen.catalogue import Gpu, Model
 from ftgen.errors import SpecError
+from ftgen.plan import checkpoints, memory
 from ftgen.plan.images import image_for, import_name
 from ftgen.plan.plan import (
     FORMAT,
@@ -22,10 +23,12 @@ from ftgen.plan.plan import (
     Plan,
     ProfilePlan,
     PythonPlan,
+    SavePlan,
     SlurmPlan,
     SourcePlan,
+    ValidationPlan,
 )
-from ftgen.plan.rules import broken_rules, forbids, global_batch_size, gpus_of_a_node, is_packed
+from ftgen.plan.rules import HELD_OUT, broken_rules, forbids, global_batch_size, gpus_of_a_node, is_packed
 from ftgen.spec.site import Site
 from ftgen.spec.spec import Spec
 from ftgen.units import parse_walltime
@@ -63,6 +66,9 @@ def resolve(
     if problems or not model or not gpu:
         raise SpecError(*problems)
     gpus_per_node = gpus_of_a_node(spec, site, gpu)
+    model_plan = _model(model, spec.seq_length)
+    lora = LoraPlan(**dict(spec.lora)) if spec.scheme == "lora" else None
+    save = _save(spec, model_plan, lora)
     return Plan(
         format=FORMAT,
         ftgen_version=__version__,
@@ -74,9 +80,9 @@ def resolve(
         overrides=overrides or {},
         scheme=spec.scheme,
         precision=spec.precision,
-        model=_model(model, spec.seq_length),
+        model=model_plan,
         checkpoint=_checkpoint(spec, model),
-        lora=LoraPlan(**dict(spec.lora)) if spec.scheme == "lora" else None,
+        lora=lora,
         gpu=GpuPlan(gpu.name, gpu.memory_gib, gpu.peak_flops(spec.precision)),
         gpus=spec.gpus,
         nodes=max(1, spec.gpus // gpus_per_node),
@@ -101,7 +107,9 @@ def resolve(
         setup_lines=site.setup_lines,
         prefix=site.prefix,
         python=python_of(site),
-        slurm=_slurm(spec, site, gpus_per_node),
+        slurm=_slurm(spec, site, gpus_per_node, save),
+        save=save,
+        validation=_validation(spec),
     )
 
 
@@ -180,14 +188,32 @@ def _optimizations(spec: Spec) -> dict[str, bool]:
     return chosen
 
 
-def _slurm(spec: Spec, site: Site, gpus_per_node: int) -> SlurmPlan:
+def _save(spec: Spec, model: ModelPlan, lora: LoraPlan | None) -> SavePlan | None:
+    if not spec.save:
+        return None
+    trained = memory.adapter_weights(model, lora) if lora else model.parameters
+    return SavePlan(**dict(spec.save), checkpoint_bytes=checkpoints.size(trained, spec.precision))
+
+
+def _validation(spec: Spec) -> ValidationPlan | None:
+    asked = spec.validation
+    if not asked:
+        return None
+    fraction = None if asked.file else asked.fraction or HELD_OUT
+    return ValidationPlan(asked.file, fraction, asked.every_steps)
+
+
+def _slurm(spec: Spec, site: Site, gpus_per_node: int, save: SavePlan | None) -> SlurmPlan:
     given = {key: getattr(site, key) for key in SlurmPlan.__dataclass_fields__ if hasattr(site, key)}
     walltime_s = parse_walltime(spec.walltime)
     nodes = max(1, spec.gpus // gpus_per_node)
+    lead_s = site.end_before_limit_s
+    if save and "end_before_limit_s" not in site.model_fields_set:
+        lead_s += checkpoints.slow_save_s(save.checkpoint_bytes)
     return SlurmPlan(
         **given
         | {
-            "end_before_limit_s": min(site.end_before_limit_s, walltime_s // 4),
+            "end_before_limit_s": min(lead_s, walltime_s // 4),
             "mem": memory_of_a_node(site),
             "segment": min(site.segment, nodes) if site.segment and nodes > 1 else None,
         },

@@ -26,6 +26,7 @@ SET_BY_THE_SCRIPT = {
     "MASTER_PORT": "leave it out: the script takes a free port",
 }
 RECIPE_SEQUENCES_PER_GPU = 4  # per step: GBS = 4 x GPUs
+HELD_OUT = 0.05  # fraction of the examples that is held out by default, as in NeMo's SquadDataModule
 TP: KeyPath = ("parallelism", "tensor_model_parallel_size")
 PP: KeyPath = ("parallelism", "pipeline_model_parallel_size")
 CP: KeyPath = ("parallelism", "context_parallel_size")
@@ -42,6 +43,8 @@ def broken_rules(spec: Spec, site: Site, model: Model | None, gpu: Gpu | None) -
         *_data(spec),
         *_optimizations(spec),
         *_profile(spec),
+        *_save(spec),
+        *_validation(spec),
         *_rest(spec, site),
         *_slurm(spec, site, nodes),
         *site_problems(site, nodes),
@@ -149,13 +152,51 @@ def _data(spec: Spec) -> Iterator[Problem]:
         yield Problem(("checkpoint", "revision"), f'requires checkpoint.source = "hub", found "{source}"')
 
 
+def _save(spec: Spec) -> Iterator[Problem]:
+    if spec.save and spec.precision == "fp8":
+        # A resumed run must train the same bits as a run without a break. In FP8 that depends on the scales and the amax
+        # history of every layer. bench/resume.py measures it; without a measurement it is refused.
+        rule = 'requires precision "bf16" or "fp32", found "fp8": a resumed FP8 run was not shown to train the same bits'
+        yield Problem(("save",), rule, 'set precision = "bf16", or remove [save]', also=(("precision",),))
+
+
+def _validation(spec: Spec) -> Iterator[Problem]:
+    asked = spec.validation
+    if not asked:
+        return
+    if asked.file and asked.fraction:
+        rule = "must not be set together with validation.file"
+        yield Problem(("validation", "fraction"), rule, "remove one of them", also=(("validation", "file"),))
+    elif spec.data.kind == "synthetic" and not asked.file:
+        # packing makes fewer sequences than examples: the job counts those
+        fraction, batch = asked.fraction or HELD_OUT, global_batch_size(spec)
+        held_out = max(1, round(spec.data.examples * fraction))
+        if held_out < batch:
+            yield Problem(
+                ("validation", "fraction") if asked.fraction else ("validation",),
+                f"the held-out examples must fill a global batch: {fraction:g} of {spec.data.examples} examples "
+                f"(data.examples) are {held_out}, the global batch size is {batch}",
+                "increase validation.fraction or data.examples, or reduce global_batch_size",
+                also=(("data", "examples"), GBS, ("gpus",)),
+            )
+
+
 def _optimizations(spec: Spec) -> Iterator[Problem]:
     for name in catalogue_optimizations():
         reason = forbids(name, spec) if getattr(spec.optimizations, name) else ""
         if reason:
-            also: tuple[KeyPath, ...] = (("scheme",), ("gpu",), ("micro_batch_size",), ("data", "packed"), TP, PP, CP)
+            also: tuple[KeyPath, ...] = (
+                ("scheme",),
+                ("gpu",),
+                ("micro_batch_size",),
+                ("data", "packed"),
+                ("save",),
+                TP,
+                PP,
+                CP,
+            )
             hint = "remove this key: the preset enables it where it helps"
-            yield Problem(("optimizations", name), reason, hint, also=also)
+            yield Problem(("optimizations", name), reason, hint, also=(*also, ("save",)))
 
 
 def forbids(name: str, spec: Spec) -> str:
@@ -164,7 +205,13 @@ def forbids(name: str, spec: Spec) -> str:
     tp, pp, cp = split.tensor_model_parallel_size, split.pipeline_model_parallel_size, split.context_parallel_size
     frozen = {'scheme = "lora" (with SFT, weights became NaN)': spec.scheme == "lora"}
     needs = {
-        "cuda_graphs": {"packed sequences": is_packed(spec), "PP = CP = 1": pp * cp == 1},
+        "cuda_graphs": {
+            "packed sequences": is_packed(spec),
+            "PP = CP = 1": pp * cp == 1,
+            # The first step after a resume runs without graphs, the same step of a run without a break with them; nobody has
+            # shown yet that both give the same bits.
+            "no [save] (a resumed run may differ from a run without a break)": spec.save is None,
+        },
         "fused_cross_entropy": {"micro_batch_size = 1 (otherwise its gradients are wrong)": spec.micro_batch_size == 1},
         "loss_tokens_only": {"TP = PP = CP = 1": tp * pp * cp == 1},
         "scale_small_tensor": {

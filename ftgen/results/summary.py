@@ -15,11 +15,12 @@ from ftgen.logs.identity import Identity
 from ftgen.logs.log import Log
 from ftgen.logs.many import Progress, read_all
 from ftgen.logs.read import read_log
+from ftgen.results.goodput import goodput
 from ftgen.results.interval import Logged, logged
 from ftgen.results.options import off, options, other_work
 from ftgen.results.verdict import planned_steps, verdict_of
 from ftgen.results.warnings import logged_tflops, warnings
-from ftgen.results.window import RECIPE_WINDOW, Window, checked, count, timed
+from ftgen.results.window import RECIPE_WINDOW, Timed, Window, checked, count, timed
 
 LORA_WORK = 2 / 3  # of SFT's FLOPs: the frozen weights need no gradients
 SECONDS_PER_DAY = 86400
@@ -63,6 +64,15 @@ class Summary(NamedTuple):
     tflops_per_gpu: float | None = None  # TFLOP/s, from the step time and the model's FLOPs
     logged_tflops_per_gpu: float | None = None  # TFLOP/s, as the framework logs them: the mean of the window
     assumed: tuple[str, ...] = ()  # keys that the experiment's name suggests and the log does not say
+    tokens_trained: int | None = None  # of all steps until the last one, with their padding
+    validation_loss: float | None = None  # of the last validation
+    validation_step: int | None = None  # number of steps before it
+    total_time_s: float | None = None  # of all attempts, without the time in the queue
+    goodput: float | None = None  # a fraction: time of the steps that count, by total_time_s
+    saves: int | None = None
+    save_time_s: float | None = None
+    save_share: float | None = None  # a fraction of total_time_s
+    attempts: tuple[str, ...] = ()  # what each attempt contributed
 
     @property
     def published_step_time_s(self) -> float | None:
@@ -95,7 +105,9 @@ def judge(run: Run, log: Log, *, window: Window | None = None) -> Summary:
     planned = planned_steps(log)
     lines = logged(log.steps, planned)
     verdict = verdict_of(run, log, planned, lines)
-    part = timed(log.steps, window, lines)
+    part = timed(log.steps, window, lines, log.history.interruptions)
+    shares = goodput(log)
+    validated = max(log.history.validations, default=None)
     time_s = None if verdict.status == "invalid" else part.mean_s
     tokens = tokens_per_s(what, time_s)
     utilization = model_flops_utilization(what, time_s)
@@ -125,16 +137,20 @@ def judge(run: Run, log: Log, *, window: Window | None = None) -> Summary:
         published=None if other_work(log.plan or {}) else _published(what),
         log=run.log,
         warnings=(*_impossible(what, utilization), *warnings(what, log, part, tflops)),
-        notes=tuple(_notes(run, log, lines)),
+        notes=tuple(_notes(run, log, lines, part)),
         planned_steps=planned,
         window_first=part.first,
         window_last=part.last,
         spread=part.spread if time_s else None,
-        restarts=log.earlier_logs + log.attempts - 1,
+        restarts=max(log.earlier_logs + log.attempts, len(log.history.attempts)) - 1,
         started=log.started,
         ended=log.ended,
         options=options(log.plan, log.environment),
         assumed=what.assumed,
+        tokens_trained=_tokens(what, log.steps.last + 1),
+        validation_loss=None if validated is None else log.history.validations[validated],
+        validation_step=None if validated is None else validated,
+        **shares._asdict(),
     )
 
 
@@ -161,7 +177,14 @@ def _impossible(what: Identity, utilization: float | None) -> list[str]:
     return [f"the MFU would be {utilization:.0%} of the {(what.gpu or '').upper()}'s peak: {rest}"]
 
 
-def _notes(run: Run, log: Log, lines: Logged) -> list[str]:
+def _tokens(what: Identity, steps: int) -> int | None:
+    """Tokens of so many steps, with padding."""
+    if not (what.seq_length and what.global_batch_size and steps):
+        return None
+    return steps * what.global_batch_size * what.seq_length
+
+
+def _notes(run: Run, log: Log, lines: Logged, window: Timed) -> list[str]:
     """Facts that explain the figures but are no reason to distrust them."""
     notes = [f"the log has a step line every {lines.every} steps"] if lines.every > 1 else []
     if log.earlier_logs:
@@ -174,6 +197,9 @@ def _notes(run: Run, log: Log, lines: Logged) -> list[str]:
         notes.append(f"the log begins with step {lines.first}: the run was resumed, or the beginning of its log is missing")
     if (other := other_work(log.plan or {})) and _published(log.identity):
         notes.append(f"not compared with the recipe's published figures: this run did other work ({', '.join(other)})")
+    if window.left_out:
+        left_out = count(window.left_out, "step")
+        notes.append(f"the step time is without {left_out} of the window, directly after a save, a validation or a resume")
     if log.survived:
         first = min(log.survived.values(), key=lambda told: told.row or 0)
         notes.append(f"the run went on after: {first.note}" + (f" (line {first.row})" if first.row else ""))

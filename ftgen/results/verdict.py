@@ -24,6 +24,7 @@ FAILURES = {
     "task exit": "",
 }
 AFTER_TRAINING = frozenset(FAILURES) - {"exception", "traceback"}  # these count even if the run made all its steps
+AGAIN = 85  # exit code of a job whose training was saved before its last step
 STATUSES = ("complete", "ended-badly", "incomplete", "failed", "invalid")
 
 
@@ -57,6 +58,9 @@ def verdict_of(run: Run, log: Log, planned: int | None, lines: Logged) -> Verdic
         progress += f"; step {log.steps.last} is beyond the last planned step"
     if lines.wrong is not None:
         progress += f"; step {lines.wrong} is missing or out of order"
+    if log.exit_status == AGAIN and log.history.saves:
+        after = f"saved after step {log.history.saves[-1][0]}, to be run again"
+        return Verdict("incomplete", "; ".join(filter(None, (after, log.unread, progress))))
     failure = failure or _failure(read_beside(run), None)
     if not failure and "exited" in log.at_end:
         progress += f"; {_told(log.at_end['exited'])}"

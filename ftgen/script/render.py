@@ -18,6 +18,7 @@ from ftgen.spec.spec import is_one_line
 from ftgen.units import format_walltime
 
 END_OF_FILE = "END_OF_FTGEN_FILE"
+AGAIN = 85  # exit code of a run that was saved before its last step, as in runtime/job/stop.py
 GRACE_S = 20  # seconds from SIGTERM to SIGKILL when a job ends its tasks; the default of Slurm's KillWait is 30
 
 # Variables of sbatch (man sbatch 22.05), by the header's option that each overrides; and variables that add an option.
@@ -95,6 +96,8 @@ def render(plan: Plan) -> dict[str, str]:
             sbatch_variables=_sbatch_variables(plan),
             convert_options=_convert_options(plan),
             grace_s=GRACE_S,
+            again=AGAIN,
+            save_wait_s=_save_wait_s(plan),
             stage_path=default_stage_path(plan.stage_path),
             interpreter=_interpreter(plan),
             srun_flags=plan.slurm.srun_flags,
@@ -217,6 +220,12 @@ def _sbatch_variables(plan: Plan) -> list[tuple[str, str]]:
 def default_stage_path(stage_path: str | None) -> Verbatim:
     """The default of STAGE_PATH, for bash."""
     return Verbatim(path_in_bash(stage_path) if stage_path else "${SLURM_SUBMIT_DIR:-$PWD}")
+
+
+def _save_wait_s(plan: Plan) -> int:
+    """Seconds that a training may take to save and stop after Slurm's warning: the rest is for ending it."""
+    lead_s = plan.slurm.end_before_limit_s
+    return lead_s - min(15, lead_s // 3)
 
 
 def _interpreter(plan: Plan) -> str:

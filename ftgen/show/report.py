@@ -60,7 +60,7 @@ class Reading(NamedTuple):
     @classmethod
     def of(cls, run: Summary, log: Log) -> "Reading":
         """All that is shown of a run."""
-        drawn = curves(log.steps)
+        drawn = curves(log.steps, log.history.validations)
         told_by = [(kind, told.note) for kind, told in log.at_end.items() if not told.json]
         told = Told(drawn, told_by, flattened(log.plan or {}), flattened(log.environment or {}))
         return cls(run, variant(log.plan, log.environment), drawn.losses.known, zlib.compress(pickle.dumps(told), 1))
@@ -180,7 +180,8 @@ def _figure(chart: Chart) -> Figure:
 def _section(named: NamedRun, work: Work, reading: Reading, view: View) -> Section:
     run, told = named.run, reading.told
     values = row(run, view.baseline)
-    found = (charts.step_times(run, told.curves.times), charts.losses(told.curves.losses))
+    drawn = told.curves
+    found = (charts.step_times(run, drawn.times), charts.losses(drawn.losses), charts.validation(drawn.validation))
     facts = [(f.title, grouped(f.how(values[f.key]))) for f in RUN if f.key not in TOLD and values[f.key] is not None]
     title = f"{work.full_title}: {named.name}"
     return Section(named.anchor, title, run, [_figure(chart) for chart in found if chart], facts, told)

@@ -138,7 +138,9 @@ class Site(Table):
         None, description="Run a job again after a node failure or a pre-emption. Default: Slurm's configuration."
     )
     end_before_limit_s: Positive = Field(
-        120, description="A job ends itself this many seconds before its time limit, or at 3/4 of it if that is later."
+        120,
+        description="A job ends itself this many seconds before its time limit, or at 3/4 of it if that is later. "
+        "With [save], the default is longer by the time that a save takes at 1 GB/s.",
     )
     convert: Literal["job", "task"] = Field(
         "job",

@@ -184,6 +184,29 @@ class Profile(Table):
     ranks: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([0], min_length=1, description="Ranks to record.")
 
 
+class Save(Table):
+    """Checkpoints of the training. With this table, a job that was interrupted goes on where it was."""
+
+    every_steps: Positive = Field(
+        100, description="Steps from one checkpoint to the next. The last step, and a run that must stop, are saved too."
+    )
+    keep: Positive = Field(
+        2, description="Number of checkpoints to keep, the newest ones. The disk needs room for one more."
+    )
+
+
+class Validation(Table):
+    """Loss on held-out examples. Default: the 5% of the examples that no training uses."""
+
+    file: OneLine | None = Field(
+        None, description="JSONL file with the held-out examples. The training then uses all of its own data."
+    )
+    fraction: float | None = Field(
+        None, gt=0, lt=1, description="Fraction of the data that is held out, if there is no file. Default: 0.05."
+    )
+    every_steps: Positive = Field(100, description="Steps from one validation to the next. The last step is validated too.")
+
+
 class Window(Table):
     """The steps whose mean is the reported step time."""
 
@@ -235,6 +258,8 @@ class Spec(Table):
         default_factory=Optimizations, description="Changes to the stock recipe that make a step faster."
     )
     window: Window = Field(default_factory=Window, description="The timed steps.")
+    save: Save | None = Field(None, description="Checkpoints of the training. Default: none, as in the recipe.")
+    validation: Validation | None = Field(None, description="Loss on held-out examples. Default: none, as in the recipe.")
     profile: Profile | None = Field(None, description="Profiler for some steps. Default: none.")
     environment: Environment = Field(
         {},

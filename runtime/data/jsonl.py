@@ -30,10 +30,15 @@ def write(plan: Plan, folder: Path) -> None:
 
 def user_file(plan: Plan) -> Path:
     """Path of the file; a relative data.path is below STAGE_PATH. JobError: the file cannot be read."""
-    path = Path(os.environ.get("STAGE_PATH") or Path.cwd(), variables.path_with_values("data.path", plan["data"]["path"]))
+    return readable(plan["data"]["path"], "data.path")
+
+
+def readable(name: str, key: str) -> Path:
+    """Path of the file that a key of the spec names. JobError: the file cannot be read."""
+    path = Path(os.environ.get("STAGE_PATH") or Path.cwd(), variables.path_with_values(key, name))
     if not path.is_file() or not os.access(path, os.R_OK):
         raise JobError(
-            f"data.path: the file {path} does not exist or cannot be read",
+            f"{key}: the file {path} does not exist or cannot be read",
             "give the path of a file that every node can read",
         )
     return path

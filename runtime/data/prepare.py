@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runtime.data import packing
+from runtime.data import held_out, packing
 from runtime.guard import manifest, publish
 from runtime.guard.manifest import sha256_of
 from runtime.hub.fetch import fetch
@@ -40,6 +40,7 @@ def prepare(plan: Plan, tokenizer: Path) -> Files:
     folder = _folder(plan["data"]["kind"], examples)
     publish.ensure(folder, examples, lambda staging: _build(plan, staging))
     if not plan["data"]["packed"]:
+        held_out.refuse_too_few(plan, folder, None)
         return Files(folder, None)
     packed = {
         "kind": "packed examples",
@@ -50,6 +51,7 @@ def prepare(plan: Plan, tokenizer: Path) -> Files:
     }
     packed_folder = _folder(f"{plan['data']['kind']}-packed-{plan['seq_length']}", packed)
     publish.ensure(packed_folder, packed, lambda staging: packing.pack(plan, folder, tokenizer, staging))
+    held_out.refuse_too_few(plan, folder, packed_folder)
     return Files(folder, packed_folder)
 
 
@@ -76,7 +78,7 @@ def identity(plan: Plan) -> dict[str, Any]:
     """What identifies the examples: two plans with the same identity use the same folder."""
     kind = plan["data"]["kind"]
     own: dict[str, Any] = _module(kind).identity(plan)
-    return {"kind": f"{kind} examples", "format": FORMAT, "seed": plan["seed"]} | own
+    return {"kind": f"{kind} examples", "format": FORMAT, "seed": plan["seed"]} | own | held_out.identity(plan)
 
 
 def _folder(name: str, identity: dict[str, Any]) -> Path:
@@ -88,6 +90,7 @@ def _build(plan: Plan, staging: Path) -> None:
     kind = plan["data"]["kind"]
     with timed(f"preparing the data: {kind}"):
         _module(kind).write(plan, staging)
+        held_out.apply(plan, staging)
         packing.index(staging)
 
 

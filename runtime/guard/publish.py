@@ -49,7 +49,7 @@ def ensure(place: Path, source: Source, build: Build, *, need_bytes: int | Calla
     if manifest.flaw(place, source) is None:
         return place
     claims = place.parent / f".{place.name}.claims"
-    _make_directory(claims)
+    make_directory(claims)
     while claim := _next_claim(place, source, claims):
         with _held(claim):
             if manifest.flaw(place, source) is None or _make(place, source, build, need_bytes, claim):
@@ -190,7 +190,8 @@ def _sigterm_ends_the_block() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _make_directory(directory: Path) -> None:
+def make_directory(directory: Path) -> None:
+    """Create a directory that this process can write to. JobError: that is not possible."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -218,13 +219,18 @@ def _plain_disk_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        failed = [cause for cause in causes(error) if isinstance(cause, OSError)]
-        if any(cause.errno in FULL for cause in failed):
+        if is_disk_error(error):
             raise JobError(
                 f"the disk of {directory} is full, or your quota is used up",
                 "free some space there, or set STAGE_PATH to a directory on a larger file system",
             ) from error
+        failed = [cause for cause in causes(error) if isinstance(cause, OSError)]
         denied = [cause for cause in failed if cause.errno in DENIED and str(cause.filename).startswith(str(directory))]
         if denied:
             raise _cannot_create(Path(denied[0].filename), denied[0]) from error
         raise
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Whether the disk or a quota is full, however deep in a library the error was raised."""
+    return any(isinstance(cause, OSError) and cause.errno in FULL for cause in causes(error))

@@ -29,12 +29,17 @@ def found(plan: dict[str, Any]) -> dict[str, Any]:
     """The environment as names and values; what this machine does not have is left out."""
     facts: dict[str, Any] = {
         "python": platform.python_version(),
-        "packages": {name: number for name in PACKAGES if (number := installed(name))},
+        "packages": packages(),
         "system": platform.platform(),
         "cpus": os.cpu_count(),
         **{name: os.environ[variable] for name, variable in JOB.items() if os.environ.get(variable)},
     }
     return facts | (_gpu() if plan["gpu"]["name"] != "cpu" else {})
+
+
+def packages() -> dict[str, str]:
+    """Versions of the packages that decide what is computed."""
+    return {name: number for name in PACKAGES if (number := installed(name))}
 
 
 def _gpu() -> dict[str, Any]:

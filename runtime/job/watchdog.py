@@ -33,7 +33,7 @@ def begin(command: str) -> None:
 
 def _answer(folder: Path, command: str, quiet: float) -> None:
     # the main thread handles signals: one that arrives here would not interrupt a long call of the main thread
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
     seen = _asked(folder)
     while True:
         faulthandler.dump_traceback_later(quiet, repeat=True)

@@ -95,8 +95,13 @@ class Desk:
         """A script; `more`: source of the checkpoint, walltime, extra lines of the spec."""
         settings = {"source": "hub", "walltime": "00:10:00", "extra": "", "gpu": "cpu"} | more
         settings["precision"] = "fp32" if settings["gpu"] == "cpu" else "bf16"
+        text = (SPEC + CHECKPOINT).format(scheme=scheme, gpus=gpus, model=model, **settings) + settings["extra"]
+        (self.folder / f"{name}.toml").write_text(text)
+        return self.compile_file(name, site)
+
+    def compile_file(self, name: str, site: str = "") -> Path:
+        """The script of a spec that is in the folder."""
         spec, profile = self.folder / f"{name}.toml", self.folder / "site.toml"
-        spec.write_text((SPEC + CHECKPOINT).format(scheme=scheme, gpus=gpus, model=model, **settings) + settings["extra"])
         profile.write_text(site if "gpu_request" in site else site + SITE)
         command = [sys.executable, "-m", "ftgen", "compile", spec, "--site", profile, "--out", self.folder / "generated"]
         done = subprocess.run([str(w) for w in command], capture_output=True, text=True, check=False, cwd=ROOT)

@@ -7,7 +7,6 @@ import json
 import re
 import shlex
 import subprocess
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -159,7 +158,7 @@ def test_bash_reads_back_every_value_and_does_nothing_else(folder, spec, site):
     assert (seen["python"], seen["flags"]) == words_of_srun(plan)
     unpacked = (folder / "unpacked/any.py").read_bytes()
     assert unpacked.decode() == files["any.py"]
-    assert plan_in(files["any.py"]) == asdict(plan)
+    assert plan_in(files["any.py"]) == plan.document()
     assert directives(files["any.sh"]) == sbatch_lines(plan)
     assert {path.name for path in folder.iterdir()} == {"any.toml", "site.toml", "any.sh", "unpacked"}
 

@@ -58,6 +58,7 @@ def stand_in() -> None:
     from nemo.collections.llm.peft import utils as lora_layers
     from nemo.lightning import megatron_init
     from nemo.lightning.io import pl as nemo_checkpoints
+    from nemo.lightning.pytorch.callbacks.progress_printer import ProgressPrinter
 
     megatron_random._set_cuda_rng_state = torch.cuda.set_rng_state
     megatron_random._get_cuda_rng_state = torch.cuda.get_rng_state
@@ -66,6 +67,8 @@ def stand_in() -> None:
         lora_layers.HAVE_TE = False  # NeMo 2.7 sets it to True here though Transformer Engine is not installed
     megatron_init._set_random_seed = _with_a_device(megatron_init._set_random_seed)
     nemo_checkpoints._fix_tensors_device = _same  # it moves loaded tensors between GPUs
+    # Rank 0 alone gathers Megatron's timers from all ranks. Gloo takes that for the next collective of the other ranks.
+    ProgressPrinter.log_megatron_timers = _nothing
     # CPU and GPU share one random generator here. Megatron would warn each time that the CPU's state changes.
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
     _OnTheCpu().__enter__()  # never exited

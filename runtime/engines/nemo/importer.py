@@ -5,12 +5,9 @@ In: a directory in Hugging Face format. Out: a directory in NeMo's format.
 This module imports NeMo (15-40 s), so only a conversion imports it.
 """
 
-import ctypes
 import json
-import os
 import queue
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +19,9 @@ from nemo.collections.llm.gpt.model.qwen2 import HFQwen2Importer
 from transformers import AutoTokenizer
 
 from runtime.engines.nemo import cpu
+from runtime.job import children
 from runtime.job.errors import JobError
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-LIBC = ctypes.CDLL(None)
 # By the `model_type` of a config.json.
 IMPORTERS = {"llama": HFLlamaImporter, "mistral": HFMistralImporter, "qwen2": HFQwen2Importer}
 
@@ -94,15 +90,11 @@ def import_directory(source: Path, output: Path, scratch: Path) -> str:
 
 
 def _keep_to_this_process() -> None:
-    """Make Megatron's forked processes end with this one. Otherwise they would keep our memory and our output open.
+    """Make Megatron's forked processes end with this one.
 
     Saving is not asynchronous here, so a plain queue replaces Megatron-Core's, which needs a server process (two
     seconds to start).
     """
     base.async_calls = SavesHere()
     filesystem_async._results_queue = queue.Queue()
-    os.register_at_fork(after_in_child=_die_with_the_parent)
-
-
-def _die_with_the_parent() -> None:
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    children.end_with_this_process()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.data.prepare import prepare
-from runtime.engines.nemo import compatibility, convert, imports
+from runtime.engines.nemo import attempt, compatibility, convert, imports
 from runtime.engines.nemo.optimizations import switch
 from runtime.job import environment, profile
 from runtime.job.errors import JobError
@@ -29,6 +29,10 @@ def train(plan: Plan) -> int:
     weights = convert.directory(plan)
     if not convert.converted(plan):
         raise JobError(f"there is no converted checkpoint in {weights}", "run the command convert first")
+    this = attempt.begin(plan) if plan.get("save") else None
+    if this and this.step == plan["max_steps"]:
+        say("the run is complete: its last step is saved")
+        return 0
     read_ahead.begin(weights / "weights")
     with timed("importing NeMo"):
         _set_variables(plan)
@@ -37,7 +41,7 @@ def train(plan: Plan) -> int:
         import fiddle
         import torch
 
-        from runtime.engines.nemo import recipe
+        from runtime.engines.nemo import recipe, validate
 
         compatibility.after_imports()
     if plan["gpu"]["name"] == "cpu":
@@ -52,6 +56,10 @@ def train(plan: Plan) -> int:
     recipe_of_run = recipe.build(plan, weights, files, _log_directory())
     switch.apply(recipe_of_run, plan, off)
     profile.add(recipe_of_run, plan)
+    if plan.get("validation"):
+        validate.add(recipe_of_run, plan)
+    if this:
+        attempt.add(recipe_of_run, plan, this, files)
     training = fiddle.build(recipe_of_run)
     say(f"training: {plan['experiment']}, {plan['max_steps']} steps")
     training()

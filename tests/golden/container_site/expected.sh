@@ -521,8 +521,9 @@ finish() {
     if [[ -z ${stopping:-} ]] && is_batch_job; then submit_the_rest "$SLURM_JOB_ID"; fi
     end_watch
     if [[ -n ${ender:-} ]]; then kill "$ender" 2>/dev/null || true; fi
-    say "exit status $1" || true # the disk may be full
-    if [[ -n ${SLURM_JOB_ID:-} && -n ${opened:-} ]]; then report "$1" >&3; fi
+    local ended=$1
+    say "exit status $ended" || true # the disk may be full
+    if [[ -n ${SLURM_JOB_ID:-} && -n ${opened:-} ]]; then report "$ended" >&3; fi
     if [[ -n ${tee:-} ]]; then
         exec >/dev/null 2>&1 3>&1
         wait "$tee" || true
@@ -581,7 +582,7 @@ await() {
 # miss its end and wait for ever. So once the job has to stop, this function polls with `kill -0`.
 wait_for() {
     local status=0
-    wait "$1" || status=$?
+    if [[ -z ${stopping:-} ]]; then wait "$1" || status=$?; fi
     if [[ -z ${stopping:-} ]]; then return "$status"; fi
     if [[ -z ${ender:-} ]]; then
         end_children >/dev/null 2>&1 3>&1 &
@@ -596,6 +597,7 @@ wait_for() {
 
 # begin_watch COMMAND PID: watches a command of the entrypoint. PID is its process, or the srun of its tasks.
 begin_watch() {
+    if [[ -z ${opened:-} ]]; then return 0; fi # a download has no log, and shows its own progress
     watch_step "$@" &
     watcher=$!
     disown # `wait -n` must not wait for it
@@ -778,8 +780,9 @@ find_hub() {
 
 # download [SCRIPTS...]: downloads what jobs of this script, and of the others, read from the Hugging Face hub.
 download() {
-    local script status=0
+    local script status=0 doing=download
     code=$(mktemp -d)
+    exec 3>/dev/null # there is no Slurm's output file beside this one
     trap 'rm -rf "$code"' EXIT
     trap 'stop 143 "SIGTERM: the same command continues the download"' TERM
     trap 'stop 130 "interrupted: the same command continues the download"' INT
@@ -852,7 +855,8 @@ run_tasks() {
         # the first task that fails gives the exit code; the other tasks would wait for it for ever
         wait -n || status=$?
     done
-    if ((status)); then kill "${children[@]}" 2>/dev/null || true; fi
+    # a signal to this script ends `wait` too; wait_for then ends the tasks
+    if ((status)) && [[ -z ${stopping:-} ]]; then kill "${children[@]}" 2>/dev/null || true; fi
     for rank in "${children[@]}"; do wait_for "$rank" || true; done
     end_watch
     children=()
