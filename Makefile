@@ -33,7 +33,7 @@ check: $(installed)
 	@$(bin)/ruff format --quiet --check ftgen runtime tests docs bench
 	@$(bin)/mypy --no-error-summary
 	@found=$$($(bin)/lint-imports 2>&1) || { echo "$$found"; exit 1; }
-	@$(bin)/ftgen compile $(filter-out specs/quickstart.toml,$(wildcard specs/*.toml)) --check
+	@$(bin)/ftgen compile $(filter-out specs/quickstart%,$(wildcard specs/*.toml)) --check
 	@$(bin)/shellcheck generated/*.sh
 	@$(bin)/hadolint docs/how-to/Containerfile
 	@RUST_LOG=error $(bin)/taplo lint specs/*.toml specs/sites/*.toml
@@ -59,7 +59,7 @@ docs: $(installed)
 	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs --quiet build --strict
 
 compile: $(installed)
-	$(bin)/ftgen compile $(filter-out specs/quickstart.toml,$(wildcard specs/*.toml))
+	$(bin)/ftgen compile $(filter-out specs/quickstart%,$(wildcard specs/*.toml))
 
 install: $(installed)
 $(installed): pyproject.toml constraints.txt

@@ -11,6 +11,7 @@ Written by ftgen 0.1.0 from sft_bf16_32.toml. The job's script runs it. To run i
     packages   check only the packages of this Python
     missing    print what a job would have to download; exit code 0 if nothing is missing, 1 if something is
     download   download the weights and the data, where there is a network; needs only huggingface_hub
+    data       prepare the training data, and show its counts and an example with the text that the loss counts
     converted  exit code 0 if the converted checkpoint exists, 1 if not
     convert    download the weights and the data, and convert the weights to NeMo's format, unless that is done
     verify     read every byte of the converted checkpoint; if a byte has changed, rename the checkpoint
@@ -73,6 +74,7 @@ PLAN = json.loads(r"""
   "nodes": 4,
   "gpus_per_node": 8,
   "max_steps": 100,
+  "epochs": null,
   "global_batch_size": 128,
   "micro_batch_size": 1,
   "seq_length": 4096,
@@ -88,8 +90,21 @@ PLAN = json.loads(r"""
   "data": {
     "kind": "squad",
     "path": null,
+    "dataset": null,
+    "revision": null,
+    "config": null,
+    "split": "train",
+    "columns": {
+      "messages": null,
+      "tools": null,
+      "prompt": null,
+      "completion": null
+    },
     "examples": 14000,
-    "packed": true
+    "packed": true,
+    "chat_template": null,
+    "too_long": "truncate",
+    "order": "recipe"
   },
   "optimizer": {
     "learning_rate": 5e-06,
@@ -262,6 +277,10 @@ def main(command: str) -> int:
             from runtime import download
 
             return download.download(PLAN) if command == "download" else download.tell_missing(PLAN)
+        if command == "data":
+            from runtime import show_data
+
+            return show_data.show(PLAN)
         if command in {"converted", "convert", "verify"}:
             from runtime.data import prepare
             from runtime.engines.nemo import convert

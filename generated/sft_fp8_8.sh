@@ -6,6 +6,7 @@
 #   sbatch sft_fp8_8.sh           on a Slurm cluster; if you name several scripts, they run one after the other
 #   bash sft_fp8_8.sh             on this machine
 #   bash sft_fp8_8.sh --download  only download weights and data, where there is a network: needs Python 3.10 and huggingface_hub
+#   bash sft_fp8_8.sh --data      only prepare the training data, and show its counts and an example; needs no GPU
 #   bash sft_fp8_8.sh --unpack F  only write the entrypoint and the runtime files into folder F
 #
 # Reads: STAGE_PATH (folder of checkpoint, data and logs; default: the folder where you submit),
@@ -44,6 +45,10 @@ main() {
         --download)
             shift
             download "$@" # exits
+            ;;
+        --data)
+            show_data
+            return
             ;;
         --convert)
             mode=convert
@@ -429,9 +434,8 @@ megabytes() {
     esac
 }
 
-# Sets STAGE_PATH and, below it, the recipe's layout: logs/experiments/<experiment>/<experiment>_<id>/<experiment>/log-….out
-find_places() {
-    local id=${SLURM_JOB_ID:-} runs
+# Sets STAGE_PATH.
+find_stage_path() {
     # without it, the job would silently work in another folder
     if [[ -z ${STAGE_PATH:-} && ,$exported, != *,ALL,* ]]; then
         die "STAGE_PATH did not reach this job: it was submitted with --export=$exported or SBATCH_EXPORT" \
@@ -446,7 +450,12 @@ find_places() {
     fi
     STAGE_PATH=$(cd "$STAGE_PATH" && pwd)
     share_with_the_group
-    if [[ ${1:-} == download ]]; then return; fi
+}
+
+# Sets STAGE_PATH and, below it, the recipe's layout: logs/experiments/<experiment>/<experiment>_<id>/<experiment>/log-….out
+find_places() {
+    local id=${SLURM_JOB_ID:-} runs
+    find_stage_path
     runs=$STAGE_PATH/logs/experiments/$experiment
     mkdir -p "$runs" 2>/dev/null || die_unwritable "$runs"
     if [[ -z $id ]]; then
@@ -676,7 +685,7 @@ load_environment() {
         if [[ $1 == finetune ]]; then warn_of_variables; fi
         read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
         MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
-    elif ((nodes > 1)); then
+    elif ((nodes > 1)) && [[ $1 != data ]]; then
         die "this run needs $nodes nodes of $tasks_per_node GPUs" "submit it: sbatch $name.sh"
     fi
     # a batch script runs on the first node, where another program may use the port
@@ -708,7 +717,7 @@ download() {
     trap 'rm -rf "$code"' EXIT
     trap 'stop 143 "SIGTERM: the same command continues the download"' TERM
     trap 'stop 130 "interrupted: the same command continues the download"' INT
-    find_places download
+    find_stage_path
     find_hub
     python=(python3)
     if [[ -n ${FTGEN_PYTHON:-} ]]; then
@@ -806,6 +815,21 @@ first_failure() {
     esac
 }
 
+# Runs the command `data` of the entrypoint, without a run directory and without a log.
+show_data() {
+    exec 3>/dev/null # there is no Slurm's output file beside this one
+    find_stage_path
+    find_hub
+    code=$(mktemp -d "$STAGE_PATH/.data-XXXXXX")
+    trap 'rm -rf "$code"' EXIT
+    trap 'stop 143 "SIGTERM"' TERM
+    trap 'stop 130 "interrupted"' INT
+    unpack "$code"
+    load_environment data
+    find_python
+    run_once data
+}
+
 # unpack FOLDER: writes the entrypoint and the runtime files.
 unpack() {
     mkdir -p "$1"/runtime || return
@@ -846,7 +870,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime import download
-from runtime.data import held_out, jsonl
+from runtime.data import held_out, hf, lines
 from runtime.engines.nemo import convert
 from runtime.engines.nemo import packages as nemo_packages
 from runtime.guard import checkpoints, publish
@@ -932,9 +956,9 @@ def _hub(plan: Plan) -> Iterator[JobError]:
 
 
 def _data(plan: Plan) -> Iterator[JobError]:
-    if plan["data"]["kind"] == "jsonl":
+    if plan["data"]["path"]:
         try:
-            jsonl.user_file(plan)
+            hf.user_path(plan) if plan["data"]["kind"] == "hf" else lines.user_file(plan)
         except JobError as problem:
             yield problem
             return
@@ -1000,6 +1024,301 @@ END_OF_FTGEN_FILE
 In: a plan and a tokenizer. Out: folders below $STAGE_PATH/data. Start with `prepare.py`.
 """
 END_OF_FTGEN_FILE
+    cat >"$1"/runtime/data/bins.py <<'END_OF_FTGEN_FILE' || return
+"""Pack examples into sequences of one length, with little padding: best fit, the longest example first.
+
+In: the lengths of the examples. Out: the packs, as lists of example numbers.
+"""
+
+import random
+from collections import defaultdict
+
+
+def pack(lengths: list[int], size: int, seed: int) -> list[list[int]]:
+    """Packs of at most `size` tokens. `seed` decides the order of examples of the same length. No length exceeds `size`.
+
+    The pack with the least room that is enough takes the next example. `rooms` has a bit for each room that some pack
+    has, so the search takes the same time for any number of packs.
+    """
+    order = list(range(len(lengths)))
+    random.Random(seed).shuffle(order)  # noqa: S311
+    order.sort(key=lambda number: -lengths[number])
+    packs: list[list[int]] = []
+    by_room: defaultdict[int, list[int]] = defaultdict(list)
+    rooms = 0
+    for number in order:
+        enough = rooms >> lengths[number] << lengths[number]
+        if enough:
+            room = (enough & -enough).bit_length() - 1
+            chosen = by_room[room].pop()
+            rooms ^= 0 if by_room[room] else 1 << room
+        else:
+            room, chosen = size, len(packs)
+            packs.append([])
+        packs[chosen].append(number)
+        by_room[room - lengths[number]].append(chosen)
+        rooms |= 1 << (room - lengths[number])
+    return packs
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/data/chat.py <<'END_OF_FTGEN_FILE' || return
+"""Read the user's own conversations from a JSONL file, one {"messages": [...]} per line.
+
+In: a plan with data.path. Out: training.jsonl and validation.jsonl.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from runtime.data import lines
+from runtime.data.conversation import conversation
+from runtime.data.lines import Example
+from runtime.data.split import split
+from runtime.guard.manifest import sha256_of
+
+Plan = dict[str, Any]
+HINT = 'each line is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+
+
+def identity(plan: Plan) -> dict[str, Any]:
+    """What identifies the conversations: the hash of the file."""
+    return {"sha256": sha256_of(lines.user_file(plan))}
+
+
+def write(plan: Plan, folder: Path) -> None:
+    """Write the conversations of the file, split into training and validation. JobError: faulty lines."""
+    split(read_jsonl(lines.user_file(plan)), plan["seed"], folder)
+
+
+def read_jsonl(path: Path) -> list[Example]:
+    """The conversations of a file. JobError: the first faulty lines, with their line numbers."""
+    return lines.read(path, conversation, HINT)
+
+
+def place(plan: Plan, example: Example) -> str:
+    """Where the conversation is, as file:line."""
+    return f"{lines.user_file(plan)}:{example[lines.LINE]}"
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/data/chat_template.py <<'END_OF_FTGEN_FILE' || return
+"""Render a conversation with a chat template, and find the text that the loss counts.
+
+In: a Hugging Face tokenizer and a checked conversation. Out: the text, and the spans of the assistant's messages.
+
+The span of a message is found by rendering: it begins where the text of all messages before it ends, with the
+template's prompt for an answer, and ends where the text with the message ends. This needs no {% generation %} tag in the
+template. Llama-3's own template has none, and then NeMo 2.7.3 would train on every token (found with
+`create_sft_dataset(chat=True)`: 231 of 231 tokens).
+"""
+
+from typing import Any, NamedTuple
+
+from runtime.data.conversation import is_trained
+from runtime.data.lines import Example, FaultError
+from runtime.job.errors import JobError
+
+
+class Rendered(NamedTuple):
+    """A conversation as text."""
+
+    text: str
+    spans: list[tuple[int, int]]  # characters that the loss counts: first, and one after the last
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer, or the one that the plan carries."""
+
+    def __init__(self, tokenizer: Any, text: str | None) -> None:
+        """`text` replaces the tokenizer's own template. JobError: there is no template."""
+        if not text and not tokenizer.chat_template:
+            raise JobError(
+                "the tokenizer of this model has no chat template",
+                'set data.chat_template = "file.jinja" in the spec, or choose an Instruct model',
+            )
+        self.tokenizer, self.text = tokenizer, text
+
+    def render(self, conversation: Example) -> Rendered:
+        """The text of a conversation. FaultError: the template refuses it, or gives a text that has no clear spans."""
+        messages, tools = conversation["messages"], conversation.get("tools")
+        self._require_support(messages, tools)
+        whole = self._render(messages, tools)
+        spans = []
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":
+                span = self._span(messages, number, tools, whole)
+                spans += [span] if is_trained(message) else []
+        return Rendered(whole, spans)
+
+    def _span(self, messages: list[Any], number: int, tools: Any, whole: str) -> tuple[int, int]:
+        last = number + 1 == len(messages)
+        through = whole if last else self._render(messages[: number + 1], tools)
+        if not whole.startswith(through):
+            raise FaultError(
+                f"the chat template gives messages 1 to {number + 1} another text when more messages follow, "
+                "so the assistant's part cannot be told"
+            )
+        before = self._render(messages[:number], tools, prompt=True)
+        if not through.startswith(before):
+            raise FaultError(
+                f"the chat template begins message {number + 1} (assistant) with another text than its prompt for an answer"
+            )
+        return len(before), len(through)
+
+    def _render(self, messages: list[Any], tools: Any, *, prompt: bool = False) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tools=tools, chat_template=self.text, add_generation_prompt=prompt, tokenize=False
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise FaultError(f"the chat template refuses it: {error}") from error
+        return str(text)
+
+    def _require_support(self, messages: list[Any], tools: Any) -> None:
+        """FaultError if the template would leave out a part of the conversation without a word."""
+        source = self.tokenizer.get_chat_template(self.text, tools=tools)
+        needs = {
+            "tools": bool(tools),
+            "tool_calls": any("tool_calls" in message for message in messages),
+            "tool": any(message["role"] == "tool" for message in messages),
+        }
+        for word, needed in needs.items():
+            if needed and word not in source:
+                what = 'messages of the role "tool"' if word == "tool" else f'"{word}"'
+                raise FaultError(f"has {what}, but the chat template has no place for them")
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/data/conversation.py <<'END_OF_FTGEN_FILE' || return
+"""Check one conversation and bring it into the form that chat templates expect.
+
+In: an object with "messages" (role, content) or "conversations" (from, value). Out: {"messages": [...]}, with "tools"
+if there are tools.
+
+Accepted beside plain text: content as a list of parts {"type": "text", "text"}, tool calls and tools whose JSON is a
+text, and null values, which data sets with columns have. "weight": 0 in an assistant's message takes it out of the
+loss, as in OpenAI's format.
+"""
+
+import json
+from typing import Any
+
+from runtime.data.lines import Example, FaultError
+
+Message = dict[str, Any]
+ROLES = ("system", "user", "assistant", "tool")
+OTHER_NAMES = {"human": "user", "gpt": "assistant", "observation": "tool"}  # of roles, in "conversations"
+
+
+def conversation(document: Example) -> Example:
+    """The checked conversation. FaultError: it cannot be trained on."""
+    key, messages = _messages(document)
+    if not messages:
+        raise FaultError(f'"{key}" has no messages')
+    checked = [_message(message, f"message {number}") for number, message in enumerate(messages, 1)]
+    if checked[0]["role"] == "assistant":
+        raise FaultError("message 1 is the assistant's: it must answer a message")
+    if not any(is_trained(message) for message in checked):
+        raise FaultError("no message of the assistant has text, so no token would be trained")
+    tools = _tools(document.get("tools"))
+    return {"messages": checked} | ({"tools": tools} if tools else {})
+
+
+def is_trained(message: Message) -> bool:
+    """Whether the loss counts this message."""
+    said = message["role"] == "assistant" and (message["content"] or message.get("tool_calls"))
+    return bool(said) and message.get("weight", 1) != 0
+
+
+def _messages(document: Example) -> tuple[str, list[Any]]:
+    """The key of the messages, and the messages with role and content."""
+    given = [key for key in ("messages", "conversations") if document.get(key) is not None]
+    if len(given) != 1:
+        found = "has both" if given else "has neither"
+        raise FaultError(f'must have "messages" or "conversations", {found}')
+    messages = document[given[0]]
+    if not isinstance(messages, list):
+        raise FaultError(f'"{given[0]}" is not a list')
+    if given[0] == "messages":
+        return given[0], messages
+    system = document.get("system")
+    first = [{"from": "system", "value": system}] if system else []
+    return given[0], [_from_value(message) for message in [*first, *messages]]
+
+
+def _from_value(message: Any) -> Any:
+    if not isinstance(message, dict) or "from" not in message or "value" not in message:
+        return message
+    rest = {key: value for key, value in message.items() if key not in ("from", "value")}
+    return rest | {"role": message["from"], "content": message["value"]}
+
+
+def _message(message: Any, where: str) -> Message:
+    if not isinstance(message, dict):
+        raise FaultError(f"{where} is not an object")
+    checked = {key: value for key, value in message.items() if value is not None}
+    checked["role"] = role = _role(message.get("role"), where)
+    if checked.get("weight", 1) not in (0, 1):
+        raise FaultError(f"{where} ({role}): weight must be 0 or 1, found {checked['weight']!r}")
+    calls = checked.pop("tool_calls", None)
+    if calls:
+        checked["tool_calls"] = _calls(calls, f"{where} ({role})")
+    checked["content"] = _content(message.get("content"), f"{where} ({role})", optional=bool(calls))
+    return checked
+
+
+def _role(given: Any, where: str) -> str:
+    if not isinstance(given, str):
+        raise FaultError(f"{where} has no role")
+    role = OTHER_NAMES.get(given.lower(), given.lower())
+    if role not in ROLES:
+        raise FaultError(f"{where} has the unknown role {given!r}: must be {', '.join(ROLES)}")
+    return role
+
+
+def _content(content: Any, where: str, *, optional: bool) -> str:
+    if content is None and optional:
+        return ""
+    if isinstance(content, list):
+        return "".join(_part(part, where) for part in content)
+    if not isinstance(content, str):
+        raise FaultError(f"{where} has no content")
+    return content
+
+
+def _part(part: Any, where: str) -> str:
+    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+    if not isinstance(text, str):
+        raise FaultError(f"{where} has content that is not text")
+    return text
+
+
+def _calls(calls: Any, where: str) -> list[Any]:
+    """Tool calls whose arguments are objects. In OpenAI's format they are a text, which templates would quote again."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise FaultError(f"{where}: tool_calls is not a list of objects")
+    return [_call(call, where) for call in calls]
+
+
+def _call(call: dict[str, Any], where: str) -> dict[str, Any]:
+    if isinstance(call.get("function"), dict):
+        return call | {"function": _call(call["function"], where)}
+    if not isinstance(call.get("arguments"), str):
+        return call
+    return call | {"arguments": _json(call["arguments"], f"{where}: arguments of a tool call")}
+
+
+def _tools(tools: Any) -> list[Any]:
+    if isinstance(tools, str):
+        tools = _json(tools, '"tools"') if tools.strip() else None
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise FaultError('"tools" is not a list of objects')
+    return tools or []
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FaultError(f"{where}: not JSON: {error}") from None
+END_OF_FTGEN_FILE
     cat >"$1"/runtime/data/held_out.py <<'END_OF_FTGEN_FILE' || return
 """Hold examples out of the training, for the validation.
 
@@ -1014,7 +1333,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from runtime.data import jsonl
+from runtime.data import chat, jsonl, lines, report
+from runtime.data.conversation import conversation
+from runtime.data.lines import Example
 from runtime.data.split import VALIDATION, split
 from runtime.guard.manifest import sha256_of
 from runtime.job.errors import JobError
@@ -1027,7 +1348,8 @@ def identity(plan: Plan) -> dict[str, Any]:
     asked = plan.get("validation")
     if not asked or asked["fraction"] == VALIDATION:
         return {}
-    return {"validation": {"sha256": sha256_of(user_file(plan))} if asked["file"] else {"fraction": asked["fraction"]}}
+    file = file_of(plan)
+    return {"validation": {"sha256": sha256_of(file)} if file else {"fraction": asked["fraction"]}}
 
 
 def apply(plan: Plan, folder: Path) -> None:
@@ -1040,24 +1362,46 @@ def apply(plan: Plan, folder: Path) -> None:
     if not asked["file"]:
         split(examples, plan["seed"], folder, asked["fraction"])
         return
-    for name, lines in zip(names, (examples, jsonl.read_jsonl(user_file(plan))), strict=True):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, found in zip(names, (examples, _read(plan, user_file(plan))), strict=True):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(example) + "\n" for example in found))
 
 
 def user_file(plan: Plan) -> Path:
     """Path of validation.file; a relative path is below STAGE_PATH. JobError: the file cannot be read."""
-    return jsonl.readable(plan["validation"]["file"], "validation.file")
+    return lines.readable("validation.file", plan["validation"]["file"])
 
 
-def refuse_too_few(plan: Plan, examples: Path, packed: Path | None) -> None:
+def file_of(plan: Plan) -> Path | None:
+    """The same, or None if the plan has no such file."""
+    return user_file(plan) if plan.get("validation") and plan["validation"]["file"] else None
+
+
+def _read(plan: Plan, path: Path) -> list[Example]:
+    """The examples of a file: conversations for kind "chat", either for "hf", inputs and outputs for all others."""
+    if plan["data"]["kind"] == "chat":
+        return chat.read_jsonl(path)
+    if plan["data"]["kind"] == "hf":
+        return lines.read(path, _either, f"{jsonl.HINT}, or with messages: {chat.HINT}")
+    return jsonl.read_jsonl(path)
+
+
+def _either(document: Example) -> Example:
+    return conversation(document) if {"messages", "conversations"} & document.keys() else jsonl.pair(document)
+
+
+def refuse_too_few(plan: Plan, examples: Path, tokens: Path, packed: Path | None) -> None:
     """JobError if the held-out set does not fill one global batch: NeMo would validate on nothing, and not say so."""
     if not plan.get("validation"):
         return
-    count = _rows(packed / "validation.npy") if packed else _lines(examples / "validation.jsonl")
-    refuse_fewer(count, plan, "sequences" if packed else "examples")
+    if packed:
+        refuse_fewer(_rows(packed / "validation.npy"), "packs", plan)
+    elif plan["data"]["order"] == "recipe":
+        refuse_fewer(_lines(examples / "validation.jsonl"), "examples", plan)
+    else:
+        refuse_fewer(*report.samples_of(report.read(tokens)["validation"]), plan)
 
 
-def refuse_fewer(count: int, plan: Plan, what: str) -> None:
+def refuse_fewer(count: int, what: str, plan: Plan) -> None:
     """JobError if this many held-out sequences do not fill a global batch."""
     if count < plan["global_batch_size"]:
         more = "add examples to validation.file" if plan["validation"]["file"] else "increase validation.fraction"
@@ -1076,9 +1420,9 @@ def check(plan: Plan) -> None:
     if not asked:
         return
     if asked["file"]:
-        refuse_fewer(_lines(user_file(plan)), plan, "examples")
-    elif plan["data"]["kind"] == "jsonl":
-        refuse_fewer(max(1, round(_lines(jsonl.user_file(plan)) * asked["fraction"])), plan, "examples")
+        refuse_fewer(_lines(user_file(plan)), "examples", plan)
+    elif plan["data"]["kind"] in ("jsonl", "chat"):
+        refuse_fewer(max(1, round(_lines(lines.user_file(plan)) * asked["fraction"])), "examples", plan)
 
 
 def _lines(path: Path) -> int:
@@ -1095,45 +1439,242 @@ def _rows(path: Path) -> int:
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         return int(read(file)[0][0])  # type: ignore[no-untyped-call]
 END_OF_FTGEN_FILE
+    cat >"$1"/runtime/data/hf.py <<'END_OF_FTGEN_FILE' || return
+"""Read a dataset of the Hugging Face hub, or of a local file or folder, with the package `datasets`.
+
+In: a plan with data.dataset (name on the hub, at the commit data.revision) or data.path. Out: training.jsonl and
+validation.jsonl.
+
+A local folder is one that `save_to_disk` wrote, or one with files that `load_dataset` reads (parquet, arrow, JSON). From
+the hub, the same files are downloaded. The code of a dataset is never run.
+"""
+
+import os
+import shutil
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from runtime.data import lines
+from runtime.data.conversation import conversation
+from runtime.data.lines import LINE, Example, FaultError
+from runtime.data.split import split
+from runtime.guard import manifest
+from runtime.guard.manifest import sha256_of
+from runtime.hub.fetch import fetch
+from runtime.hub.repository import Repository
+from runtime.job.errors import JobError
+
+Plan = dict[str, Any]
+READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}  # of one file, by its suffix
+DEPTH = 4  # folders above a file in a dataset of the hub
+NAMES = ("*.parquet", "*.arrow", "*.json", "*.jsonl")
+# README.md names the configurations and their files.
+FILES = ("README.md", *("*/" * depth + name for depth in range(DEPTH + 1) for name in NAMES))
+HINT = "correct these rows, or set data.columns"
+
+
+def identity(plan: Plan) -> dict[str, Any]:
+    """What identifies the examples: the commit, or the hash of the local files; and what is read of them."""
+    data = plan["data"]
+    read = {key: data[key] for key in ("config", "split", "columns")}
+    if data["dataset"]:
+        return read | {"dataset": data["dataset"], "revision": data["revision"]}
+    return read | {"sha256": _sha256(user_path(plan))}
+
+
+def write(plan: Plan, folder: Path) -> None:
+    """Download or read the rows, and write them as examples. JobError: faulty rows, no such dataset, no network."""
+    cache = folder / "cache"
+    downloaded = [fetch(one, plan["name"]) for one in repositories(plan)]
+    files = _without_manifest(downloaded[0], cache / "files") if downloaded else user_path(plan)
+    try:
+        table = _read(plan, files, cache)
+    except (KeyError, ValueError) as error:
+        reason = f"no split {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise JobError(f"{_name(plan)}: {reason}", "correct data.config or data.split") from error
+    examples = _examples(plan, table)
+    split(examples, plan["seed"], folder)
+    shutil.rmtree(cache, ignore_errors=True)
+
+
+def repositories(plan: Plan) -> list[Repository]:
+    """What `write` reads from the hub: the files of the dataset at its commit."""
+    data = plan["data"]
+    return [Repository(data["dataset"], "dataset", data["revision"], FILES, ())] if data["dataset"] else []
+
+
+def _without_manifest(folder: Path, links: Path) -> Path:
+    """A folder with links to the files of a downloaded one: `datasets` would read the guard's manifest.json as data."""
+    for file in folder.rglob("*"):
+        if file.is_file() and file != folder / manifest.NAME:
+            link = links / file.relative_to(folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file)
+    return links
+
+
+def place(plan: Plan, example: Example) -> str:
+    """Where the example is: the dataset and the row, from 0."""
+    return f"{_name(plan)} row {example[LINE]}"
+
+
+def user_path(plan: Plan) -> Path:
+    """Path of a local dataset; a relative data.path is below STAGE_PATH. JobError: there is nothing."""
+    path = lines.below_stage_path("data.path", plan["data"]["path"])
+    if not path.exists() or not os.access(path, os.R_OK):
+        raise JobError(f"data.path: {path} does not exist or cannot be read", "give a path that every node can read")
+    return path
+
+
+def _read(plan: Plan, path: Path, cache: Path) -> Any:
+    """The rows of the plan's split. KeyError, ValueError: there is no such split or configuration."""
+    import datasets
+
+    config, wanted = plan["data"]["config"], plan["data"]["split"]
+    datasets.disable_progress_bars()
+    if (path / "state.json").exists():
+        return datasets.load_from_disk(str(path))
+    if (path / "dataset_dict.json").exists():
+        return datasets.load_from_disk(str(path))[wanted]
+    if path.is_dir():
+        return datasets.load_dataset(str(path), config, split=wanted, cache_dir=str(cache))
+    if path.suffix not in READERS:
+        raise JobError(f"data.path: {path}: is no file of a dataset", f"use a folder, or a file *{', *'.join(READERS)}")
+    return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", cache_dir=str(cache))
+
+
+def _examples(plan: Plan, table: Any) -> list[Example]:
+    columns = _columns(plan, table.column_names)
+    examples, faults = [], []
+    for number, row in enumerate(table.select_columns(list(columns.values()))):
+        try:
+            examples.append(_example({key: row[name] for key, name in columns.items()}) | {LINE: number})
+        except FaultError as fault:
+            faults.append(f"{_name(plan)} row {number}: {fault}")
+    lines.refuse(faults, HINT)
+    lines.require_two(examples, _name(plan))
+    return examples
+
+
+def _columns(plan: Plan, there: list[str]) -> dict[str, str]:
+    """The columns to read, by what they are: messages, tools, system, prompt, completion."""
+    asked = {key: name for key, name in plan["data"]["columns"].items() if name}
+    if missing := [name for name in asked.values() if name not in there]:
+        raise JobError(f"data.columns: {_name(plan)} has no column {missing[0]}", f"its columns are {', '.join(there)}")
+    if not asked.keys() - {"tools"}:
+        known = ({"messages": "messages"}, {"messages": "conversations"}, {"prompt": "prompt", "completion": "completion"})
+        found = next((choice for choice in known if set(choice.values()) <= set(there)), None)
+        if not found:
+            rule = f"{_name(plan)} has neither messages nor prompt and completion, but the columns {', '.join(there)}"
+            raise JobError(rule, "set data.columns.messages, or data.columns.prompt and data.columns.completion")
+        asked = found | asked
+    if "messages" in asked:
+        asked = {key: key for key in ("tools", "system") if key in there} | asked
+    return asked
+
+
+def _example(row: dict[str, Any]) -> Example:
+    if "prompt" in row:
+        for key in ("prompt", "completion"):
+            if not isinstance(row[key], str) or not row[key].strip():
+                raise FaultError(f"the {key} has no text")
+        return {"input": row["prompt"], "output": row["completion"]}
+    messages = row.pop("messages")
+    from_value = isinstance(messages, list) and any(isinstance(one, dict) and "from" in one for one in messages)
+    return conversation(row | {"conversations" if from_value else "messages": messages})
+
+
+def _name(plan: Plan) -> str:
+    data = plan["data"]
+    return f"{data['dataset'] or data['path']} ({data['split']})"
+
+
+def _sha256(path: Path) -> str:
+    """Hash of a file, or of the names and contents of a folder's files."""
+    if path.is_file():
+        return sha256_of(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith((".", "cache-")))
+    return sha256("".join(f"{file.relative_to(path)} {sha256_of(file)}\n" for file in files).encode()).hexdigest()
+END_OF_FTGEN_FILE
     cat >"$1"/runtime/data/jsonl.py <<'END_OF_FTGEN_FILE' || return
 """Read the user's own examples from a JSONL file, one {"input", "output"} per line.
 
 In: a plan with data.path. Out: training.jsonl and validation.jsonl.
 """
 
-import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from runtime.data import lines
+from runtime.data.lines import Example, FaultError
 from runtime.data.split import split
 from runtime.guard.manifest import sha256_of
-from runtime.job import variables
-from runtime.job.errors import JobError
 
 Plan = dict[str, Any]
-SHOWN = 5  # number of faulty lines that an error shows
+HINT = 'each line is {"input": "...", "output": "..."}'
 
 
 def identity(plan: Plan) -> dict[str, Any]:
     """What identifies the examples: the hash of the file."""
-    return {"sha256": sha256_of(user_file(plan))}
+    return {"sha256": sha256_of(lines.user_file(plan)), "format": 2}  # since format 2, an example has its line
 
 
 def write(plan: Plan, folder: Path) -> None:
     """Write the examples of the file, split into training and validation."""
-    split(read_jsonl(user_file(plan)), plan["seed"], folder)
+    split(read_jsonl(lines.user_file(plan)), plan["seed"], folder)
 
 
-def user_file(plan: Plan) -> Path:
+def place(plan: Plan, example: Example) -> str:
+    """Where the example is, as file:line."""
+    return f"{lines.user_file(plan)}:{example[lines.LINE]}"
+
+
+def read_jsonl(path: Path) -> list[Example]:
+    """The examples of a file. JobError: the first faulty lines, with their line numbers."""
+    return lines.read(path, pair, HINT)
+
+
+def pair(document: Example) -> Example:
+    """The input and output of an example. FaultError: one has no text."""
+    for key in ("input", "output"):
+        if not isinstance(document.get(key), str) or not document[key].strip():
+            raise FaultError(f'"{key}" has no text')
+    return {key: document[key] for key in ("input", "output")}
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/data/lines.py <<'END_OF_FTGEN_FILE' || return
+"""Read a JSONL file, one JSON object a line, and collect what is wrong with each line.
+
+In: a file, and a function that checks one object. Out: the examples, each with the number of its line, or a JobError
+that names the first faulty lines.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from runtime.job import variables
+from runtime.job.errors import JobError
+
+Example = dict[str, Any]
+LINE = "line"  # key of an example: its line in the user's file, from 1
+SHOWN = 5  # number of faults that an error shows
+
+
+class FaultError(Exception):
+    """What is wrong with one example. The text does not say where the example is."""
+
+
+def user_file(plan: dict[str, Any]) -> Path:
     """Path of the file; a relative data.path is below STAGE_PATH. JobError: the file cannot be read."""
-    return readable(plan["data"]["path"], "data.path")
+    return readable("data.path", plan["data"]["path"])
 
 
-def readable(name: str, key: str) -> Path:
+def readable(key: str, name: str) -> Path:
     """Path of the file that a key of the spec names. JobError: the file cannot be read."""
-    path = Path(os.environ.get("STAGE_PATH") or Path.cwd(), variables.path_with_values(key, name))
+    path = below_stage_path(key, name)
     if not path.is_file() or not os.access(path, os.R_OK):
         raise JobError(
             f"{key}: the file {path} does not exist or cannot be read",
@@ -1142,39 +1683,88 @@ def readable(name: str, key: str) -> Path:
     return path
 
 
-def read_jsonl(path: Path) -> list[dict[str, str]]:
-    """The examples of a file. JobError: the first faulty lines, with their line numbers."""
-    found = list(_lines(path))
-    if faults := [example for example in found if isinstance(example, str)]:
-        more = f", and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        raise JobError("; ".join(faults[:SHOWN]) + more, 'each line is {"input": "...", "output": "..."}')
-    examples = [example for example in found if isinstance(example, dict)]
-    if len(examples) < 2:
-        raise JobError(
-            f"{path}: has {len(examples)} examples, but at least 2 are needed", "add one for training, one for validation"
-        )
-    return examples
+def below_stage_path(key: str, name: str) -> Path:
+    """The path that a key names, with the values of its variables; a relative path is below STAGE_PATH."""
+    return Path(os.environ.get("STAGE_PATH") or Path.cwd(), variables.path_with_values(key, name))
 
 
-def _lines(path: Path) -> Iterator[dict[str, str] | str]:
-    """For each line that is not empty: its example, or an error text."""
+def read(path: Path, check: Callable[[Example], Example], hint: str) -> list[Example]:
+    """The examples of a file, as `check` returns them. JobError: the first faulty lines, or fewer than two examples."""
+    examples, faults = [], []
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield _example(line, f"{path}:{number}")
+                try:
+                    examples.append(check(_document(line, first=number == 1)) | {LINE: number})
+                except FaultError as fault:
+                    faults.append(f"{path}:{number}: {fault}")
+    refuse(faults, hint)
+    require_two(examples, str(path))
+    return examples
 
 
-def _example(line: bytes, where: str) -> dict[str, str] | str:
+def refuse(faults: list[str], hint: str) -> None:
+    """JobError with the first faults, if there are any."""
+    if faults:
+        more = f", and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        raise JobError("; ".join(faults[:SHOWN]) + more, hint)
+
+
+def require_two(examples: list[Example], where: str) -> None:
+    """JobError unless there are two examples."""
+    if len(examples) < 2:
+        raise JobError(
+            f"{where}: has {len(examples)} examples, but at least 2 are needed", "add one for training, one for validation"
+        )
+
+
+def _document(line: bytes, *, first: bool) -> Example:
     try:
-        document = json.loads(line)
-    except ValueError as error:
-        return f"{where}: not JSON: {error}"
+        text = line.decode("utf-8-sig" if first else "utf-8")  # some editors begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        raise FaultError(f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}") from None
+    try:
+        document = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise FaultError("has half of a surrogate pair (\\ud800 to \\udfff), which is no character") from None
+    except (ValueError, RecursionError) as error:
+        raise FaultError(f"not JSON: {error}") from None
     if not isinstance(document, dict):
-        return f"{where}: not an object"
-    for key in ("input", "output"):
-        if not isinstance(document.get(key), str) or not document[key].strip():
-            return f'{where}: "{key}" has no text'
-    return {key: document[key] for key in ("input", "output")}
+        raise FaultError("not an object")
+    return document
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/data/order.py <<'END_OF_FTGEN_FILE' || return
+"""The order of the samples in a training: real epochs, shuffled by the seed, each in another order.
+
+In: the number of samples (examples, or packs of examples), the seed, and the place of a sample in the training, from 0.
+Out: the number of the sample.
+
+The order is a pure function. A training that resumes needs only the number of samples that it has consumed.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+
+def sample(place: int, samples: int, seed: int) -> int:
+    """The sample at this place of the training."""
+    epoch, within = divmod(place, samples)
+    return int(shuffled(epoch, samples, seed)[within])
+
+
+@lru_cache(maxsize=2)
+def shuffled(epoch: int, samples: int, seed: int) -> "np.ndarray[Any, Any]":
+    """The order of one epoch: int64 [samples]. NumPy keeps the results of RandomState the same in all its versions."""
+    return np.random.RandomState([seed, epoch]).permutation(samples)
+
+
+def steps(epochs: int, samples: int, batch: int) -> int:
+    """Steps of `batch` samples that give every sample `epochs` times. The last batch is filled from one more epoch."""
+    return -(-epochs * samples // batch)
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/data/packing.py <<'END_OF_FTGEN_FILE' || return
 """Pack examples into sequences of equal length, with NeMo.
@@ -1201,6 +1791,7 @@ def index(folder: Path) -> None:
 
 def pack(plan: dict[str, Any], examples: Path, tokenizer: Path, staging: Path) -> None:
     """Tokenize and pack training.jsonl and validation.jsonl into sequences of plan["seq_length"] tokens."""
+    import numpy as np
     from nemo.collections.common.tokenizers import AutoTokenizer
     from nemo.collections.llm.gpt.data.packed_sequence import prepare_packed_sequence_data
 
@@ -1209,6 +1800,7 @@ def pack(plan: dict[str, Any], examples: Path, tokenizer: Path, staging: Path) -
     optional = {"output_metadata_path": staging / "metadata.json", "dataset_kwargs": {"pad_to_max_length": True}}
     with timed(f"packing the data into sequences of {plan['seq_length']} tokens"):
         for name in ("training", "validation"):
+            np.random.seed(plan["seed"])  # NeMo shuffles with NumPy's global generator, and leaves its own `seed` unused
             prepare_packed_sequence_data(
                 input_path=examples / f"{name}.jsonl",
                 output_path=staging / f"{name}.npy",
@@ -1222,13 +1814,14 @@ END_OF_FTGEN_FILE
     cat >"$1"/runtime/data/prepare.py <<'END_OF_FTGEN_FILE' || return
 """Prepare the training data, once for all jobs.
 
-In: a plan and a tokenizer. Out: a folder with training.jsonl and validation.jsonl, one {"input", "output"} per line.
-If the plan packs its data, also a folder with these examples, tokenized and packed into sequences of seq_length
-tokens.
+In: a plan and a tokenizer. Out: a folder with training.jsonl and validation.jsonl, one example per line, and a folder
+with the tokens of these examples. If NeMo reads and packs the data, as in the recipe, also a folder with NeMo's packs.
 
-The guard publishes both folders below $STAGE_PATH/data, so ranks, nodes and jobs that start together prepare them
-once. Each kind of data is a file of this package with two functions: `identity(plan)` gives what identifies its
-examples, `write(plan, folder)` writes them. A kind that reads the Hugging Face hub has a third: `repositories(plan)`.
+The guard publishes the folders below $STAGE_PATH/data, so ranks, nodes and jobs that start together prepare them
+once. Each kind of data is a file of this package: `identity(plan)` gives what identifies its examples,
+`write(plan, folder)` writes them, and `place(plan, example)` tells where the user finds an example of the user's own
+data. A kind that reads the Hugging Face hub also has `repositories(plan)`. An example is {"input", "output"} or
+{"messages"}; one of the user's also has "line".
 """
 
 import json
@@ -1238,43 +1831,51 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runtime.data import held_out, packing
+from runtime.data import held_out, packing, tokens
+from runtime.data.lines import LINE, Example
+from runtime.data.tokenizer import Tokenizer
 from runtime.guard import manifest, publish
-from runtime.guard.manifest import sha256_of
-from runtime.hub.fetch import fetch
+from runtime.guard.manifest import Source, sha256_of
+from runtime.hub import fetch as hub
 from runtime.hub.repository import Repository
 from runtime.job.progress import timed
 
 Plan = dict[str, Any]
 FORMAT = 1  # version of the examples' format: part of their identity
+TOKENS_FORMAT = 1  # version of the tokens' format
+READ_BY_NEMO = ("squad", "synthetic", "jsonl")  # kinds of data that NeMo can read itself
 
 
 class Files(NamedTuple):
     """The folders of the data."""
 
     examples: Path  # training.jsonl, validation.jsonl
-    packed: Path | None  # training.npy, validation.npy, metadata.json
+    tokens: Path  # arrays of store.py, report.json, metadata.json
+    packed: Path | None  # NeMo's packs: training.npy, validation.npy, metadata.json
 
 
-def prepare(plan: Plan, tokenizer: Path) -> Files:
-    """Prepare what does not exist yet. `tokenizer` is the folder of a Hugging Face tokenizer. JobError: faulty data."""
-    examples = identity(plan)
-    folder = _folder(plan["data"]["kind"], examples)
-    publish.ensure(folder, examples, lambda staging: _build(plan, staging))
-    if not plan["data"]["packed"]:
-        held_out.refuse_too_few(plan, folder, None)
-        return Files(folder, None)
+def prepare(plan: Plan, tokenizer_folder: Path) -> Files:
+    """Prepare all that a training needs. `tokenizer_folder` has a Hugging Face tokenizer. JobError: faulty data."""
+    source = identity(plan)
+    examples = _fetch(plan, source)
+    files = Files(examples, _tokens(plan, source, examples, tokenizer_folder), None)
+    if plan["data"]["packed"] and tokens.is_recipes(plan):
+        files = files._replace(packed=_packed(plan, source, examples, tokenizer_folder))
+    held_out.refuse_too_few(plan, *files)
+    return files
+
+
+def _packed(plan: Plan, source: Source, examples: Path, tokenizer_folder: Path) -> Path:
+    """The folder of NeMo's packs."""
     packed = {
         "kind": "packed examples",
-        "examples": examples,
-        "tokenizer": sha256_of(tokenizer / "tokenizer.json"),
+        "examples": source,
+        "tokenizer": sha256_of(tokenizer_folder / "tokenizer.json"),
         "seq_length": plan["seq_length"],
         "seed": plan["seed"],
     }
     packed_folder = _folder(f"{plan['data']['kind']}-packed-{plan['seq_length']}", packed)
-    publish.ensure(packed_folder, packed, lambda staging: packing.pack(plan, folder, tokenizer, staging))
-    held_out.refuse_too_few(plan, folder, packed_folder)
-    return Files(folder, packed_folder)
+    return publish.ensure(packed_folder, packed, lambda staging: packing.pack(plan, examples, tokenizer_folder, staging))
 
 
 def repositories(plan: Plan) -> list[Repository]:
@@ -1293,14 +1894,59 @@ def download(plan: Plan) -> None:
     So not every rank waits for the hub, and no rank needs a hub cache that its node does not see.
     """
     for repository in repositories(plan):
-        fetch(repository, plan["name"], into_home=True)
+        hub.fetch(repository, plan["name"], into_home=True)
 
 
-def identity(plan: Plan) -> dict[str, Any]:
+def fetch(plan: Plan) -> Path:
+    """The folder of the examples. This is all that may need a network. JobError: faulty data, or no network."""
+    return _fetch(plan, identity(plan))
+
+
+def tokenize(plan: Plan, tokenizer_folder: Path) -> Path:
+    """The folder of the tokens. Needs neither NeMo nor a GPU, except to read SQuAD. JobError: faulty data."""
+    source = identity(plan)
+    return _tokens(plan, source, _fetch(plan, source), tokenizer_folder)
+
+
+def identity(plan: Plan) -> Source:
     """What identifies the examples: two plans with the same identity use the same folder."""
     kind = plan["data"]["kind"]
     own: dict[str, Any] = _module(kind).identity(plan)
     return {"kind": f"{kind} examples", "format": FORMAT, "seed": plan["seed"]} | own | held_out.identity(plan)
+
+
+def _fetch(plan: Plan, source: Source) -> Path:
+    folder = _folder(plan["data"]["kind"], source)
+    return publish.ensure(folder, source, lambda staging: _build(plan, staging))
+
+
+def _tokens(plan: Plan, examples_source: Source, examples: Path, tokenizer_folder: Path) -> Path:
+    tokenizer = Tokenizer(tokenizer_folder, plan["data"]["chat_template"])
+    source = {
+        "kind": "tokens",
+        "format": TOKENS_FORMAT,
+        "examples": examples_source,
+        "tokenizer": tokenizer.identity(),
+        "seq_length": plan["seq_length"],
+        **{key: plan["data"][key] for key in ("too_long", "packed", "order")},
+    }
+    folder = _folder(f"{plan['data']['kind']}-tokens-{plan['seq_length']}", source)
+
+    def where(split: str, example: Example) -> str:
+        if split == "validation" and (file := held_out.file_of(plan)):
+            return f"{file}:{example[LINE]}"
+        return str(_module(plan["data"]["kind"]).place(plan, example))
+
+    def build(staging: Path) -> None:
+        sha256 = examples_source.get("sha256") or _sha256_of_examples(examples)
+        with timed("tokenizing the data"):
+            tokens.build(plan, examples, tokenizer, staging, where=where, sha256=sha256)
+
+    return publish.ensure(folder, source, build)
+
+
+def _sha256_of_examples(folder: Path) -> str:
+    return sha256(b"".join((folder / f"{split}.jsonl").read_bytes() for split in tokens.SPLITS)).hexdigest()
 
 
 def _folder(name: str, identity: dict[str, Any]) -> Path:
@@ -1313,11 +1959,97 @@ def _build(plan: Plan, staging: Path) -> None:
     with timed(f"preparing the data: {kind}"):
         _module(kind).write(plan, staging)
         held_out.apply(plan, staging)
-        packing.index(staging)
+        if kind in READ_BY_NEMO:
+            packing.index(staging)
 
 
 def _module(kind: str) -> Any:
     return import_module(f"runtime.data.{kind}")
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/data/report.py <<'END_OF_FTGEN_FILE' || return
+"""Tell what a training trains on: one line for the log, and the number of steps of an epoch.
+
+In: a plan, and the folder of its tokens with report.json. Out: lines in the log, and the plan with its steps.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from runtime.data import order
+from runtime.data.tokens import SPLITS, is_recipes
+from runtime.job.progress import say
+
+Plan = dict[str, Any]
+Report = dict[str, Any]
+
+
+def planned(plan: Plan, folder: Path) -> Plan:
+    """The plan with max_steps, which the data decides if the plan has epochs. Says on rank 0 what the data is."""
+    counted = read(folder)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"ftgen data: {json.dumps(facts(plan, counted))}", flush=True)
+    for text in warnings(plan, counted):
+        say(f"warning: {text}")
+    if plan["epochs"] is None:
+        return plan
+    say(epochs_text(plan, counted))
+    return plan | {"max_steps": steps(plan, counted)}
+
+
+def steps(plan: Plan, counted: Report) -> int:
+    """Number of steps of a plan with epochs."""
+    samples, _ = samples_of(counted["training"])
+    return order.steps(plan["epochs"], samples, plan["global_batch_size"])
+
+
+def epochs_text(plan: Plan, counted: Report) -> str:
+    """The epochs of a plan as steps, and what fills the last batch."""
+    samples, what = samples_of(counted["training"])
+    epochs, batch = plan["epochs"], plan["global_batch_size"]
+    text = f"{epochs} epoch{'s' * (epochs > 1)} of {samples} {what} are {steps(plan, counted)} steps of {batch} {what}"
+    more = steps(plan, counted) * batch - epochs * samples
+    return f"{text}; the last step has {more} {what} of one more epoch" if more else text
+
+
+def read(folder: Path) -> Report:
+    """The report: sha256 of the data, and the counts of each split."""
+    counted: Report = json.loads((folder / "report.json").read_text())
+    return counted
+
+
+def facts(plan: Plan, counted: Report) -> dict[str, Any]:
+    """What the log's line has: where the examples are, the hash of the user's data or else of the examples, the counts."""
+    named = ("kind", "path", "dataset", "revision", "config", "split")
+    place = {key: plan["data"][key] for key in named if plan["data"][key]}
+    if plan["data"]["kind"] != "hf":
+        place.pop("split")
+    keys = ("examples", "tokens", "trained_tokens", "truncated", "dropped", "packs")
+    counts = {split: {key: counted[split][key] for key in keys if key in counted[split]} for split in SPLITS}
+    return {**place, "sha256": counted["sha256"], **counts}
+
+
+def samples_of(counts: dict[str, Any]) -> tuple[int, str]:
+    """The number of samples of a split, and whether they are packs or examples."""
+    return (counts["packs"], "packs") if "packs" in counts else (counts["examples"], "examples")
+
+
+def warnings(plan: Plan, counted: Report) -> list[str]:
+    """What happened to examples that are too long, for each split."""
+    found, word = [], "row" if plan["data"]["kind"] == "hf" else "line"
+    for split in SPLITS:
+        counts = counted[split]
+        if not counts["too_long"]:
+            continue
+        all_examples = counts["examples"] + counts["dropped"]
+        text = f"{split}: {counts['too_long']} of {all_examples} examples have more than {plan['seq_length']} tokens"
+        done = f"{counts['truncated']} are truncated, {counts['dropped']} are dropped"
+        if is_recipes(plan):
+            done = "NeMo cuts the end of their input"
+        longest = counts["longest"]
+        found.append(f"{text}: {done}; the longest has {longest['tokens']} tokens ({word} {longest['line']})")
+    return found
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/data/split.py <<'END_OF_FTGEN_FILE' || return
 """Split examples into training and validation.
@@ -1376,6 +2108,106 @@ def write(plan: dict[str, Any], folder: Path) -> None:
     files = {split: [str(path) for path in sorted(source.glob(pattern))] for split, pattern in FILES.items()}
     examples = load_dataset("parquet", data_files=files, cache_dir=str(folder / "cache"))
     SquadDataModule(dataset_root=folder, seed=plan["seed"])._preprocess_and_split_data(examples)
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/data/store.py <<'END_OF_FTGEN_FILE' || return
+"""Keep tokenized examples in files that a training maps into its memory.
+
+In: `Tokens` of the examples of one split, and packs. Out: arrays below a folder, <split>.<array>.npy; and readers of them.
+
+All ranks of a node share the mapped pages, and none unpickles an object for each token, as NeMo's own packs need.
+"""
+
+from array import array
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.data.tokenizer import Tokens
+
+SMALL = 1 << 20  # bytes; a smaller file is read, because an empty array cannot be mapped
+
+
+class Writer:
+    """Collects the examples of one split in memory, 5 bytes for each token, and writes them at the end."""
+
+    def __init__(self) -> None:
+        self.ids, self.trained, self.starts, self.places = array("i"), array("B"), array("q", [0]), array("q")
+
+    def add(self, tokens: Tokens, place: int) -> None:
+        """Add an example; `place` is its number in training.jsonl or validation.jsonl, from 0."""
+        self.ids.frombytes(tokens.ids.tobytes())
+        self.trained.frombytes(tokens.trained.tobytes())
+        self.starts.append(len(self.ids))
+        self.places.append(place)
+
+    def write(self, folder: Path, split: str) -> "Examples":
+        """Write the arrays, and return the reader."""
+        arrays = {
+            "ids": np.asarray(self.ids, np.int32),
+            "trained": np.asarray(self.trained, np.uint8).view(bool),
+            "starts": np.asarray(self.starts, np.int64),
+            "places": np.asarray(self.places, np.int64),
+        }
+        for name, values in arrays.items():
+            np.save(_file(folder, split, name), values)
+        return Examples(folder, split)
+
+
+class Examples:
+    """The tokenized examples of one split."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.ids, self.trained, self.starts, self.places = (
+            _load(_file(folder, split, name)) for name in ("ids", "trained", "starts", "places")
+        )
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, number: int) -> Tokens:
+        begin, end = self.starts[number], self.starts[number + 1]
+        return Tokens(self.ids[begin:end], self.trained[begin:end], None)
+
+    def lengths(self) -> Any:
+        """Tokens of each example: int64 [examples]."""
+        return np.diff(self.starts)
+
+
+def write_packs(folder: Path, split: str, packs: list[list[int]]) -> None:
+    """Write the packs, which are lists of example numbers."""
+    np.save(_file(folder, split, "packed"), np.fromiter(chain.from_iterable(packs), np.int64))
+    np.save(_file(folder, split, "packs"), np.cumsum([0, *map(len, packs)]))
+
+
+class Packs:
+    """The packs of one split, in the form of NeMo's packed data set."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.examples = Examples(folder, split)
+        self.packed, self.packs = (_load(_file(folder, split, name)) for name in ("packed", "packs"))
+
+    def __len__(self) -> int:
+        return len(self.packs) - 1
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """The tokens of one pack, where each example begins, and the mask: true where the next token is trained."""
+        members = [self.examples[int(one)] for one in self.packed[self.packs[number] : self.packs[number + 1]]]
+        ends = np.cumsum([len(one.ids) for one in members])
+        return {
+            "input_ids": np.concatenate([one.ids for one in members]),
+            "seq_boundaries": [0, *ends.tolist()],
+            "loss_mask": np.concatenate([np.append(one.trained[1:], False) for one in members]),
+        }
+
+
+def _file(folder: Path, split: str, name: str) -> Path:
+    return folder / f"{split}.{name}.npy"
+
+
+def _load(file: Path) -> Any:
+    return np.load(file, mmap_mode="r" if file.stat().st_size > SMALL else None)
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/data/synthetic.py <<'END_OF_FTGEN_FILE' || return
 """Generate synthetic examples that are as long as those of SQuAD.
@@ -1506,6 +2338,292 @@ def example(rng: random.Random) -> dict[str, str]:
         "input": f"Context: {' '.join(paragraph)} Question: {question} Answer:",
         "output": " ".join(paragraph[start : start + length]).rstrip("."),
     }
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/data/tokenizer.py <<'END_OF_FTGEN_FILE' || return
+"""Turn examples into tokens, and mark the tokens that the loss counts.
+
+In: examples ({"input", "output"} or {"messages"}) and a Hugging Face tokenizer. Out: `Tokens` for each example.
+
+An input and an output give the same tokens as in NeMo's own data set: input, space, output, end of text. A conversation
+gives the tokens of its chat template. Nothing is added to them: the template itself writes the tokens that begin and
+end a text, as the model was trained.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from runtime.data.chat_template import ChatTemplate
+from runtime.data.lines import Example, FaultError
+from runtime.job.errors import JobError
+
+PARALLEL = "TOKENIZERS_PARALLELISM"  # read by the library at each call; the recipe switches it off for the training
+
+
+class Tokens(NamedTuple):
+    """One example."""
+
+    ids: "np.ndarray[Any, Any]"  # int32 [length]
+    trained: "np.ndarray[Any, Any]"  # bool [length]: whether the loss counts the prediction of this token
+    prompt: int | None  # number of tokens before the output; None for a conversation
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer with the plan's chat template."""
+
+    def __init__(self, folder: Path, chat_template: str | None) -> None:
+        """JobError: the folder has no fast tokenizer, or the tokenizer has no token for the end of a text."""
+        from transformers import AutoTokenizer
+
+        self.own = AutoTokenizer.from_pretrained(str(folder), use_fast=True)
+        if not self.own.is_fast:
+            raise JobError(
+                f"{folder} has no tokenizer.json", "save the tokenizer again with transformers: it writes this file"
+            )
+        self._chat_template = chat_template
+        self._template: ChatTemplate | None = None
+        # NeMo puts a space before the output, unless the tokenizer begins every text with one
+        spaced = self.own.tokenize("x y") != self.own.tokenize("x") + self.own.tokenize("y")
+        self._output_prefix = " " if spaced else ""
+
+    def identity(self) -> dict[str, Any]:
+        """What identifies the tokenizer. It is the same for the converted checkpoint and for the model's own files."""
+        template = self._chat_template or self.own.chat_template
+        parts = {"tokenizer": self.own.backend_tokenizer.to_str(), "chat_template": json.dumps(template, sort_keys=True)}
+        special = {key: str(token) for key, token in self.own.special_tokens_map.items()}
+        return {name: sha256(text.encode()).hexdigest() for name, text in parts.items()} | {"special_tokens": special}
+
+    def tokens(self, examples: list[Example]) -> list[Tokens | FaultError]:
+        """The tokens of each example, or what is wrong with it."""
+        if not examples:
+            return []
+        return self._conversations(examples) if "messages" in examples[0] else self._pairs(examples)
+
+    def text(self, ids: list[int]) -> str:
+        """The text of some tokens, with special tokens."""
+        return str(self.own.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _pairs(self, examples: list[Example]) -> list[Tokens | FaultError]:
+        if (end := self.own.eos_token_id) is None:
+            raise JobError("the tokenizer of this model has no eos_token", "add eos_token to its tokenizer_config.json")
+        inputs = self._encode([example["input"].strip(" ") for example in examples])
+        outputs = self._encode([self._output_prefix + example["output"].strip(" ") for example in examples])
+        return [_pair(before, [*after, end]) for before, after in zip(inputs.input_ids, outputs.input_ids, strict=True)]
+
+    def _conversations(self, examples: list[Example]) -> list[Tokens | FaultError]:
+        self._template = self._template or ChatTemplate(self.own, self._chat_template)
+        rendered = [_or_fault(self._template.render, example) for example in examples]
+        texts = [each.text for each in rendered if not isinstance(each, FaultError)]
+        encoded = self._encode(texts, return_offsets_mapping=True) if texts else None
+        found: list[Tokens | FaultError] = []
+        for each in rendered:
+            if isinstance(each, FaultError):
+                found.append(each)
+            elif encoded:
+                number = sum(not isinstance(one, FaultError) for one in found)
+                found.append(_conversation(encoded.input_ids[number], encoded.offset_mapping[number], each.spans))
+        return found
+
+    def _encode(self, texts: list[str], **options: Any) -> Any:
+        with _in_parallel():
+            return self.own(texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **options)
+
+
+def _or_fault(render: Any, example: Example) -> Any:
+    try:
+        return render(example)
+    except FaultError as fault:
+        return fault
+
+
+def _pair(before: list[int], after: list[int]) -> Tokens:
+    trained = np.arange(len(before) + len(after)) >= len(before)
+    return Tokens(np.array(before + after, np.int32), trained, len(before))
+
+
+def _conversation(ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> Tokens | FaultError:
+    """A token counts for the span in which its last character is. Offsets can leave out spaces at a token's beginning."""
+    ends = np.array([end for _, end in offsets], np.int64)
+    trained = np.zeros(len(ids), bool)
+    for first, end in spans:
+        trained |= (ends > first) & (ends <= end)
+    if not trained[1:].any():
+        return FaultError("no token would be trained")
+    return Tokens(np.array(ids, np.int32), trained, None)
+
+
+@contextmanager
+def _in_parallel() -> Iterator[None]:
+    before = os.environ.get(PARALLEL)
+    os.environ[PARALLEL] = "true"
+    try:
+        yield
+    finally:
+        os.environ.pop(PARALLEL) if before is None else os.environ.__setitem__(PARALLEL, before)
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/data/tokens.py <<'END_OF_FTGEN_FILE' || return
+"""Tokenize the examples of a plan, handle those that are too long, pack the rest, and count everything.
+
+In: a plan, the folder of its examples, a tokenizer. Out: a folder with the arrays of store.py for each split, report.json
+with the counts, and metadata.json, which NeMo's packed data set reads.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from runtime.data import bins, lines, store
+from runtime.data.lines import Example, FaultError
+from runtime.data.tokenizer import Tokenizer, Tokens
+from runtime.job.errors import JobError
+
+Plan = dict[str, Any]
+SPLITS = ("training", "validation")
+BATCH = 512  # examples that are tokenized together
+
+
+class Fault(NamedTuple):
+    """What is wrong with an example, and the number of its line for the order of the faults."""
+
+    line: int
+    text: str
+
+
+def build(
+    plan: Plan, examples: Path, tokenizer: Tokenizer, staging: Path, where: Callable[[str, Example], str], sha256: str
+) -> None:
+    """Write the folder. `where` tells the place of an example of a split in the user's data, `sha256` is that of the data.
+
+    JobError: faulty or too long examples.
+    """
+    faults: list[Fault] = []
+    long: list[Fault] = []
+    report: dict[str, Any] = {}
+    for split in SPLITS:
+        counter = Counter(plan)
+        for number, (example, tokens) in enumerate(_tokenized(tokenizer, examples / f"{split}.jsonl")):
+            line = example.get(lines.LINE, number + 1)
+            place = where(split, example) if lines.LINE in example else f"{split}.jsonl:{line}"
+            if isinstance(tokens, FaultError):
+                faults.append(Fault(line, f"{place}: {tokens}"))
+            elif not counter.add(tokens, number, line):
+                long.append(Fault(line, f"{place}: {len(tokens.ids)} tokens"))
+        report[split] = counter.write(staging, split)
+    lines.refuse([fault.text for fault in sorted(faults)], "correct these examples")
+    _refuse_long(plan, [fault.text for fault in sorted(long)], report)
+    if not report["training"]["examples"]:
+        raise JobError("no example is left for the training: all are too long", "set a larger seq_length")
+    metadata = [metadata for split in SPLITS if (metadata := report[split].pop("metadata", None))]
+    (staging / "metadata.json").write_text(json.dumps(metadata) + "\n")
+    (staging / "report.json").write_text(json.dumps({"sha256": sha256, **report}, indent=1) + "\n")
+
+
+def is_recipes(plan: Plan) -> bool:
+    """Whether NeMo reads, packs and orders the examples, as in the recipe. Then ftgen only counts the tokens."""
+    return bool(plan["data"]["order"] == "recipe")
+
+
+class Counter:
+    """Counts the examples of one split, and keeps those that fit."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.writer = plan, store.Writer()
+        self.longest = {"tokens": 0, "line": 0}
+        self.too_long = self.truncated = self.dropped = 0
+
+    def add(self, tokens: Tokens, number: int, line: int) -> bool:
+        """Keep the example, cut or drop it. False if it is too long and data.too_long is "error"."""
+        limit, length = self.plan["seq_length"], len(tokens.ids)
+        if length > self.longest["tokens"]:
+            self.longest = {"tokens": length, "line": line}
+        kept: Tokens | None = tokens
+        if length > limit:
+            self.too_long += 1
+            if self.plan["data"]["too_long"] == "error":
+                return False
+            kept = truncated(tokens, limit) if self.plan["data"]["too_long"] == "truncate" else None
+            self.truncated += kept is not None
+            self.dropped += kept is None
+        if kept:
+            self.writer.add(kept, number)
+        return True
+
+    def write(self, folder: Path, split: str) -> dict[str, Any]:
+        """Write the arrays and the packs, and return the counts."""
+        examples = self.writer.write(folder, split)
+        counted = {
+            "examples": len(examples),
+            "tokens": len(examples.ids),
+            "trained_tokens": int(examples.trained.sum()),
+            "longest": self.longest,
+            "too_long": self.too_long,
+            "truncated": self.truncated,
+            "dropped": self.dropped,
+        }
+        packs_itself = self.plan["data"]["packed"] and not is_recipes(self.plan) and len(examples)
+        return counted | (_pack(self.plan, examples, folder, split) if packs_itself else {})
+
+
+def truncated(tokens: Tokens, limit: int) -> Tokens | None:
+    """The example with `limit` tokens, or None if it cannot be cut.
+
+    An input loses its end and the output stays whole, as in NeMo; an output that leaves no room for the input cannot be
+    cut. A conversation loses its end; if then no token is trained, it cannot be cut.
+    """
+    ids, trained, prompt = tokens
+    if prompt is None:
+        return Tokens(ids[:limit], trained[:limit], None) if trained[1:limit].any() else None
+    kept = prompt - (len(ids) - limit)
+    if kept < 1:
+        return None
+    return Tokens(np.delete(ids, slice(kept, prompt)), np.delete(trained, slice(kept, prompt)), kept)
+
+
+def _pack(plan: Plan, examples: store.Examples, folder: Path, split: str) -> dict[str, Any]:
+    # a sequence of n tokens has n - 1 pairs of a token and the token to predict, and only these are in a pack
+    lengths = (examples.lengths() - 1).tolist()
+    packs = bins.pack(lengths, plan["seq_length"], plan["seed"])
+    store.write_packs(folder, split, packs)
+    filled = [sum(lengths[number] for number in pack) for pack in packs]
+    metadata = {
+        "dataset_max_seqlen": max(lengths),
+        "max_samples_per_bin": max(map(len, packs)),
+        "min_packed_seqlen": min(filled),
+        "pack_size": plan["seq_length"],
+    }
+    return {"packs": len(packs), "fill": sum(filled) / len(packs) / plan["seq_length"], "metadata": metadata}
+
+
+def _refuse_long(plan: Plan, places: list[str], report: dict[str, Any]) -> None:
+    """JobError if examples are too long and data.too_long is "error"."""
+    if not places:
+        return
+    longest = max((counted["longest"] for counted in report.values()), key=lambda one: int(one["tokens"]))
+    examples = sum(counted["examples"] for counted in report.values()) + len(places)
+    lines.refuse(
+        [f"{len(places)} of {examples} examples have more than {plan['seq_length']} tokens, which is seq_length", *places],
+        f'set data.too_long = "drop" or "truncate", or a seq_length of at least {longest["tokens"]}',
+    )
+
+
+def _tokenized(tokenizer: Tokenizer, file: Path) -> Iterator[tuple[Example, Tokens | FaultError]]:
+    batch: list[Example] = []
+    with file.open(encoding="utf-8") as examples:
+        for line in examples:
+            batch.append(json.loads(line))
+            if len(batch) == BATCH:
+                yield from zip(batch, tokenizer.tokens(batch), strict=True)
+                batch = []
+    yield from zip(batch, tokenizer.tokens(batch), strict=True)
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/download.py <<'END_OF_FTGEN_FILE' || return
 """Download what a job reads from the Hugging Face hub, before it runs, where there is a network.
@@ -1668,10 +2786,19 @@ def begin(plan: Plan) -> Attempt:
     return Attempt(folder, claim, checkpoint)
 
 
+def steps(plan: Plan) -> int | None:
+    """The number of steps of the run. With epochs, None before its first attempt has read the data."""
+    return plan["max_steps"] or checkpoints.steps(checkpoints.folder_of_run())
+
+
 def add(recipe: Any, plan: Plan, attempt: Attempt, files: Files) -> None:
     """Make the recipe save, and resume from the attempt's checkpoint. JobError: the data has changed. Imports NeMo."""
     from runtime.engines.nemo import resume, save
 
+    if plan["epochs"]:
+        if attempt.claim:
+            checkpoints.write_steps(attempt.folder, plan["max_steps"])
+        plan = plan | {"max_steps": None}  # the plan as the script has it, for the manifests
     data = [folder.name for folder in files if folder]
     versions = environment.packages()
     if attempt.checkpoint:
@@ -2109,6 +3236,107 @@ def _with_norms(apply_transforms: Callable[..., Any]) -> Callable[..., Any]:
         return apply_transforms(source, target, mapping | NORMS, *args, **kwargs)
 
     return with_norms
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/data.py <<'END_OF_FTGEN_FILE' || return
+"""Give ftgen's tokens, packs and order to NeMo: NeMo's data sets and data module, with another source of examples.
+
+In: the folder of the tokens. Out: batches that NeMo's own collate functions make.
+
+NeMo's own order of examples that are not packed ignores the seed, changes with max_steps and has no epochs: of 40
+examples, 31 were among the first 40 samples (NeMo 2.7.3). Here runtime/data/order.py decides. NeMo's sampler counts
+through the samples, so a training that resumes at a number of consumed samples continues exactly.
+
+This module imports NeMo (15-40 s), so only a training imports it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from nemo.collections.llm.gpt.data.core import GPTSFTDataset, GPTSFTPackedDataset
+from nemo.collections.llm.gpt.data.fine_tuning import FineTuningDataModule
+from nemo.lightning.io.mixin import IOMixin
+
+from runtime.data import order, store
+
+
+class Examples(GPTSFTDataset):  # type: ignore[misc]
+    """The examples of one split, not packed. `file_path` is <folder>/<split>."""
+
+    def _load_dataset(self) -> None:
+        path = Path(self.file_path)
+        self.indexed_dataset = store.Examples(path.parent, path.name)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """One example. NeMo fills the last batch of a validation with negative numbers, which must have no loss."""
+        ids, trained, _ = self.indexed_dataset[number % len(self)]
+        mask = trained.astype(float).tolist() if number >= 0 else [0.0] * len(ids)
+        unused = {"context_ids": [], "context_length": 0, "answer_ids": [], "metadata": {}}
+        return {"input_ids": ids.tolist(), "loss_mask": mask, "token_count": len(ids), **unused}
+
+    def _build_loss_mask(self, processed_example: dict[str, Any]) -> list[float]:
+        mask: list[float] = processed_example["loss_mask"]
+        return mask
+
+
+class Packs(GPTSFTPackedDataset):  # type: ignore[misc]
+    """The packs of one split. `file_path` is <folder>/<split>."""
+
+    def _load_dataset(self) -> None:
+        path = Path(self.file_path)
+        self.indexed_dataset = store.Packs(path.parent, path.name)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """One pack; a negative number is one without a loss, as above."""
+        pack = self.indexed_dataset[number % len(self)]
+        return pack if number >= 0 else pack | {"loss_mask": pack["loss_mask"] * 0}
+
+
+class InOrder:
+    """The samples of a training in their order, for as many samples as the training needs."""
+
+    def __init__(self, samples: Any, count: int, seed: int) -> None:
+        self.samples, self.count, self.seed = samples, count, seed
+        self.collate_fn = samples.collate_fn
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        sample: dict[str, Any] = self.samples[order.sample(place, len(self.samples), self.seed)]
+        return sample
+
+
+class TokensDataModule(FineTuningDataModule, IOMixin):  # type: ignore[misc]
+    """NeMo's data module. `dataset_root` is the folder of the tokens."""
+
+    def prepare_data(self) -> None:
+        """Do nothing: runtime/data has prepared all."""
+
+    def train_dataloader(self) -> Any:
+        """Batches of the training split, epoch after epoch."""
+        in_order = InOrder(self.samples("training"), self.max_train_samples, self.seed)
+        return self._create_dataloader(in_order, mode="train")
+
+    def val_dataloader(self) -> Any:
+        """Batches of the validation split, in the order of the file."""
+        return self._create_dataloader(self.samples("validation"), mode="validation")
+
+    def samples(self, split: str) -> Examples | Packs:
+        """NeMo's data set of a split."""
+        given = {
+            "file_path": str(self.dataset_root / split),
+            "tokenizer": self.tokenizer,
+            "max_seq_length": self.seq_length,
+            "prompt_template": "{output}",
+            "label_key": "output",
+            "truncation_field": None,
+            "seed": self.seed,
+            **self.dataset_kwargs,
+        }
+        if self.packed_sequence_size <= 0:
+            return Examples(**given)
+        packed = {"pad_cu_seqlens": self._pad_cu_seqlens, "pack_metadata_file_path": str(self.pack_metadata)}
+        return Packs(**given, **packed)
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/importer.py <<'END_OF_FTGEN_FILE' || return
 """Run NeMo's own importer of Hugging Face checkpoints, so that it writes only into one directory.
@@ -3239,6 +4467,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import fiddle
 import nemo_run as run
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -3249,6 +4478,8 @@ from nemo.collections.llm.recipes.precision.mixed_precision import bf16_with_fp8
 from nemo.lightning import _strategy_lib
 
 from runtime.data.prepare import Files
+from runtime.data.tokens import is_recipes
+from runtime.engines.nemo.data import TokensDataModule
 from runtime.job.progress import say
 
 Plan = dict[str, Any]
@@ -3375,21 +4606,25 @@ def _set_precision(recipe: Any, plan: Plan) -> None:
 def _set_data(recipe: Any, plan: Plan, files: Files) -> None:
     # The recipe's data module is SquadDataModule. It downloads nothing if training.jsonl exists. In NeMo 2.1, it takes no
     # folder; the class that it derives from does.
-    if not hasattr(recipe.data, "dataset_root"):
+    root, packs, ending = files.examples, files.packed, "npy"
+    if not is_recipes(plan):
+        fiddle.update_callable(recipe.data, TokensDataModule)
+        root, packs, ending = files.tokens, files.tokens, "packs.npy"
+    elif not hasattr(recipe.data, "dataset_root"):
         recipe.data = run.Config(FineTuningDataModule, **recipe.data.__arguments__)
-    recipe.data.dataset_root = str(files.examples)
+    recipe.data.dataset_root = str(root)
     recipe.data.seed = plan["seed"]
     recipe.data.global_batch_size = plan["global_batch_size"]
     recipe.data.micro_batch_size = plan["micro_batch_size"]
-    if files.packed:
+    if packs and plan["data"]["packed"]:
         recipe.data.packed_sequence_specs = run.Config(
             PackedSequenceSpecs,
             packed_sequence_size=plan["seq_length"],
-            packed_train_data_path=str(files.packed / "training.npy"),
-            packed_val_data_path=str(files.packed / "validation.npy"),
+            packed_train_data_path=str(packs / f"training.{ending}"),
+            packed_val_data_path=str(packs / f"validation.{ending}"),
         )
-        if (files.packed / "metadata.json").is_file():  # since NeMo 2.2
-            recipe.data.packed_sequence_specs.packed_metadata_path = str(files.packed / "metadata.json")
+        if (packs / "metadata.json").is_file():  # since NeMo 2.2
+            recipe.data.packed_sequence_specs.packed_metadata_path = str(packs / "metadata.json")
 
 
 def _set_trainer(recipe: Any, plan: Plan) -> None:
@@ -3708,6 +4943,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from runtime.data import report
 from runtime.data.prepare import prepare
 from runtime.engines.nemo import attempt, compatibility, convert, imports
 from runtime.engines.nemo.optimizations import switch
@@ -3720,14 +4956,14 @@ Plan = dict[str, Any]
 
 
 def train(plan: Plan) -> int:
-    """Train plan["max_steps"] steps; exit code 0. JobError: no checkpoint, no GPU, a wrong WORLD_SIZE, faulty data."""
+    """Train the plan's steps or epochs; exit code 0. JobError: no checkpoint, no GPU, a wrong WORLD_SIZE, faulty data."""
     _set_ranks(plan)
     profile.enter(plan)
     weights = convert.directory(plan)
     if not convert.converted(plan):
         raise JobError(f"there is no converted checkpoint in {weights}", "run the command convert first")
     this = attempt.begin(plan) if plan.get("save") else None
-    if this and this.step == plan["max_steps"]:
+    if this and this.step == attempt.steps(plan):
         say("the run is complete: its last step is saved")
         return 0
     read_ahead.begin(weights / "weights")
@@ -3750,6 +4986,7 @@ def train(plan: Plan) -> int:
     off = switch.unavailable(recipe.stock(plan, _log_directory()), plan)
     environment.tell(plan, off)
     files = prepare(plan, weights / "context" / "nemo_tokenizer")
+    plan = report.planned(plan, files.tokens)
     recipe_of_run = recipe.build(plan, weights, files, _log_directory())
     switch.apply(recipe_of_run, plan, off)
     profile.add(recipe_of_run, plan)
@@ -3877,7 +5114,7 @@ Environment: FTGEN_RUN_DIR, the run directory (default $STAGE_PATH/logs).
 
 manifest.json contains {"format", "step", "plan_sha256", "plan", "data", "versions", "files": {path: {"size": bytes}}}.
 
-In <folder>:  step_<N>/  .claims/<n>/  .step_<N>.staging-<n>/  step_<N>.untrusted-<time>/
+In <folder>:  step_<N>/  max_steps  .claims/<n>/  .step_<N>.staging-<n>/  step_<N>.untrusted-<time>/
 """
 
 import json
@@ -3898,6 +5135,7 @@ from runtime.job.progress import say
 FORMAT = 1
 NAME = "manifest.json"
 PREFIX = "step_"
+STEPS = "max_steps"  # the file with the number of steps
 # Keys of a plan that do not change what is trained. All others must be the same when a run is resumed.
 NOT_TRAINING = {"format", "ftgen_version", "name", "experiment", "spec_file", "spec_sha256", "point", "overrides", "save"}
 NOT_TRAINING |= {"window_steps", "profile", "environment", "stage_path", "modules", "setup_lines", "prefix", "python"}
@@ -4012,6 +5250,21 @@ def keep_newest(folder: Path, count: int) -> None:
         trash = path.with_name(f".{path.name}.trash")
         path.rename(trash)
         shutil.rmtree(trash, ignore_errors=True)
+
+
+def steps(folder: Path) -> int | None:
+    """The number of steps of a run with epochs, which its first attempt has written; None before that."""
+    try:
+        return int((folder / STEPS).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def write_steps(folder: Path, count: int) -> None:
+    """Write the number of steps of a run with epochs. The job's script reads it too."""
+    written = folder / f".{STEPS}"
+    written.write_text(f"{count}\n")
+    written.replace(folder / STEPS)
 
 
 def about(plan: Plan, data: list[str], versions: dict[str, str]) -> dict[str, Any]:
@@ -5012,7 +6265,12 @@ def published(repository: Repository) -> Path | None:
 
 
 def in_cache(repository: Repository) -> Path | None:
-    """A complete snapshot in a hub cache, or None. Its name is the commit."""
+    """A complete snapshot in a hub cache, or None. Its name is the commit.
+
+    Without `needed`, nobody knows whether a snapshot is complete.
+    """
+    if not repository.needed:
+        return None
     complete = (folder for folder in snapshots(repository) if not repository.missing(folder))
     return next(complete, None)
 
@@ -5068,6 +6326,8 @@ def what_is_missing(repository: Repository) -> str:
     """Names of the missing files, and the folder that lacks them, as text for an error."""
     folder = next(iter(snapshots(repository)), place(repository))
     names = repository.missing(folder)
+    if not names:
+        return f"there is no {folder}"
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"{folder} lacks {', '.join(names[:SHOWN])}{more}"
 
@@ -5970,6 +7230,128 @@ def _write(path: Path, lines: list[str]) -> None:
     except OSError:
         pass  # the disk is full or gone: the script says without it where the job waits
 END_OF_FTGEN_FILE
+    cat >"$1"/runtime/show_data.py <<'END_OF_FTGEN_FILE' || return
+"""Show the training data of a plan: its counts, and one example as the model sees it, with the trained text marked.
+
+In: a plan. Out: text on stdout, exit code 0. Needs no GPU. JobError: faulty data, or no tokenizer.
+
+The data is prepared as for a training, so a training that starts later finds it ready.
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from runtime.data import prepare, report, store
+from runtime.data.tokenizer import Tokenizer
+from runtime.data.tokens import SPLITS, is_recipes
+from runtime.engines.nemo import convert
+from runtime.hub import find
+from runtime.hub.fetch import fetch
+from runtime.weights import hub, random_llama
+
+Plan = dict[str, Any]
+BEGIN, END = "{+", "+}"  # around trained text, as `git diff --word-diff` marks what was added
+GREEN, PLAIN = "\x1b[1;32m", "\x1b[0m"
+# transformers imports torch if it can, which takes seconds, and tokenizers do not need it
+WITHOUT_TORCH = {"USE_TORCH": "0", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
+SHOWN = 4000  # characters of the example
+
+
+def show(plan: Plan) -> int:
+    """Prepare the data and print what it is."""
+    if plan["data"]["kind"] not in prepare.READ_BY_NEMO:
+        os.environ |= WITHOUT_TORCH
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = tokenizer(plan, Path(scratch))
+        tokens = prepare.tokenize(plan, folder)
+        counted = report.read(tokens)
+        print("\n".join([*_source(plan, counted), "", *_table(counted), "", *_steps(plan, counted)]))
+        print(f"\nThe first example of the training, as the model sees it. The loss counts the text in {BEGIN}...{END}:\n")
+        print(
+            example(Tokenizer(folder, plan["data"]["chat_template"]), store.Examples(tokens, "training"), colour=_colour())
+        )
+    return 0
+
+
+def tokenizer(plan: Plan, scratch: Path) -> Path:
+    """The folder of the model's tokenizer: of the converted checkpoint, or else of its source. Writes only to `scratch`."""
+    if convert.converted(plan):
+        return convert.directory(plan) / "context" / "nemo_tokenizer"
+    checkpoint, model = plan["checkpoint"], plan["model"]
+    if checkpoint["source"] == "directory":
+        return convert.user_directory(plan)
+    if checkpoint["source"] == "random":
+        random_llama.write_tokenizer(model["vocab_size"], model["max_position_embeddings"], scratch)
+        return scratch
+    return find.find(hub.repository(plan)) or fetch(hub.tokenizer(plan), plan["name"], into_home=True)
+
+
+def example(reader: Tokenizer, examples: store.Examples, *, colour: bool) -> str:
+    """The text of the first example, with marks around its trained text. At most `SHOWN` characters."""
+    ids, trained, _ = examples[0]
+    text = ""
+    for is_trained, group in groupby(zip(trained.tolist(), ids.tolist(), strict=True), key=lambda pair: pair[0]):
+        part = _printable(reader.text([number for _, number in group]))
+        marked = f"{BEGIN}{part}{END}"
+        text += (f"{GREEN}{marked}{PLAIN}" if colour else marked) if is_trained else part
+        if len(text) > SHOWN:
+            return f"{text[:SHOWN]}{PLAIN if colour else ''} ..."
+    return text
+
+
+def _source(plan: Plan, counted: report.Report) -> Iterator[str]:
+    data = plan["data"]
+    where = data["path"] or data["dataset"] or ""
+    yield f"{plan['experiment']}: {data['kind']} data {where}".rstrip()
+    yield f"sha256 {counted['sha256']}"
+    for warning in report.warnings(plan, counted):
+        yield f"warning: {warning}"
+
+
+def _table(counted: report.Report) -> Iterator[str]:
+    """A row for each count, a column for each split."""
+    yield f"{'':18}" + "".join(f"{split:>14}" for split in SPLITS)
+    counts = [counted[split] for split in SPLITS]
+    rows = {
+        "examples": [f"{each['examples']:,}" for each in counts],
+        "tokens": [f"{each['tokens']:,}" for each in counts],
+        "trained tokens": [f"{each['trained_tokens']:,}" for each in counts],
+        "longest example": [f"{each['longest']['tokens']:,}" for each in counts],
+        "too long": [f"{each['too_long']:,}" for each in counts],
+        "truncated": [f"{each['truncated']:,}" for each in counts],
+        "dropped": [f"{each['dropped']:,}" for each in counts],
+    }
+    if any("packs" in each for each in counts):
+        rows["packs"] = [f"{each.get('packs', 0):,}" for each in counts]
+        rows["fill of a pack"] = [f"{each.get('fill', 0):.1%}" for each in counts]
+    for name, values in rows.items():
+        yield f"{name:18}" + "".join(f"{value:>14}" for value in values)
+
+
+def _steps(plan: Plan, counted: report.Report) -> Iterator[str]:
+    if plan["data"]["packed"] and is_recipes(plan):
+        yield f"NeMo packs these examples into sequences of {plan['seq_length']} tokens when the job runs."
+        return
+    samples, what = report.samples_of(counted["training"])
+    batch = plan["global_batch_size"]
+    if plan["epochs"]:
+        yield report.epochs_text(plan, counted)
+    else:
+        yield f"{plan['max_steps']} steps of {batch} {what} are {plan['max_steps'] * batch / samples:.1f} epochs."
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() or character in "\n\t" else "\ufffd" for character in text)
+
+
+def _colour() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+END_OF_FTGEN_FILE
     cat >"$1"/runtime/weights/__init__.py <<'END_OF_FTGEN_FILE' || return
 """Weights in Hugging Face format: which repository has them, or random ones; and read a checkpoint ahead.
 
@@ -5986,21 +7368,20 @@ from typing import Any
 
 from runtime.hub.repository import Repository
 
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template*")
 # Many repositories also have the weights in other formats: "original/" and *.pth of Meta, consolidated.* of Mistral.
-WANTED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "chat_template*",
-    "model*.safetensors*",
-)
+WANTED = ("config.json", "generation_config.json", *TOKENIZER, "model*.safetensors*")
 NEEDED = ("config.json", "tokenizer.*", "model*.safetensors")
 
 
 def repository(plan: dict[str, Any]) -> Repository:
     """The repository of the plan's model."""
     return Repository(plan["model"]["hf_id"], "model", plan["checkpoint"]["revision"] or "main", WANTED, NEEDED)
+
+
+def tokenizer(plan: dict[str, Any]) -> Repository:
+    """The same repository, without the weights."""
+    return repository(plan)._replace(wanted=TOKENIZER, needed=("tokenizer.*",))
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/weights/random_llama.py <<'END_OF_FTGEN_FILE' || return
 """Generate a Llama with the plan's shape and random weights, in Hugging Face format.
@@ -6038,7 +7419,7 @@ def write(plan: dict[str, Any], directory: Path) -> None:
     model = plan["model"]
     dtype = "bfloat16" if model["parameters"] >= LARGE else "float32"
     (directory / "config.json").write_text(json.dumps(_config(model, dtype), indent=1))
-    _write_tokenizer(model["vocab_size"], model["max_position_embeddings"], directory)
+    write_tokenizer(model["vocab_size"], model["max_position_embeddings"], directory)
     _write_weights(model, dtype, plan["seed"], directory, min(len(os.sched_getaffinity(0)), THREADS))
 
 
@@ -6066,7 +7447,8 @@ def _config(model: dict[str, Any], dtype: str) -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(vocab_size: int, max_length: int, directory: Path) -> None:
+def write_tokenizer(vocab_size: int, max_length: int, directory: Path) -> None:
+    """Write a byte-level BPE with exactly `vocab_size` entries."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -6214,6 +7596,7 @@ Written by ftgen 0.1.0 from sft_fp8_8.toml. The job's script runs it. To run it 
     packages   check only the packages of this Python
     missing    print what a job would have to download; exit code 0 if nothing is missing, 1 if something is
     download   download the weights and the data, where there is a network; needs only huggingface_hub
+    data       prepare the training data, and show its counts and an example with the text that the loss counts
     converted  exit code 0 if the converted checkpoint exists, 1 if not
     convert    download the weights and the data, and convert the weights to NeMo's format, unless that is done
     verify     read every byte of the converted checkpoint; if a byte has changed, rename the checkpoint
@@ -6276,6 +7659,7 @@ PLAN = json.loads(r"""
   "nodes": 1,
   "gpus_per_node": 8,
   "max_steps": 100,
+  "epochs": null,
   "global_batch_size": 32,
   "micro_batch_size": 1,
   "seq_length": 4096,
@@ -6291,8 +7675,21 @@ PLAN = json.loads(r"""
   "data": {
     "kind": "squad",
     "path": null,
+    "dataset": null,
+    "revision": null,
+    "config": null,
+    "split": "train",
+    "columns": {
+      "messages": null,
+      "tools": null,
+      "prompt": null,
+      "completion": null
+    },
     "examples": 14000,
-    "packed": true
+    "packed": true,
+    "chat_template": null,
+    "too_long": "truncate",
+    "order": "recipe"
   },
   "optimizer": {
     "learning_rate": 5e-06,
@@ -6465,6 +7862,10 @@ def main(command: str) -> int:
             from runtime import download
 
             return download.download(PLAN) if command == "download" else download.tell_missing(PLAN)
+        if command == "data":
+            from runtime import show_data
+
+            return show_data.show(PLAN)
         if command in {"converted", "convert", "verify"}:
             from runtime.data import prepare
             from runtime.engines.nemo import convert

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime import download
-from runtime.data import held_out, jsonl
+from runtime.data import held_out, hf, lines
 from runtime.engines.nemo import convert
 from runtime.engines.nemo import packages as nemo_packages
 from runtime.guard import checkpoints, publish
@@ -105,9 +105,9 @@ def _hub(plan: Plan) -> Iterator[JobError]:
 
 
 def _data(plan: Plan) -> Iterator[JobError]:
-    if plan["data"]["kind"] == "jsonl":
+    if plan["data"]["path"]:
         try:
-            jsonl.user_file(plan)
+            hf.user_path(plan) if plan["data"]["kind"] == "hf" else lines.user_file(plan)
         except JobError as problem:
             yield problem
             return

@@ -62,7 +62,7 @@ PLAN_KEYS: dict[str, tuple[tuple[str, ...], type, bool]] = {
     "gpus": (("gpus",), int, False),
     "global_batch_size": (("global_batch_size",), int, False),
     "seq_length": (("seq_length",), int, False),
-    "max_steps": (("max_steps",), int, False),
+    "max_steps": (("max_steps",), int, True),  # a plan with epochs has none
     "window_steps": (("window_steps",), int, True),
     "flops_per_sample": (("model", "flops_per_sample"), float, True),
     "peak_flops": (("gpu", "peak_flops"), float, True),

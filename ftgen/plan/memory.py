@@ -20,7 +20,8 @@ ADAM = 3 * FP32  # bytes per trained weight: float32 master weight, first and se
 # parts of a third copy. Measured with 8 and with 32 layers: 2.54 times the BF16 bytes of the linear layers.
 FP8_LOADING = 2.54
 LOGIT_BYTES = BF16 + FP32  # per logit of the stock loss: BF16, and a float32 copy
-LOSS_SHARE = 0.05  # fraction of the tokens that have a loss, in data like SQuAD: the answers have a few words
+# Fraction of the tokens that have a loss. The answers of SQuAD have a few words; of the user's own data, nothing is known.
+LOSS_SHARE = {"squad": 0.05, "synthetic": 0.05}
 GRAPHS_GIB = {"lora": 0.5, "sft": 2.0}  # by which CUDA graphs increased the measured peaks
 
 
@@ -130,7 +131,7 @@ def _micro_batches_kept(plan: Plan) -> int:
 def _logits(plan: Plan, embedding: float) -> float:
     """Bytes of the LM head's forward and backward pass; `embedding` is the number of its weights on this rank."""
     split = plan.parallelism
-    share = LOSS_SHARE if plan.optimizations["loss_tokens_only"] else 1.0
+    share = LOSS_SHARE.get(plan.data.kind, 1.0) if plan.optimizations["loss_tokens_only"] else 1.0
     logits = _tokens(plan) * share * plan.model.vocab_size / split.tensor_model_parallel_size * LOGIT_BYTES
     return logits + (2 * embedding * BF16 if plan.scheme == "sft" else 0.0)  # new gradients of head and embedding
 

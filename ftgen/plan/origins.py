@@ -21,6 +21,11 @@ _COMPUTED = {
     **{f"parallelism.{kind}_model_parallel_size": SPLIT for kind in ("tensor", "pipeline", "virtual_pipeline")},
     **dict.fromkeys(("parallelism.context_parallel_size", "parallelism.sequence_parallel"), SPLIT),
     "parallelism.data_parallel_size": "gpus / (TP x PP x CP)",
+    "max_steps": "100 by default; with epochs, the job computes it from the data",
+    "epochs": "none",
+    "data.chat_template": "the tokenizer's own",
+    "data.too_long": "error; truncate for squad and synthetic, as in the recipe",
+    "data.order": "recipe for squad, synthetic and jsonl, as NeMo trains them; epochs if a key needs real epochs",
     "data.packed": "true on GPUs, false on a CPU",
     "optimizer.learning_rate": "the recipe, for the scheme",
     "model.flops_per_sample": "catalogue, for seq_length tokens: forward and backward, without attention scores",
@@ -76,7 +81,9 @@ def _text(value: Any) -> str:
         return "–"
     if isinstance(value, float):
         return f"{value:g}"
-    return value if isinstance(value, str) else show(value)
+    if isinstance(value, str):
+        return value if "\n" not in value else f"a text of {len(value.splitlines())} lines"
+    return show(value)
 
 
 def _origin(experiment: Experiment, path: KeyPath) -> str:

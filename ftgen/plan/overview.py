@@ -68,7 +68,9 @@ def _work(plan: Plan) -> Rows:
     parts = f"micro-batch size {plan.micro_batch_size} x {micro_batches} micro-batches"
     batch = f"{parts} x DP {plan.parallelism.data_parallel_size}"
     billions = plan.model.parameters / 1e9
-    data = plan.data.path or f"{plan.data.examples} examples" * (plan.data.kind == "synthetic")
+    examples = f"{plan.data.examples} examples" * (plan.data.kind == "synthetic")
+    data = plan.data.path or plan.data.dataset or examples
+    steps = f"{plan.max_steps}" if plan.max_steps else f"{plan.epochs} epochs"
     rate = f"{plan.optimizer.learning_rate:g} after {plan.optimizer.warmup_steps} warmup steps"
     return [
         ("scheme", scheme),
@@ -76,7 +78,7 @@ def _work(plan: Plan) -> Rows:
         ("precision", plan.precision),
         ("sequence length", f"{plan.seq_length} tokens, {packed}"),
         ("batch", f"{plan.global_batch_size} sequences per step: {batch}"),
-        ("steps", f"{plan.max_steps}; the last {plan.window_steps} are timed"),
+        ("steps", f"{steps}; the last {plan.window_steps} steps are timed"),
         ("data", f"{plan.data.kind}: {data}" if data else plan.data.kind),
         *_validation(plan),
         ("learning rate", rate),

@@ -80,10 +80,18 @@ class ParallelismPlan:
 class DataPlan:
     """The training data."""
 
-    kind: str  # squad, synthetic, jsonl
+    kind: str  # squad, synthetic, jsonl, chat, hf
     path: str | None
+    dataset: str | None  # on the hub
+    revision: str | None
+    config: str | None
+    split: str
+    columns: dict[str, str | None]
     examples: int
     packed: bool
+    chat_template: str | None  # the text of the file
+    too_long: str  # error, drop, truncate
+    order: str  # recipe: NeMo packs and orders the examples; epochs: ftgen does
 
 
 @dataclass(frozen=True)
@@ -201,7 +209,8 @@ class Plan:
     gpus: int
     nodes: int
     gpus_per_node: int  # tasks on each node
-    max_steps: int
+    max_steps: int | None  # None: epochs decides
+    epochs: int | None
     global_batch_size: int
     micro_batch_size: int
     seq_length: int

@@ -10,6 +10,7 @@ from ftgen import __version__, catalogue
 from ftgen.catalogue import Gpu, Model
 from ftgen.errors import SpecError
 from ftgen.plan import checkpoints, memory
+from ftgen.plan.data_rules import max_steps, order, too_long
 from ftgen.plan.images import image_for, import_name
 from ftgen.plan.plan import (
     FORMAT,
@@ -56,8 +57,9 @@ def resolve(
     point: dict[str, Any] | None = None,
     overrides: dict[str, Any] | None = None,
     user_catalogue: catalogue.UserCatalogue | None = None,
+    chat_template: str | None = None,
 ) -> Plan:
-    """The plan of a spec at a site; SpecError with every broken rule."""
+    """The plan of a spec at a site; SpecError with every broken rule. `chat_template` is the text of the file."""
     known = user_catalogue or catalogue.UserCatalogue({}, {})
     model = known.models.get(spec.model) or catalogue.models().get(spec.model)
     gpu = known.gpus.get(spec.gpu) or catalogue.gpus().get(spec.gpu)
@@ -87,13 +89,14 @@ def resolve(
         gpus=spec.gpus,
         nodes=max(1, spec.gpus // gpus_per_node),
         gpus_per_node=min(spec.gpus, gpus_per_node),
-        max_steps=spec.max_steps,
+        max_steps=max_steps(spec),
+        epochs=spec.epochs,
         global_batch_size=global_batch_size(spec),
         micro_batch_size=spec.micro_batch_size,
         seq_length=spec.seq_length,
         seed=spec.seed,
         parallelism=_parallelism(spec),
-        data=_data(spec),
+        data=_data(spec, chat_template),
         optimizer=OptimizerPlan(
             spec.optimizer.learning_rate or RECIPE_LEARNING_RATE[spec.scheme], spec.optimizer.warmup_steps
         ),
@@ -149,8 +152,15 @@ def _parallelism(spec: Spec) -> ParallelismPlan:
     return ParallelismPlan(**dict(split), data_parallel_size=spec.gpus // shared)
 
 
-def _data(spec: Spec) -> DataPlan:
-    return DataPlan(spec.data.kind, spec.data.path, spec.data.examples, is_packed(spec))
+def _data(spec: Spec, chat_template: str | None) -> DataPlan:
+    own = {
+        "columns": dict(spec.data.columns),
+        "packed": is_packed(spec),
+        "chat_template": chat_template,
+        "too_long": too_long(spec),
+        "order": order(spec),
+    }
+    return DataPlan(**dict(spec.data) | own)
 
 
 def python_of(site: Site) -> PythonPlan:

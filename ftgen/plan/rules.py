@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from ftgen.catalogue import Gpu, Model, gpus, models
 from ftgen.catalogue import optimizations as catalogue_optimizations
 from ftgen.errors import KeyPath, Problem, closest, quoted
+from ftgen.plan import data_rules
 from ftgen.plan.flags import flag_problems
 from ftgen.plan.site_rules import site_problems
 from ftgen.spec.site import Site
@@ -130,11 +131,7 @@ def _batch(spec: Spec, data_parallel_size: int) -> Iterator[Problem]:
 
 
 def _data(spec: Spec) -> Iterator[Problem]:
-    path: KeyPath = ("data", "path")
-    if spec.data.kind == "jsonl" and not spec.data.path:
-        yield Problem(path, 'is required for data.kind = "jsonl"', "set it to a file", also=(("data", "kind"),))
-    if spec.data.kind != "jsonl" and spec.data.path:
-        yield Problem(path, f'requires data.kind = "jsonl", found "{spec.data.kind}"', also=(("data", "kind"),))
+    yield from data_rules.problems(spec)
     if spec.data.packed and spec.micro_batch_size > 1:
         yield Problem(
             ("micro_batch_size",),
@@ -234,11 +231,12 @@ def forbids(name: str, spec: Spec) -> str:
 
 
 def _rest(spec: Spec, site: Site) -> Iterator[Problem]:
-    if spec.window.last_steps > spec.max_steps:
+    steps = data_rules.max_steps(spec)
+    if steps and spec.window.last_steps > steps:
         yield Problem(
             ("window", "last_steps") if "window" in spec.model_fields_set else ("max_steps",),
-            f"window.last_steps must not exceed max_steps: {spec.window.last_steps} > {spec.max_steps}",
-            f"set window.last_steps to at most {spec.max_steps}",
+            f"window.last_steps must not exceed max_steps: {spec.window.last_steps} > {steps}",
+            f"set window.last_steps to at most {steps}",
             also=(("max_steps",), ("window", "last_steps")),
         )
     if spec.scheme == "sft" and "lora" in spec.model_fields_set:
@@ -258,8 +256,12 @@ def _profile(spec: Spec) -> Iterator[Problem]:
     if not asked:
         return
     where: KeyPath = ("profile", "last_step")
-    untimed = spec.max_steps - spec.window.last_steps
-    if asked.first_step > asked.last_step:
+    steps = data_rules.max_steps(spec)
+    untimed = (steps or 0) - spec.window.last_steps
+    if steps is None:
+        rule = "requires max_steps: with epochs, the timed steps are not known before the job"
+        yield Problem(("profile",), rule, also=(("epochs",),))
+    elif asked.first_step > asked.last_step:
         yield Problem(where, f"must not be less than first_step: {asked.last_step} < {asked.first_step}")
     elif asked.last_step >= untimed:
         rule = f"profiled steps must not be timed steps: the timed steps begin at step {untimed}"

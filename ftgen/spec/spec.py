@@ -94,16 +94,51 @@ class Parallelism(Table):
     sequence_parallel: bool = Field(False, description="Split norms and dropout along the sequence. Needs TP > 1.")
 
 
+class Columns(Table):
+    """Names of the columns of a dataset: the column of messages, or those of a prompt and its completion."""
+
+    messages: OneLine | None = Field(None, min_length=1, description="Column with the messages of a conversation.")
+    tools: OneLine | None = Field(None, min_length=1, description="Column with the tools of a conversation.")
+    prompt: OneLine | None = Field(None, min_length=1, description="Column with the prompt.")
+    completion: OneLine | None = Field(None, min_length=1, description="Column with the completion, which is trained.")
+
+
 class Data(Table):
     """The training data."""
 
-    kind: Literal["squad", "synthetic", "jsonl"] = Field(
+    kind: Literal["squad", "synthetic", "jsonl", "chat", "hf"] = Field(
         "squad",
         description='"squad": SQuAD from the Hugging Face hub, as in the recipe. "synthetic": generated text with the shape '
-        'of SQuAD, without a network. "jsonl": the file at data.path.',
+        'of SQuAD, without a network. "jsonl": inputs and outputs in the file at data.path. "chat": conversations in the '
+        'file at data.path. "hf": a dataset of the Hugging Face hub, or at data.path.',
     )
     path: OneLine | None = Field(
-        None, description='File for kind = "jsonl". Each line is a JSON object with the keys "input" and "output".'
+        None,
+        description='File for kind = "jsonl" or "chat": each line is a JSON object with the keys "input" and "output", or '
+        '"messages". File or folder for kind = "hf".',
+    )
+    dataset: OneLine | None = Field(
+        None, min_length=1, description='Name of the dataset on the Hugging Face hub for kind = "hf", such as org/name.'
+    )
+    revision: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")] | None = Field(
+        None, description="Commit of that dataset: 40 hexadecimal digits. Required with data.dataset."
+    )
+    config: OneLine | None = Field(None, min_length=1, description='Configuration of the dataset for kind = "hf".')
+    split: OneLine = Field("train", min_length=1, description='Split of the dataset for kind = "hf".')
+    columns: Columns = Field(
+        default_factory=Columns,
+        description='Columns of the dataset for kind = "hf". Default: messages (and tools), or else prompt and completion.',
+    )
+    chat_template: OneLine | None = Field(
+        None,
+        min_length=1,
+        description="File with a chat template in Jinja, relative to this file. Default: the template of the tokenizer.",
+    )
+    too_long: Literal["error", "drop", "truncate"] | None = Field(
+        None,
+        description='Examples with more than seq_length tokens. "error": refuse them, with their lines. "drop": leave them '
+        'out. "truncate": cut the end of an input or of a conversation. Default: error; for squad and synthetic truncate, '
+        "as in the recipe.",
     )
     examples: Positive = Field(14000, description='Number of examples to generate for kind = "synthetic".')
     packed: bool | None = Field(
@@ -239,7 +274,12 @@ class Spec(Table):
     model: Name = Field("llama3_8b", description="Name of the model in the catalogue.")
     gpu: Name = Field("h100", description='Name of the GPU in the catalogue. "cpu" trains without a GPU.')
     gpus_per_node: Positive | None = Field(None, description="GPUs of each node. Default: that of the site profile.")
-    max_steps: Positive = Field(100, description="Number of training steps.")
+    max_steps: Positive | None = Field(None, description="Number of training steps. Default: 100, unless epochs is set.")
+    epochs: Positive | None = Field(
+        None,
+        description="Number of times that every example is trained, each time in another order. The job computes the steps. "
+        "Replaces max_steps.",
+    )
     global_batch_size: Positive | None = Field(None, description="Sequences per step. Default: 4 x gpus.")
     micro_batch_size: Positive = Field(1, description="Sequences that a GPU processes at a time.")
     seq_length: Positive = Field(4096, description="Tokens per sequence.")

@@ -11,7 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from runtime.data import jsonl
+from runtime.data import chat, jsonl, lines, report
+from runtime.data.conversation import conversation
+from runtime.data.lines import Example
 from runtime.data.split import VALIDATION, split
 from runtime.guard.manifest import sha256_of
 from runtime.job.errors import JobError
@@ -24,7 +26,8 @@ def identity(plan: Plan) -> dict[str, Any]:
     asked = plan.get("validation")
     if not asked or asked["fraction"] == VALIDATION:
         return {}
-    return {"validation": {"sha256": sha256_of(user_file(plan))} if asked["file"] else {"fraction": asked["fraction"]}}
+    file = file_of(plan)
+    return {"validation": {"sha256": sha256_of(file)} if file else {"fraction": asked["fraction"]}}
 
 
 def apply(plan: Plan, folder: Path) -> None:
@@ -37,24 +40,46 @@ def apply(plan: Plan, folder: Path) -> None:
     if not asked["file"]:
         split(examples, plan["seed"], folder, asked["fraction"])
         return
-    for name, lines in zip(names, (examples, jsonl.read_jsonl(user_file(plan))), strict=True):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, found in zip(names, (examples, _read(plan, user_file(plan))), strict=True):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(example) + "\n" for example in found))
 
 
 def user_file(plan: Plan) -> Path:
     """Path of validation.file; a relative path is below STAGE_PATH. JobError: the file cannot be read."""
-    return jsonl.readable(plan["validation"]["file"], "validation.file")
+    return lines.readable("validation.file", plan["validation"]["file"])
 
 
-def refuse_too_few(plan: Plan, examples: Path, packed: Path | None) -> None:
+def file_of(plan: Plan) -> Path | None:
+    """The same, or None if the plan has no such file."""
+    return user_file(plan) if plan.get("validation") and plan["validation"]["file"] else None
+
+
+def _read(plan: Plan, path: Path) -> list[Example]:
+    """The examples of a file: conversations for kind "chat", either for "hf", inputs and outputs for all others."""
+    if plan["data"]["kind"] == "chat":
+        return chat.read_jsonl(path)
+    if plan["data"]["kind"] == "hf":
+        return lines.read(path, _either, f"{jsonl.HINT}, or with messages: {chat.HINT}")
+    return jsonl.read_jsonl(path)
+
+
+def _either(document: Example) -> Example:
+    return conversation(document) if {"messages", "conversations"} & document.keys() else jsonl.pair(document)
+
+
+def refuse_too_few(plan: Plan, examples: Path, tokens: Path, packed: Path | None) -> None:
     """JobError if the held-out set does not fill one global batch: NeMo would validate on nothing, and not say so."""
     if not plan.get("validation"):
         return
-    count = _rows(packed / "validation.npy") if packed else _lines(examples / "validation.jsonl")
-    refuse_fewer(count, plan, "sequences" if packed else "examples")
+    if packed:
+        refuse_fewer(_rows(packed / "validation.npy"), "packs", plan)
+    elif plan["data"]["order"] == "recipe":
+        refuse_fewer(_lines(examples / "validation.jsonl"), "examples", plan)
+    else:
+        refuse_fewer(*report.samples_of(report.read(tokens)["validation"]), plan)
 
 
-def refuse_fewer(count: int, plan: Plan, what: str) -> None:
+def refuse_fewer(count: int, what: str, plan: Plan) -> None:
     """JobError if this many held-out sequences do not fill a global batch."""
     if count < plan["global_batch_size"]:
         more = "add examples to validation.file" if plan["validation"]["file"] else "increase validation.fraction"
@@ -73,9 +98,9 @@ def check(plan: Plan) -> None:
     if not asked:
         return
     if asked["file"]:
-        refuse_fewer(_lines(user_file(plan)), plan, "examples")
-    elif plan["data"]["kind"] == "jsonl":
-        refuse_fewer(max(1, round(_lines(jsonl.user_file(plan)) * asked["fraction"])), plan, "examples")
+        refuse_fewer(_lines(user_file(plan)), "examples", plan)
+    elif plan["data"]["kind"] in ("jsonl", "chat"):
+        refuse_fewer(max(1, round(_lines(lines.user_file(plan)) * asked["fraction"])), "examples", plan)
 
 
 def _lines(path: Path) -> int:

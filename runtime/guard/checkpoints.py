@@ -12,7 +12,7 @@ Environment: FTGEN_RUN_DIR, the run directory (default $STAGE_PATH/logs).
 
 manifest.json contains {"format", "step", "plan_sha256", "plan", "data", "versions", "files": {path: {"size": bytes}}}.
 
-In <folder>:  step_<N>/  .claims/<n>/  .step_<N>.staging-<n>/  step_<N>.untrusted-<time>/
+In <folder>:  step_<N>/  max_steps  .claims/<n>/  .step_<N>.staging-<n>/  step_<N>.untrusted-<time>/
 """
 
 import json
@@ -33,6 +33,7 @@ from runtime.job.progress import say
 FORMAT = 1
 NAME = "manifest.json"
 PREFIX = "step_"
+STEPS = "max_steps"  # the file with the number of steps
 # Keys of a plan that do not change what is trained. All others must be the same when a run is resumed.
 NOT_TRAINING = {"format", "ftgen_version", "name", "experiment", "spec_file", "spec_sha256", "point", "overrides", "save"}
 NOT_TRAINING |= {"window_steps", "profile", "environment", "stage_path", "modules", "setup_lines", "prefix", "python"}
@@ -147,6 +148,21 @@ def keep_newest(folder: Path, count: int) -> None:
         trash = path.with_name(f".{path.name}.trash")
         path.rename(trash)
         shutil.rmtree(trash, ignore_errors=True)
+
+
+def steps(folder: Path) -> int | None:
+    """The number of steps of a run with epochs, which its first attempt has written; None before that."""
+    try:
+        return int((folder / STEPS).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def write_steps(folder: Path, count: int) -> None:
+    """Write the number of steps of a run with epochs. The job's script reads it too."""
+    written = folder / f".{STEPS}"
+    written.write_text(f"{count}\n")
+    written.replace(folder / STEPS)
 
 
 def about(plan: Plan, data: list[str], versions: dict[str, str]) -> dict[str, Any]:

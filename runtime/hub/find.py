@@ -35,7 +35,12 @@ def published(repository: Repository) -> Path | None:
 
 
 def in_cache(repository: Repository) -> Path | None:
-    """A complete snapshot in a hub cache, or None. Its name is the commit."""
+    """A complete snapshot in a hub cache, or None. Its name is the commit.
+
+    Without `needed`, nobody knows whether a snapshot is complete.
+    """
+    if not repository.needed:
+        return None
     complete = (folder for folder in snapshots(repository) if not repository.missing(folder))
     return next(complete, None)
 
@@ -91,6 +96,8 @@ def what_is_missing(repository: Repository) -> str:
     """Names of the missing files, and the folder that lacks them, as text for an error."""
     folder = next(iter(snapshots(repository)), place(repository))
     names = repository.missing(folder)
+    if not names:
+        return f"there is no {folder}"
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"{folder} lacks {', '.join(names[:SHOWN])}{more}"
 

@@ -7,18 +7,17 @@ from typing import Any
 
 from runtime.hub.repository import Repository
 
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template*")
 # Many repositories also have the weights in other formats: "original/" and *.pth of Meta, consolidated.* of Mistral.
-WANTED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "chat_template*",
-    "model*.safetensors*",
-)
+WANTED = ("config.json", "generation_config.json", *TOKENIZER, "model*.safetensors*")
 NEEDED = ("config.json", "tokenizer.*", "model*.safetensors")
 
 
 def repository(plan: dict[str, Any]) -> Repository:
     """The repository of the plan's model."""
     return Repository(plan["model"]["hf_id"], "model", plan["checkpoint"]["revision"] or "main", WANTED, NEEDED)
+
+
+def tokenizer(plan: dict[str, Any]) -> Repository:
+    """The same repository, without the weights."""
+    return repository(plan)._replace(wanted=TOKENIZER, needed=("tokenizer.*",))

@@ -15,6 +15,10 @@ def main() -> int:
             from runtime import check
 
             return check.check(plan)
+        if sys.argv[2] == "data":
+            from runtime import show_data
+
+            return show_data.show(plan)
         if sys.argv[2] == "finetune":
             from runtime.engines.nemo import imports, train
 

@@ -212,7 +212,7 @@ def test_a_tokenizer_has_exactly_the_asked_entries_and_cuts_words_as_a_real_one(
 ) -> None:
     from tokenizers import Tokenizer
 
-    random_llama._write_tokenizer(vocab_size, 8192, tmp_path)
+    random_llama.write_tokenizer(vocab_size, 8192, tmp_path)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert tokenizer.get_vocab_size() == vocab_size
     assert (tokenizer.token_to_id("<|begin_of_text|>"), tokenizer.token_to_id("<|end_of_text|>")) == (0, 1)

@@ -51,10 +51,19 @@ def begin(plan: Plan) -> Attempt:
     return Attempt(folder, claim, checkpoint)
 
 
+def steps(plan: Plan) -> int | None:
+    """The number of steps of the run. With epochs, None before its first attempt has read the data."""
+    return plan["max_steps"] or checkpoints.steps(checkpoints.folder_of_run())
+
+
 def add(recipe: Any, plan: Plan, attempt: Attempt, files: Files) -> None:
     """Make the recipe save, and resume from the attempt's checkpoint. JobError: the data has changed. Imports NeMo."""
     from runtime.engines.nemo import resume, save
 
+    if plan["epochs"]:
+        if attempt.claim:
+            checkpoints.write_steps(attempt.folder, plan["max_steps"])
+        plan = plan | {"max_steps": None}  # the plan as the script has it, for the manifests
     data = [folder.name for folder in files if folder]
     versions = environment.packages()
     if attempt.checkpoint:

@@ -11,6 +11,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import fiddle
 import nemo_run as run
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -21,6 +22,8 @@ from nemo.collections.llm.recipes.precision.mixed_precision import bf16_with_fp8
 from nemo.lightning import _strategy_lib
 
 from runtime.data.prepare import Files
+from runtime.data.tokens import is_recipes
+from runtime.engines.nemo.data import TokensDataModule
 from runtime.job.progress import say
 
 Plan = dict[str, Any]
@@ -147,21 +150,25 @@ def _set_precision(recipe: Any, plan: Plan) -> None:
 def _set_data(recipe: Any, plan: Plan, files: Files) -> None:
     # The recipe's data module is SquadDataModule. It downloads nothing if training.jsonl exists. In NeMo 2.1, it takes no
     # folder; the class that it derives from does.
-    if not hasattr(recipe.data, "dataset_root"):
+    root, packs, ending = files.examples, files.packed, "npy"
+    if not is_recipes(plan):
+        fiddle.update_callable(recipe.data, TokensDataModule)
+        root, packs, ending = files.tokens, files.tokens, "packs.npy"
+    elif not hasattr(recipe.data, "dataset_root"):
         recipe.data = run.Config(FineTuningDataModule, **recipe.data.__arguments__)
-    recipe.data.dataset_root = str(files.examples)
+    recipe.data.dataset_root = str(root)
     recipe.data.seed = plan["seed"]
     recipe.data.global_batch_size = plan["global_batch_size"]
     recipe.data.micro_batch_size = plan["micro_batch_size"]
-    if files.packed:
+    if packs and plan["data"]["packed"]:
         recipe.data.packed_sequence_specs = run.Config(
             PackedSequenceSpecs,
             packed_sequence_size=plan["seq_length"],
-            packed_train_data_path=str(files.packed / "training.npy"),
-            packed_val_data_path=str(files.packed / "validation.npy"),
+            packed_train_data_path=str(packs / f"training.{ending}"),
+            packed_val_data_path=str(packs / f"validation.{ending}"),
         )
-        if (files.packed / "metadata.json").is_file():  # since NeMo 2.2
-            recipe.data.packed_sequence_specs.packed_metadata_path = str(files.packed / "metadata.json")
+        if (packs / "metadata.json").is_file():  # since NeMo 2.2
+            recipe.data.packed_sequence_specs.packed_metadata_path = str(packs / "metadata.json")
 
 
 def _set_trainer(recipe: Any, plan: Plan) -> None:

@@ -11,6 +11,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from runtime.data import report
 from runtime.data.prepare import prepare
 from runtime.engines.nemo import attempt, compatibility, convert, imports
 from runtime.engines.nemo.optimizations import switch
@@ -23,14 +24,14 @@ Plan = dict[str, Any]
 
 
 def train(plan: Plan) -> int:
-    """Train plan["max_steps"] steps; exit code 0. JobError: no checkpoint, no GPU, a wrong WORLD_SIZE, faulty data."""
+    """Train the plan's steps or epochs; exit code 0. JobError: no checkpoint, no GPU, a wrong WORLD_SIZE, faulty data."""
     _set_ranks(plan)
     profile.enter(plan)
     weights = convert.directory(plan)
     if not convert.converted(plan):
         raise JobError(f"there is no converted checkpoint in {weights}", "run the command convert first")
     this = attempt.begin(plan) if plan.get("save") else None
-    if this and this.step == plan["max_steps"]:
+    if this and this.step == attempt.steps(plan):
         say("the run is complete: its last step is saved")
         return 0
     read_ahead.begin(weights / "weights")
@@ -53,6 +54,7 @@ def train(plan: Plan) -> int:
     off = switch.unavailable(recipe.stock(plan, _log_directory()), plan)
     environment.tell(plan, off)
     files = prepare(plan, weights / "context" / "nemo_tokenizer")
+    plan = report.planned(plan, files.tokens)
     recipe_of_run = recipe.build(plan, weights, files, _log_directory())
     switch.apply(recipe_of_run, plan, off)
     profile.add(recipe_of_run, plan)
