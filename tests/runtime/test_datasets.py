@@ -195,5 +195,5 @@ def test_a_dataset_that_is_not_on_the_hub_or_cannot_be_reached_is_one_line(stage
         status, output = stage.run(hub_plan(), "data", **environment)
         assert status == 1
         assert reason in output
-        assert "hint: where there is a network: bash test.sh --download" in output
+        assert "hint: where there is a network: bash tiny.sh --download" in output
         assert "Traceback" not in output
