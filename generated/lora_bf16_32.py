@@ -16,6 +16,7 @@ Written by ftgen 0.1.0 from lora_bf16_32.toml. The job's script runs it. To run 
     convert    download the weights and the data, and convert the weights to NeMo's format, unless that is done
     verify     read every byte of the converted checkpoint; if a byte has changed, rename the checkpoint
     finetune   train; start one process per GPU, with RANK, LOCAL_RANK and WORLD_SIZE (or Slurm's own variables)
+    export     export a trained checkpoint to Hugging Face format; `export FOLDER`: that of a run or of a checkpoint
 """
 
 import json
@@ -253,7 +254,7 @@ def finetune() -> int:
         return 1
 
 
-def main(command: str) -> int:
+def main(command: str, argument: str = "") -> int:
     """Run one command; returns its exit code."""
     if sys.version_info < (3, 10):
         what = f"{sys.executable} is Python {sys.version.split()[0]}, but 3.10 or newer is needed"
@@ -298,6 +299,10 @@ def main(command: str) -> int:
                 return convert.verify(PLAN)
             prepare.download(PLAN)
             return convert.convert(PLAN)
+        if command == "export":
+            from runtime.engines.nemo import export
+
+            return export.export(PLAN, argument)
     except JobError as error:
         print(f"ftgen: error: {error}", file=sys.stderr, flush=True)
         return 1
@@ -306,4 +311,4 @@ def main(command: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1] if len(sys.argv) == 2 else ""))
+    sys.exit(main(*sys.argv[1:]) if 2 <= len(sys.argv) <= 3 else main(""))

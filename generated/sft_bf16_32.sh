@@ -8,6 +8,7 @@
 #   bash sft_bf16_32.sh --download  only download weights and data, where there is a network: needs Python 3.10 and huggingface_hub
 #   bash sft_bf16_32.sh --data      only prepare the training data, and show its counts and an example; needs no GPU
 #   bash sft_bf16_32.sh --unpack F  only write the entrypoint and the runtime files into folder F
+#   bash sft_bf16_32.sh --export D  export a checkpoint to Hugging Face format; D: a run directory or a checkpoint, or nothing
 #
 # Reads: STAGE_PATH (folder of checkpoint, data and logs; default: the folder where you submit),
 # HF_TOKEN (or the token file of huggingface_hub) if the model is gated, FTGEN_PYTHON (replaces the plan's interpreter),
@@ -35,7 +36,7 @@ readonly nodes=4 tasks_per_node=8 tasks=32
 readonly ours=(STAGE_PATH FTGEN_RUN_DIR FTGEN_ENVIRONMENT HF_TOKEN_PATH FTGEN_HUB_CACHE MASTER_ADDR MASTER_PORT FTGEN_MASTER_ADDR FTGEN_MASTER_PORT PYTHONUNBUFFERED NCCL_NVLS_ENABLE NVTE_ASYNC_AMAX_REDUCTION NVTE_DP_AMAX_REDUCE_INTERVAL NVTE_FLASH_ATTN NVTE_FUSED_ATTN TOKENIZERS_PARALLELISM TORCH_NCCL_AVOID_RECORD_STREAMS)
 
 main() {
-    local mode=finetune
+    local mode=finetune given=()
     local converted_by=
     case ${1:-} in
         --unpack)
@@ -53,6 +54,15 @@ main() {
         --convert)
             mode=convert
             shift
+            ;;
+        --export)
+            mode="export"
+            shift
+            if (($#)); then
+                [[ -d $1 ]] || die "--export: there is no folder $1" "give the directory of a run or of a checkpoint"
+                given=("$(cd "$1" && pwd)")
+                shift
+            fi
             ;;
         --after)
             converted_by=${2:?--after needs a job}
@@ -76,6 +86,10 @@ main() {
     # from here on, a step that fails ends the job with its exit code
     if [[ $mode == convert ]]; then
         run_once convert
+        return
+    fi
+    if [[ $mode == export ]]; then
+        run_once export "${given[@]}"
         return
     fi
     run_once check
@@ -499,7 +513,7 @@ die_unwritable() {
 # Sends all further output to the log, whose first line is the plan. On a terminal, the output is also shown.
 open_log() {
     local plan kind=log account=${SLURM_JOB_ACCOUNT:-local}
-    if [[ $1 == convert ]]; then kind=convert; fi
+    if [[ $1 != finetune ]]; then kind=$1; fi
     account=${account//[^A-Za-z0-9_-]/}
     log=$FTGEN_RUN_DIR/$kind-${account:-none}.${experiment}_${run_id}_${SLURM_RESTART_COUNT:-0}.out
     plan=$(sed -n '/^PLAN = /,/^""")$/{//!p;}' "$code/$name.py" | sed 's/^ *//' | tr -d '\n')
@@ -685,7 +699,7 @@ load_environment() {
         if [[ $1 == finetune ]]; then warn_of_variables; fi
         read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
         MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
-    elif ((nodes > 1)) && [[ $1 != data ]]; then
+    elif [[ $1 == finetune ]] && ((nodes > 1)); then
         die "this run needs $nodes nodes of $tasks_per_node GPUs" "submit it: sbatch $name.sh"
     fi
     # a batch script runs on the first node, where another program may use the port
@@ -741,10 +755,10 @@ find_python() {
     fi
 }
 
-# run_once COMMAND: runs a command of the entrypoint in one task.
+# run_once COMMAND [ARGUMENT]: runs a command of the entrypoint in one task.
 run_once() {
     doing=$1
-    await "${python[@]}" "$code/$name.py" "$1"
+    await "${python[@]}" "$code/$name.py" "$@"
 }
 
 # Slurm numbers the steps of a job from 0.
@@ -1745,9 +1759,10 @@ The order is a pure function. A training that resumes needs only the number of s
 """
 
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def sample(place: int, samples: int, seed: int) -> int:
@@ -1759,6 +1774,8 @@ def sample(place: int, samples: int, seed: int) -> int:
 @lru_cache(maxsize=2)
 def shuffled(epoch: int, samples: int, seed: int) -> "np.ndarray[Any, Any]":
     """The order of one epoch: int64 [samples]. NumPy keeps the results of RandomState the same in all its versions."""
+    import numpy as np
+
     return np.random.RandomState([seed, epoch]).permutation(samples)
 
 
@@ -1831,9 +1848,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runtime.data import held_out, packing, tokens
+from runtime.data import held_out, packing
 from runtime.data.lines import LINE, Example
-from runtime.data.tokenizer import Tokenizer
+from runtime.data.split import SPLITS, is_recipes
 from runtime.guard import manifest, publish
 from runtime.guard.manifest import Source, sha256_of
 from runtime.hub import fetch as hub
@@ -1859,7 +1876,7 @@ def prepare(plan: Plan, tokenizer_folder: Path) -> Files:
     source = identity(plan)
     examples = _fetch(plan, source)
     files = Files(examples, _tokens(plan, source, examples, tokenizer_folder), None)
-    if plan["data"]["packed"] and tokens.is_recipes(plan):
+    if plan["data"]["packed"] and is_recipes(plan):
         files = files._replace(packed=_packed(plan, source, examples, tokenizer_folder))
     held_out.refuse_too_few(plan, *files)
     return files
@@ -1921,6 +1938,9 @@ def _fetch(plan: Plan, source: Source) -> Path:
 
 
 def _tokens(plan: Plan, examples_source: Source, examples: Path, tokenizer_folder: Path) -> Path:
+    from runtime.data import tokens  # needs numpy, which a machine that only downloads may not have
+    from runtime.data.tokenizer import Tokenizer
+
     tokenizer = Tokenizer(tokenizer_folder, plan["data"]["chat_template"])
     source = {
         "kind": "tokens",
@@ -1946,7 +1966,7 @@ def _tokens(plan: Plan, examples_source: Source, examples: Path, tokenizer_folde
 
 
 def _sha256_of_examples(folder: Path) -> str:
-    return sha256(b"".join((folder / f"{split}.jsonl").read_bytes() for split in tokens.SPLITS)).hexdigest()
+    return sha256(b"".join((folder / f"{split}.jsonl").read_bytes() for split in SPLITS)).hexdigest()
 
 
 def _folder(name: str, identity: dict[str, Any]) -> Path:
@@ -1978,7 +1998,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.data import order
-from runtime.data.tokens import SPLITS, is_recipes
+from runtime.data.split import SPLITS, is_recipes
 from runtime.job.progress import say
 
 Plan = dict[str, Any]
@@ -2060,7 +2080,9 @@ In: a list of examples. Out: training.jsonl and validation.jsonl.
 import json
 import random
 from pathlib import Path
+from typing import Any
 
+SPLITS = ("training", "validation")
 VALIDATION = 0.05  # fraction of all examples, the same as in NeMo's SQuAD module
 
 
@@ -2072,6 +2094,11 @@ def split(examples: list[dict[str, str]], seed: int, folder: Path, fraction: flo
     for name, numbers in (("validation", order[:count]), ("training", order[count:])):
         with (folder / f"{name}.jsonl").open("w") as file:
             file.writelines(json.dumps(examples[number]) + "\n" for number in sorted(numbers))
+
+
+def is_recipes(plan: dict[str, Any]) -> bool:
+    """Whether NeMo reads, packs and orders the examples, as in the recipe. Then ftgen only counts the tokens."""
+    return bool(plan["data"]["order"] == "recipe")
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/data/squad.py <<'END_OF_FTGEN_FILE' || return
 """Download SQuAD and split it, with NeMo.
@@ -2483,11 +2510,11 @@ import numpy as np
 
 from runtime.data import bins, lines, store
 from runtime.data.lines import Example, FaultError
+from runtime.data.split import SPLITS, is_recipes
 from runtime.data.tokenizer import Tokenizer, Tokens
 from runtime.job.errors import JobError
 
 Plan = dict[str, Any]
-SPLITS = ("training", "validation")
 BATCH = 512  # examples that are tokenized together
 
 
@@ -2525,11 +2552,6 @@ def build(
     metadata = [metadata for split in SPLITS if (metadata := report[split].pop("metadata", None))]
     (staging / "metadata.json").write_text(json.dumps(metadata) + "\n")
     (staging / "report.json").write_text(json.dumps({"sha256": sha256, **report}, indent=1) + "\n")
-
-
-def is_recipes(plan: Plan) -> bool:
-    """Whether NeMo reads, packs and orders the examples, as in the recipe. Then ftgen only counts the tokens."""
-    return bool(plan["data"]["order"] == "recipe")
 
 
 class Counter:
@@ -2833,6 +2855,65 @@ def _compare(checkpoint: Checkpoint, data: list[str], versions: dict[str, str]) 
     if changed:
         say(f"warning: packages have changed since {checkpoint.path}, so results may differ: {', '.join(changed)}")
 END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/base_model.py <<'END_OF_FTGEN_FILE' || return
+"""The base of a training: its small files, its weights and its name.
+
+In: a plan. Out: folders on this machine, and the name by which others find the base.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from runtime.engines.nemo import convert
+from runtime.hub import find
+from runtime.job.errors import JobError
+from runtime.weights import base, hub
+
+Plan = dict[str, Any]
+
+
+def converted(plan: Plan) -> Path:
+    """The converted checkpoint. JobError: it is not there or has changed."""
+    folder = convert.directory(plan)
+    if not convert.converted(plan):
+        raise JobError(
+            f"the converted checkpoint is not in {folder}",
+            "set STAGE_PATH as in the training, or convert it again: bash <script>.sh --convert",
+        )
+    return folder
+
+
+def files(plan: Plan, scratch: Path) -> Path:
+    """The folder with the base's small files and the list of its tensors; `scratch`, if the conversion did not keep them."""
+    kept = converted(plan) / base.FOLDER
+    if (kept / base.TENSORS).is_file():
+        return kept
+    model = weights(plan)
+    if model is None:
+        raise JobError(
+            f"{kept} does not exist: an older ftgen converted this checkpoint, and the base is not on this machine",
+            f"move {kept.parent} away, and convert it again: bash <script>.sh --convert",
+        )
+    base.keep(model, scratch)
+    return scratch
+
+
+def weights(plan: Plan) -> Path | None:
+    """The base in Hugging Face format, if it is on this machine."""
+    kind = plan["checkpoint"]["source"]
+    if kind == "hub":
+        found = find.find(hub.repository(plan))
+        return found if found and find.commit(found) == convert.origin(plan).get("commit") else None
+    folder = convert.user_directory(plan) if kind == "directory" else None
+    return folder if folder and folder.is_dir() else None
+
+
+def name(plan: Plan) -> tuple[str, str | None]:
+    """Where PEFT finds the base: a repository of the hub and its commit, or a directory."""
+    if plan["checkpoint"]["source"] == "directory":
+        return str(convert.user_directory(plan)), None
+    return plan["model"]["hf_id"], convert.origin(plan).get("commit")
+END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/compatibility.py <<'END_OF_FTGEN_FILE' || return
 """Make older and newer versions of NeMo and Megatron-Core work together, and with this runtime.
 
@@ -2907,7 +2988,7 @@ END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/convert.py <<'END_OF_FTGEN_FILE' || return
 """Convert a Hugging Face checkpoint to NeMo's format, once for all jobs.
 
-In: a plan. Out: $NEMO_HOME/models/<place>/{context,weights}.
+In: a plan. Out: $NEMO_HOME/models/<place>/{context,weights,hugging_face}.
 
 checkpoint.source in the plan says where the weights come from: "hub" (downloaded from Hugging Face, unless they are on
 this machine), "directory" (a Hugging Face checkpoint on a disk), "random" (generated). NeMo's own importer converts them.
@@ -2930,7 +3011,7 @@ from runtime.job import variables
 from runtime.job.environment import installed
 from runtime.job.errors import JobError
 from runtime.job.progress import say, timed
-from runtime.weights import hub, random_llama
+from runtime.weights import base, hub, random_llama
 
 Plan = dict[str, Any]
 ARCHITECTURE = (
@@ -2978,6 +3059,12 @@ def directory(plan: Plan) -> Path:
     return Path(home, "models", plan["checkpoint"]["place"])
 
 
+def origin(plan: Plan) -> dict[str, Any]:
+    """What the conversion found: the commit of the weights, versions of packages."""
+    document: dict[str, Any] = json.loads((directory(plan) / manifest.NAME).read_text())
+    return dict(document["origin"])
+
+
 def source(plan: Plan) -> dict[str, Any]:
     """What identifies the checkpoint: two plans with the same source use the same checkpoint."""
     kind = plan["checkpoint"]["source"]
@@ -2993,6 +3080,7 @@ def _build(plan: Plan, staging: Path) -> dict[str, Any]:
     weights, origin = _fetch(plan, staging / "from")
     _refuse_unfit(plan, weights)
     find.go_offline()
+    base.keep(weights, staging / base.FOLDER)
     with timed("importing NeMo"):
         imports.defer()
         from runtime.engines.nemo.importer import import_directory
@@ -3016,14 +3104,19 @@ def _fetch(plan: Plan, scratch: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _need_bytes(plan: Plan) -> int:
-    """Bytes that download and conversion write. Weights have two bytes per parameter, in small models four."""
-    parameters, kind = plan["model"]["parameters"], plan["checkpoint"]["source"]
-    weights = parameters * (2 if parameters >= random_llama.LARGE else 4)
+    """Bytes that download and conversion write."""
+    kind, weights = plan["checkpoint"]["source"], weight_bytes(plan)
     if kind == "hub":
         weights += fetch.bytes_to_download(hub.repository(plan), plan["name"])
     if kind == "random":
         weights *= 2
     return int(weights * MARGIN) + CONTEXT_BYTES
+
+
+def weight_bytes(plan: Plan) -> int:
+    """Estimated bytes of the model's weights: two per parameter, in small models four."""
+    parameters: int = plan["model"]["parameters"]
+    return parameters * (2 if parameters >= random_llama.LARGE else 4)
 
 
 def user_directory(plan: Plan) -> Path:
@@ -3233,6 +3326,9 @@ def _with_a_device(set_random_seed: Callable[[int], None]) -> Callable[[int], No
 def _with_norms(apply_transforms: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(apply_transforms)
     def with_norms(source: Any, target: Any, mapping: dict[str, str], *args: Any, **kwargs: Any) -> Any:
+        for module in target.modules():
+            if isinstance(module, torch.nn.RMSNorm):
+                module.to(source.dtype)  # PyTorch's norm does not know the type of the other weights
         return apply_transforms(source, target, mapping | NORMS, *args, **kwargs)
 
     return with_norms
@@ -3337,6 +3433,478 @@ class TokensDataModule(FineTuningDataModule, IOMixin):  # type: ignore[misc]
             return Examples(**given)
         packed = {"pad_cu_seqlens": self._pad_cu_seqlens, "pack_metadata_file_path": str(self.pack_metadata)}
         return Packs(**given, **packed)
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/export.py <<'END_OF_FTGEN_FILE' || return
+"""Export a trained checkpoint to Hugging Face format: the whole model, or only the adapters.
+
+In: a plan, and a run directory or a checkpoint. Out: <run directory>/exports/step_<N>/{merged,adapter}.
+
+No model is built and NeMo is not imported: the tensors of the distributed checkpoint are read one at a time. The guard
+publishes the folder after the checks of `export_check.py`, so an export that exists is complete and was checked. It is
+kept if the same checkpoint is exported again.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from runtime.engines.nemo import base_model, convert, export_check, names
+from runtime.engines.nemo.names import Source
+from runtime.engines.nemo.trained import Trained
+from runtime.guard import manifest, publish
+from runtime.job.errors import JobError
+from runtime.job.progress import say, timed
+from runtime.weights import adapter, base, card, distributed, reload, shards
+from runtime.weights.distributed import Checkpoint
+from runtime.weights.runs import Run, find
+from runtime.weights.shards import Entry
+
+Plan = dict[str, Any]
+FORMAT = 1  # version of what an export contains
+SMALL_FILES = 64 << 20  # bytes; an upper bound of tokenizer, config and card
+
+
+def export(plan: Plan, given: str = "") -> int:
+    """Export what the plan asks for; exit code 0. `given`: a run directory or a checkpoint; "": the newest of all runs.
+
+    JobError: no checkpoint, no base, no disk space, or an export that is not the trained model.
+    """
+    run = find(plan, given)
+    for what in (plan.get("export") or {"what": ["merged"]})["what"]:
+        _export(run, what)
+    return 0
+
+
+def _export(run: Run, what: str) -> None:
+    if what == "adapter" and not run.plan["lora"]:
+        raise JobError(f"{run.checkpoint} has no adapters: it was trained with SFT", 'set export.what = ["merged"]')
+    source, place = _source(run, what), run.export(what)
+    if manifest.flaw(place, source) is None:
+        say(f"the export exists: {place}")
+        return
+    with timed(f"exporting {run.checkpoint}: {what}"):
+        need_bytes = SMALL_FILES + (_size(run.weights) if what == "adapter" else convert.weight_bytes(run.plan))
+        publish.ensure(place, source, lambda staging: _build(run, what, staging), need_bytes=need_bytes)
+    say(f"the export is ready: {place}")
+
+
+def _source(run: Run, what: str) -> dict[str, Any]:
+    """What identifies an export."""
+    return {
+        "kind": "model in Hugging Face format",
+        "format": FORMAT,
+        "what": what,
+        "checkpoint": manifest.sha256_of(run.weights / distributed.METADATA),  # it has a random id of the save
+        "base": convert.source(run.plan),
+        "lora": run.plan["lora"],
+    }
+
+
+def _build(run: Run, what: str, staging: Path) -> dict[str, Any]:
+    scratch = staging / "from"
+    export = Export(run, staging, base_model.files(run.plan, scratch))
+    findings = {"merged": _merged, "adapter": _adapter}[what](export)
+    if template := run.plan["data"].get("chat_template"):
+        base.set_chat_template(staging, template)
+        findings.append("the tokenizer has the chat template of the spec, with which the model was trained")
+    shutil.rmtree(scratch, ignore_errors=True)
+    for finding in findings:
+        say(finding)
+    card.write(staging, what, run, convert.origin(run.plan), findings)
+    return {"checkpoint": run.checkpoint.name, "findings": findings}
+
+
+class Export:
+    """What an export is made of."""
+
+    def __init__(self, run: Run, folder: Path, base_folder: Path) -> None:
+        """JobError: the checkpoint, or the base of its adapters, is not there or is another model's."""
+        self.plan, self.folder, self.base = run.plan, folder, base_folder
+        self.config = base.config(base_folder)
+        checkpoint = Checkpoint(run.weights)
+        if run.plan["lora"]:
+            self.trained = Trained(run.plan, Checkpoint(base_model.converted(run.plan) / "weights"), checkpoint)
+        else:
+            self.trained = Trained(run.plan, checkpoint, None)
+        self.untied = bool(self.config.get("tie_word_embeddings")) and self.trained.has_own_head()
+        self.tensors = self._tensors()
+
+    def _tensors(self) -> dict[str, Entry]:
+        """The tensors to export: those of the base. Rows of one fused tensor follow each other."""
+        found = {name: entry for name, entry in base.tensors(self.base).items() if not names.COMPUTED.search(name)}
+        self.trained.refuse_unknown(found)
+        if self.untied:
+            found.setdefault("lm_head.weight", found["model.embed_tokens.weight"])
+        return dict(sorted(found.items(), key=lambda item: (item[1].file, *_place(self.trained.source(item[0])))))
+
+
+def _place(source: Source) -> tuple[int, str]:
+    return (-1 if source.layer is None else source.layer, source.name)
+
+
+def _merged(export: Export) -> list[str]:
+    """Write the whole model and check it; the findings."""
+    trained, tensors, folder = export.trained, export.tensors, export.folder
+    base.copy(export.base, folder)
+    findings = []
+    if export.untied:
+        (folder / "config.json").write_text(json.dumps(export.config | {"tie_word_embeddings": False}, indent=2) + "\n")
+        findings.append("config.json: tie_word_embeddings is false now, because the LM head was trained by itself")
+    shards.write(folder, tensors, lambda name: trained.weight(name, shards.torch_dtype(tensors[name].dtype)))
+    findings += [export_check.structure(folder, tensors), export_check.values(folder, tensors, trained)]
+    if why := reload.missing(export.plan["model"]["parameters"]):
+        return [*findings, f"not checked: logits and completion, because {why}"]
+    merged = export_check.merged_type(tensors, trained)
+    expected = export_check.reference(trained, export.config["rms_norm_eps"], merged)
+    model = reload.Reloaded(folder)
+    return [*findings, *export_check.behaviour(model, expected), export_check.completion(model)]
+
+
+def _adapter(export: Export) -> list[str]:
+    """Write the adapters alone and check them; the findings."""
+    trained, folder, plan = export.trained, export.folder, export.plan
+    modules = {name.removesuffix(".weight"): source for name, source in trained.adapted(export.tensors).items()}
+    base.copy(export.base, folder, without=("config.json", "generation_config.json"))
+    name, revision = base_model.name(plan)
+    adapter.write(folder, list(modules), lambda module: trained.adapter(modules[module]), plan["lora"], name, revision)
+    findings = [export_check.adapter_values(folder, modules, trained)]
+    model = base_model.weights(plan)
+    why = reload.missing(plan["model"]["parameters"], "peft") if model else "the base in Hugging Face format is not here"
+    if model is None or why:
+        return [*findings, f"not checked: logits, because {why}"]
+    expected = export_check.reference(trained, export.config["rms_norm_eps"])
+    return findings + export_check.behaviour(reload.Reloaded(model, folder), expected)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/export_check.py <<'END_OF_FTGEN_FILE' || return
+"""Check an export: its tensors, and what a model that is loaded from it computes.
+
+In: the folder of the export, and the trained weights. Out: findings for the log and the model card, or a JobError.
+
+1. Names, shapes and types of the tensors are those of the base (`structure`).
+2. Each value in the files is that of the checkpoint (`values`). The rows of fused tensors are found by computing their
+   numbers, not as the export cuts them, and adapters are merged in float64: the files may differ by roundings.
+3. A model that transformers loads from the files computes the logits of the trained weights (`behaviour`). These come
+   from `forward.py`, which reads the checkpoint as Megatron does. For merged weights, it also tells how much the
+   rounding changed the logits.
+
+Together: the files are the trained weights, their layout is what transformers expects, and config.json describes the
+model that was trained. Training and checkpoint themselves are taken as they are.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from runtime.engines.nemo import forward, names
+from runtime.engines.nemo.names import Source
+from runtime.engines.nemo.trained import Trained
+from runtime.job.errors import JobError
+from runtime.weights import adapter, reload, shards
+from runtime.weights.shards import Entry
+
+if TYPE_CHECKING:
+    import torch
+
+Plan = dict[str, Any]
+TOKENS = 32
+ROWS = 1024  # rows of a merged weight that are compared at a time, because float64 needs much memory
+# Largest difference of a logit, as a fraction of the largest logit. Both sides have the same weights and compute in float32:
+# only the order of sums differs. Measured: 1e-6, on tiny models and on two layers of the size of Llama-3 8B.
+BOUND = 1e-3
+PROMPT = "The capital of France is"
+
+
+def structure(folder: Path, expected: dict[str, Entry]) -> str:
+    """JobError unless the files have exactly these tensors."""
+    try:
+        found = shards.entries(folder, shards.files_of(folder))
+    except (OSError, ValueError) as error:
+        raise _wrong(folder, str(error)) from error
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise _wrong(folder, f"{name} is {found.get(name)}, expected {expected.get(name)}")
+    return f"{len(found)} tensors have the names, shapes and types of the base"
+
+
+def values(folder: Path, tensors: dict[str, Entry], trained: Trained) -> str:
+    """JobError unless each value of the files is that of the checkpoint; if it was merged, within the roundings."""
+    merged = trained.adapted(tensors)
+    for name, entry in tensors.items():
+        if name in merged:
+            _compare_merged(folder, name, entry, merged[name], trained)
+        else:
+            _compare(folder, name, entry, trained)
+    same = f"{len(tensors) - len(merged)} tensors are those of the checkpoint, bit for bit"
+    if not merged:
+        return same
+    return f"{same}; {len(merged)} are merged: W + alpha / rank * B @ A in float64, rounded once to their type"
+
+
+def adapter_values(folder: Path, modules: dict[str, Source], trained: Trained) -> str:
+    """JobError unless the adapters of the files are those of the checkpoint, bit for bit."""
+    assert trained.adapters  # noqa: S101 - only LoRA exports adapters
+    found = shards.entries(folder, [adapter.FILE])
+    expected = {adapter.tensor_name(module, matrix) for module in modules for matrix in "AB"}
+    if found.keys() != expected:
+        raise _wrong(folder, f"its tensors are not those of {len(modules)} adapters")
+    for module, source in modules.items():
+        a = trained.read(trained.adapters, names.adapter(source.linear, "in"), source.layer)
+        b = trained.read(trained.adapters, names.adapter(source.linear, "out"), source.layer)
+        for matrix, tensor in (("A", a), ("B", b[_rows(source.part, len(b), trained.model)])):
+            name = adapter.tensor_name(module, matrix)
+            if not _equal(shards.read(folder, name, found[name]), tensor):
+                raise _wrong(folder, f"{name} differs from the checkpoint")
+    return f"{len(found)} tensors are those of the checkpoint, bit for bit"
+
+
+class Reference(NamedTuple):
+    """What the loaded model must compute."""
+
+    tokens: list[int]
+    logits: "torch.Tensor"  # of the weights as they are exported
+    unmerged: "torch.Tensor | None"  # of the adapters beside the weights
+    merged: "torch.dtype | None"
+
+
+def reference(trained: Trained, epsilon: float, merged: "torch.dtype | None" = None) -> Reference:
+    """Logits from the checkpoint. `merged`: the type of weights that adapters were merged into. Call it before a model is
+    loaded, so that memory never holds both.
+    """
+    tokens = _tokens(trained.model["vocab_size"])
+    unmerged = forward.logits(trained, tokens, epsilon)
+    if merged is None:
+        return Reference(tokens, unmerged, None, None)
+    return Reference(tokens, forward.logits(trained, tokens, epsilon, merged), unmerged, merged)
+
+
+def behaviour(model: reload.Reloaded, expected: Reference) -> list[str]:
+    """JobError unless the loaded model computes what the trained weights do."""
+    found = model.logits(expected.tokens)[:, : expected.logits.shape[1]]
+    difference = _difference(found, expected.logits)
+    told = f"{difference:.1e} of the largest logit (bound {BOUND:.0e})"
+    if not difference <= BOUND:  # also for NaN
+        raise JobError(
+            f"the exported model is not the trained model: logits differ by {told}",
+            "please report this; the files were not published",
+        )
+    findings = [f"logits of the model that transformers loads differ from those of the checkpoint by {told}"]
+    if expected.unmerged is not None:
+        rounding = f"{_difference(found, expected.unmerged):.1e} of the largest one"
+        findings.append(f"merging the adapters and rounding to {expected.merged} changed logits by {rounding}")
+    return findings
+
+
+def completion(model: reload.Reloaded) -> str:
+    """What the loaded model continues a prompt with. One token repeated is a warning: the trained model does the same."""
+    text, repeated = model.complete(PROMPT)
+    told = f"greedy completion of {PROMPT!r}: {text!r}"
+    return f"warning: the trained model repeats one token: {told}" if repeated else told
+
+
+def merged_type(tensors: dict[str, Entry], trained: Trained) -> "torch.dtype | None":
+    """The type of the weights that adapters were merged into; None without adapters."""
+    return next((shards.torch_dtype(tensors[name].dtype) for name in trained.adapted(tensors)), None)
+
+
+def _difference(found: "torch.Tensor", expected: "torch.Tensor") -> float:
+    """The largest difference of a logit, as a fraction of the largest logit."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def _compare(folder: Path, name: str, entry: Entry, trained: Trained) -> None:
+    """JobError unless each value is that of the checkpoint. A function of its own, so that its tensors are freed."""
+    expected = _expected(name, trained).to(shards.torch_dtype(entry.dtype))
+    if not _equal(shards.read(folder, name, entry), expected):
+        raise _wrong(folder, f"{name} differs from the checkpoint")
+
+
+def _compare_merged(folder: Path, name: str, entry: Entry, source: Source, trained: Trained) -> None:
+    """JobError unless each value is W + alpha / rank * B @ A, within the roundings of float32 sums and of its type."""
+
+    assert trained.adapters  # noqa: S101 - it is merged
+    a = trained.adapters.read(names.adapter(source.linear, "in"), source.layer).double()
+    b = trained.adapters.read(names.adapter(source.linear, "out"), source.layer).double()
+    b = b[_rows(source.part, len(b), trained.model)] * trained.scale
+    found, weight = shards.read(folder, name, entry), _expected(name, trained)
+    for some in zip(found.split(ROWS), weight.split(ROWS), b.split(ROWS), strict=True):
+        if not _is_merged(*some, a):
+            raise _wrong(folder, f"{name} differs from W + alpha / rank * B @ A by more than roundings do")
+
+
+def _is_merged(found: "torch.Tensor", weight: "torch.Tensor", b: "torch.Tensor", a: "torch.Tensor") -> bool:
+    """Whether `found` is weight + b @ a, within the roundings. The sums in float32 have one for each of rank + 3 terms."""
+    import torch
+
+    expected = weight.double() + b @ a
+    sums = torch.finfo(torch.float32).eps / 2 * (weight.double().abs() + (len(a) + 3) * (b.abs() @ a.abs()))
+    allowed = torch.finfo(found.dtype).eps / 2 * (expected.abs() + sums) + sums
+    return bool(((found.double() - expected).abs() <= allowed).all())
+
+
+def _expected(name: str, trained: Trained) -> "torch.Tensor":
+    """The checkpoint's values of a Hugging Face name, before merging."""
+    source = trained.source(name)
+    fused = trained.read(trained.weights, source.name, source.layer)
+    return fused[_rows(source.part, len(fused), trained.model, source.name in names.PADDED)]
+
+
+def _rows(part: str, count: int, model: dict[str, Any], padded: bool = False) -> "torch.Tensor | slice":
+    """Numbers of the fused tensor's rows that are the rows of a part, in their order."""
+    import torch
+
+    heads, groups, size = model["num_attention_heads"], model["num_query_groups"], model["head_size"]
+    queries = heads // groups
+    if padded:
+        return slice(model["vocab_size"])
+    if part in {"gate", "up"}:
+        return slice(0, count // 2) if part == "gate" else slice(count // 2, count)
+    if not part:
+        return slice(count)
+    row = torch.arange((heads if part == "q" else groups) * size)
+    head, place = row // size, row % size
+    if part == "q":
+        slot = head // queries * (queries + 2) + head % queries
+    else:
+        slot = head * (queries + 2) + queries + (part == "v")
+    return slot * size + place
+
+
+def _equal(one: "torch.Tensor", other: "torch.Tensor") -> bool:
+    import torch
+
+    return one.dtype == other.dtype and bool(torch.equal(one, other))
+
+
+def _tokens(vocabulary: int) -> list[int]:
+    """The same tokens each time, from all of the vocabulary."""
+    import torch
+
+    found: list[int] = torch.randint(vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
+    return found
+
+
+def _wrong(folder: Path, what: str) -> JobError:
+    return JobError(f"{folder}: {what}", "nothing was published: export again, and report this if it happens again")
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/forward.py <<'END_OF_FTGEN_FILE' || return
+"""Compute the logits of a trained model from its distributed checkpoint, in float32, without a model.
+
+In: the tensors of the checkpoint, token ids. Out: logits [tokens, vocabulary].
+
+This is the independent path that an export is checked with. It shares neither names nor cuts of fused tensors with the
+export: it uses Megatron's tensors as Megatron itself does. It adds the adapters to the output of a layer, as the
+training did, or merges them into its fused weights. It reads one layer at a time.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from runtime.engines.nemo.trained import Trained
+
+if TYPE_CHECKING:
+    import torch
+
+# Of the rotary frequencies of Llama 3.1 and later, as in NeMo's Llama31Config.
+LOW, HIGH, OLD_CONTEXT = 1.0, 4.0, 8192
+
+
+def logits(trained: Trained, tokens: list[int], epsilon: float, merged: "torch.dtype | None" = None) -> "torch.Tensor":
+    """Logits of one sequence. `epsilon` is that of the norms (rms_norm_eps).
+
+    With `merged`, adapters are merged into the weights, which are then rounded to this type.
+    """
+    import torch
+
+    model = trained.model
+    with torch.no_grad():
+        hidden = trained.weights.read("embedding.word_embeddings.weight")[tokens].float()
+        rotation = _rotation(model, len(tokens))
+        for layer in range(model["num_layers"]):
+            hidden = _Layer(trained, layer, epsilon, merged).forward(hidden, rotation)
+        hidden = _norm(hidden, trained.weights.read("decoder.final_layernorm.weight"), epsilon)
+        tied = model["tied_embeddings"]
+        head = trained.weights.read("embedding.word_embeddings.weight" if tied else "output_layer.weight")
+        rows = head[: model["vocab_size"]].split(1 << 14)  # a part at a time, because it is cast
+        return torch.cat([hidden @ part.float().T for part in rows], dim=1)
+
+
+class _Layer:
+    """One transformer layer of Megatron."""
+
+    def __init__(self, trained: Trained, layer: int, epsilon: float, merged: "torch.dtype | None") -> None:
+        self.trained, self.layer, self.epsilon, self.merged = trained, layer, epsilon, merged
+
+    def forward(self, hidden: "torch.Tensor", rotation: tuple["torch.Tensor", "torch.Tensor"]) -> "torch.Tensor":
+        """[tokens, hidden] to [tokens, hidden]."""
+        import torch
+
+        normed = _norm(hidden, self._read("self_attention.linear_qkv.layer_norm_weight"), self.epsilon)
+        hidden = hidden + self._linear("self_attention.linear_proj", self._attend(normed, rotation))
+        normed = _norm(hidden, self._read("mlp.linear_fc1.layer_norm_weight"), self.epsilon)
+        gate, up = self._linear("mlp.linear_fc1", normed).chunk(2, dim=-1)
+        return hidden + self._linear("mlp.linear_fc2", torch.nn.functional.silu(gate) * up)
+
+    def _attend(self, normed: "torch.Tensor", rotation: tuple["torch.Tensor", "torch.Tensor"]) -> "torch.Tensor":
+        import torch
+
+        model = self.trained.model
+        groups, size, count = model["num_query_groups"], model["head_size"], len(normed)
+        fused = self._linear("self_attention.linear_qkv", normed).view(count, groups, -1, size)
+        queries, keys, values = fused[:, :, :-2], fused[:, :, -2:-1], fused[:, :, -1]
+        queries, keys = _rotate(queries, rotation), _rotate(keys, rotation)[:, :, 0]
+        scores = torch.einsum("qghd,kgd->ghqk", queries, keys) / math.sqrt(size)
+        scores = scores.masked_fill(torch.ones(count, count, dtype=torch.bool).triu(1), -math.inf)
+        return torch.einsum("ghqk,kgd->qghd", scores.softmax(-1), values).reshape(count, -1)
+
+    def _linear(self, name: str, x: "torch.Tensor") -> "torch.Tensor":
+        """The layer's output, with its bias and with that of its adapter."""
+        weight, y = self._read(f"{name}.weight").float(), 0.0
+        if f"decoder.layers.{name}.bias" in self.trained.weights.names:
+            y = self._read(f"{name}.bias").float()
+        adapters = self.trained.adapters
+        if adapters and f"decoder.layers.{name}.adapter.linear_in.weight" in adapters.names:
+            a = adapters.read(f"decoder.layers.{name}.adapter.linear_in.weight", self.layer).float()
+            b = adapters.read(f"decoder.layers.{name}.adapter.linear_out.weight", self.layer).float()
+            if self.merged:
+                weight = (weight + self.trained.scale * (b @ a)).to(self.merged).float()
+            else:
+                y = y + (x @ a.T) @ b.T * self.trained.scale
+        return x @ weight.T + y
+
+    def _read(self, name: str) -> "torch.Tensor":
+        return self.trained.weights.read(f"decoder.layers.{name}", self.layer)
+
+
+def _norm(x: "torch.Tensor", weight: "torch.Tensor", epsilon: float) -> "torch.Tensor":
+    """RMSNorm."""
+    import torch
+
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon) * weight.float()
+
+
+def _rotation(model: dict[str, Any], count: int) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Cosines and sines of the rotary angles, each [tokens, 1, 1, head_size]."""
+    import torch
+
+    size = model["head_size"]
+    frequencies = model["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    if factor := model["rope_scaling_factor"]:
+        turns = OLD_CONTEXT * frequencies / (2 * math.pi)
+        smooth = ((turns - LOW) / (HIGH - LOW)).clamp(0, 1)
+        frequencies = frequencies / factor * (1 - smooth) + frequencies * smooth
+    angles = torch.outer(torch.arange(count, dtype=torch.float64), frequencies).repeat(1, 2)[:, None, None]
+    return angles.cos().float(), angles.sin().float()
+
+
+def _rotate(x: "torch.Tensor", rotation: tuple["torch.Tensor", "torch.Tensor"]) -> "torch.Tensor":
+    import torch
+
+    left, right = x.chunk(2, dim=-1)
+    return x * rotation[0] + torch.cat([-right, left], dim=-1) * rotation[1]
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/importer.py <<'END_OF_FTGEN_FILE' || return
 """Run NeMo's own importer of Hugging Face checkpoints, so that it writes only into one directory.
@@ -3644,6 +4212,89 @@ class Name(type):
 
     def __getitem__(cls, key: Any) -> Any:
         return cls._real()[key]
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/names.py <<'END_OF_FTGEN_FILE' || return
+"""Hugging Face's names of weights, and where these weights are in Megatron's tensors. For Llama, Mistral and Qwen2.
+
+In: a name of Hugging Face and the shape of the model. Out: the name of Megatron's tensor, its layer, and its rows.
+
+Megatron fuses weights of a layer. The rows of `linear_qkv` are, for each query group: its query heads, its key, its
+value. The rows of `linear_fc1` are those of the gate, then those of the up projection. Its tensor of a weight has a
+first dimension for the layers, whatever pipeline stage trained them.
+"""
+
+import re
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+# By the names that Hugging Face has in a layer: Megatron's name in a layer, and the part of its rows.
+LINEAR = {
+    "self_attn.q_proj": ("self_attention.linear_qkv", "q"),
+    "self_attn.k_proj": ("self_attention.linear_qkv", "k"),
+    "self_attn.v_proj": ("self_attention.linear_qkv", "v"),
+    "self_attn.o_proj": ("self_attention.linear_proj", ""),
+    "mlp.gate_proj": ("mlp.linear_fc1", "gate"),
+    "mlp.up_proj": ("mlp.linear_fc1", "up"),
+    "mlp.down_proj": ("mlp.linear_fc2", ""),
+}
+# The norms are fused into the linear layers that follow them.
+NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "post_attention_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+OUTSIDE = {
+    "model.embed_tokens.weight": "embedding.word_embeddings.weight",
+    "model.norm.weight": "decoder.final_layernorm.weight",
+    "lm_head.weight": "output_layer.weight",
+}
+LAYERS = "decoder.layers."
+HEAD, EMBEDDING = OUTSIDE["lm_head.weight"], OUTSIDE["model.embed_tokens.weight"]
+PADDED = {HEAD, EMBEDDING}  # Megatron adds rows, so that tensor-parallel ranks have equal parts
+COMPUTED = re.compile(r"rotary_emb\.inv_freq$")  # in old checkpoints of Llama; nothing reads it
+
+
+class Source(NamedTuple):
+    """Where the weight of one name of Hugging Face is."""
+
+    name: str  # of Megatron's tensor
+    layer: int | None  # row of its first dimension
+    linear: str  # of LINEAR's values, such as self_attention.linear_qkv; "" outside of linear layers of a layer
+    part: str  # q, k, v, gate, up; "": all rows
+
+
+def source(name: str) -> Source | None:
+    """Where a weight is; None for a name that these families do not have."""
+    if name in OUTSIDE:
+        return Source(OUTSIDE[name], None, "", "")
+    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+?)\.(weight|bias)", name)
+    if not found:
+        return None
+    layer, module, kind = int(found[1]), found[2], found[3]
+    if module in LINEAR:
+        linear, part = LINEAR[module]
+        return Source(f"{LAYERS}{linear}.{kind}", layer, linear, part)
+    norm = NORMS.get(f"{module}.{kind}")
+    return Source(LAYERS + norm, layer, "", "") if norm else None
+
+
+def rows(tensor: "torch.Tensor", part: str, model: dict[str, Any]) -> "torch.Tensor":
+    """The rows of a part of a fused tensor [rows, ...]; all rows for part "". `model` is the plan's."""
+    if part in {"gate", "up"}:
+        return tensor.chunk(2)[part == "up"]
+    if not part:
+        return tensor
+    groups, size = model["num_query_groups"], model["head_size"]
+    queries = model["num_attention_heads"] // groups
+    grouped = tensor.reshape(groups, queries + 2, size, *tensor.shape[1:])
+    own = {"q": grouped[:, :queries], "k": grouped[:, queries], "v": grouped[:, queries + 1]}[part]
+    return own.reshape(-1, *tensor.shape[1:])
+
+
+def adapter(linear: str, matrix: str) -> str:
+    """Megatron's name of an adapter's matrix. `linear` is of LINEAR's values, `matrix` is "in" (A) or "out" (B)."""
+    return f"{LAYERS}{linear}.adapter.linear_{matrix}.weight"
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/__init__.py <<'END_OF_FTGEN_FILE' || return
 """Optimizations that make a step faster than the stock recipe, one file each.
@@ -4469,6 +5120,7 @@ from typing import Any
 
 import fiddle
 import nemo_run as run
+import torch
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
@@ -4478,7 +5130,7 @@ from nemo.collections.llm.recipes.precision.mixed_precision import bf16_with_fp8
 from nemo.lightning import _strategy_lib
 
 from runtime.data.prepare import Files
-from runtime.data.tokens import is_recipes
+from runtime.data.split import is_recipes
 from runtime.engines.nemo.data import TokensDataModule
 from runtime.job.progress import say
 
@@ -4547,6 +5199,9 @@ def set_model(recipe: Any, plan: Plan) -> None:
     config.add_qkv_bias = model["qkv_bias"]
     if model["rope_scaling_factor"]:
         config.scale_factor = model["rope_scaling_factor"]
+    if model["nemo_recipe"].startswith("mistral"):
+        # NeMo's Mistral 7B has the sliding window of v0.1. Later versions have none (sliding_window in config.json).
+        config.window_size = None
     config.seq_length = recipe.data.seq_length = plan["seq_length"]
     # some of NeMo's recipes count embedding and loss as pipeline layers; the plan counts only transformer layers
     for key in ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"):
@@ -4641,7 +5296,7 @@ def _set_trainer(recipe: Any, plan: Plan) -> None:
 def _for_the_cpu(recipe: Any) -> None:
     from runtime.engines.nemo import cpu
 
-    for key, value in cpu.plain().items():
+    for key, value in (cpu.plain() | {"params_dtype": torch.float32}).items():  # NeMo's config of Mistral 7B has bfloat16
         setattr(recipe.model.config, key, value)
     trainer, optimizer = recipe.trainer, recipe.optim.config
     trainer.accelerator = "cpu"
@@ -5034,6 +5689,112 @@ def _free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/trained.py <<'END_OF_FTGEN_FILE' || return
+"""The weights of a trained model by Hugging Face's names, one at a time.
+
+In: a plan, the checkpoint with the weights, and with LoRA the checkpoint with the adapters. Out: `torch.Tensor`s.
+
+With SFT, the trained checkpoint has the weights. With LoRA, the converted checkpoint has them, and the trained one has
+the adapters.
+"""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from runtime.engines.nemo import names
+from runtime.engines.nemo.names import Source
+from runtime.job.errors import JobError
+from runtime.weights.distributed import Checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+Plan = dict[str, Any]
+
+
+class Trained:
+    """The trained weights. A weight of a layer that has an adapter is merged with it."""
+
+    def __init__(self, plan: Plan, weights: Checkpoint, adapters: Checkpoint | None) -> None:
+        self.model = plan["model"]
+        self.weights, self.adapters = weights, adapters
+        self.scale = plan["lora"]["alpha"] / plan["lora"]["rank"] if adapters else 0.0
+        self.rank = plan["lora"]["rank"] if adapters else 0
+        self._last: tuple[tuple[Checkpoint, str, int | None], torch.Tensor] | None = None
+
+    def source(self, name: str) -> Source:
+        """Where a weight of Hugging Face is. JobError: no family of ftgen has such a weight."""
+        source = names.source(name)
+        if source is None:
+            raise JobError(f"the base has a weight {name}, which ftgen cannot export", "export it with NeMo's own exporter")
+        tied = source.name == names.HEAD and self.model["tied_embeddings"]
+        return Source(names.EMBEDDING, None, "", "") if tied else source
+
+    def weight(self, name: str, dtype: "torch.dtype") -> "torch.Tensor":
+        """The weight of a Hugging Face name; if it has an adapter, W + alpha / rank * B @ A in float32, then in `dtype`."""
+        source = self.source(name)
+        found = names.rows(self.read(self.weights, source.name, source.layer), source.part, self.model)
+        if source.name in names.PADDED:
+            found = found[: self.model["vocab_size"]]
+        if self.has_adapter(source) and name.endswith(".weight"):
+            a, b = self.adapter(source)
+            found = found.float() + self.scale * (b.float() @ a.float())
+        return found.to(dtype)
+
+    def adapter(self, source: Source) -> tuple["torch.Tensor", "torch.Tensor"]:
+        """A [rank, in] and B [out, rank] of a weight, B with its own rows only. JobError: another rank than the plan's."""
+        assert self.adapters  # noqa: S101 - `has_adapter` says so
+        a = self.read(self.adapters, names.adapter(source.linear, "in"), source.layer)
+        b = names.rows(self.read(self.adapters, names.adapter(source.linear, "out"), source.layer), source.part, self.model)
+        if a.shape[0] != self.rank:
+            raise JobError(
+                f"the adapters in {self.adapters.folder} have rank {a.shape[0]}, the plan has lora.rank = {self.rank}",
+                "use the script that trained this checkpoint",
+            )
+        return a, b
+
+    def has_adapter(self, source: Source) -> bool:
+        """Whether the layer of this weight has an adapter."""
+        return bool(self.adapters and source.linear and names.adapter(source.linear, "in") in self.adapters.names)
+
+    def adapted(self, base: Iterable[str]) -> dict[str, Source]:
+        """Those of the base's weights that have an adapter, by Hugging Face's name."""
+        found = {name: source for name in base if name.endswith(".weight") and (source := names.source(name))}
+        return {name: source for name, source in found.items() if self.has_adapter(source)}
+
+    def has_own_head(self) -> bool:
+        """Whether the LM head differs from the embedding."""
+        if self.model["tied_embeddings"]:
+            return False
+        head, embedding = (self.read(self.weights, name, None) for name in (names.HEAD, names.EMBEDDING))
+        return not head.equal(embedding)
+
+    def read(self, checkpoint: Checkpoint, name: str, layer: int | None) -> "torch.Tensor":
+        """A tensor of Megatron. The last one is kept, because several weights are rows of one tensor."""
+        key = (checkpoint, name, layer)
+        if self._last is None or self._last[0] != key:
+            self._last = None  # free it before the next one is read
+            self._last = (key, checkpoint.read(name, layer))
+        return self._last[1]
+
+    def refuse_unknown(self, base: Iterable[str]) -> None:
+        """JobError unless the base's weights are all of the checkpoint's tensors, and all of them are known."""
+        used = {self.source(name).name for name in base}
+        if unknown := sorted(self.weights.names - used - {names.HEAD}):
+            raise _unknown(self.weights, unknown)
+        if self.adapters:
+            linears = {linear for linear, _ in names.LINEAR.values()}
+            known = {names.adapter(linear, matrix) for linear in linears for matrix in ("in", "out")}
+            if unknown := sorted(self.adapters.names - known):
+                raise _unknown(self.adapters, unknown)
+
+
+def _unknown(checkpoint: Checkpoint, unknown: list[str]) -> JobError:
+    return JobError(
+        f"{checkpoint.folder} has tensors that the base does not have: {', '.join(unknown[:5])}",
+        "use the base that this checkpoint was trained from",
+    )
+END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/validate.py <<'END_OF_FTGEN_FILE' || return
 """Compute the loss of the held-out examples while a training runs.
 
@@ -5139,7 +5900,7 @@ STEPS = "max_steps"  # the file with the number of steps
 # Keys of a plan that do not change what is trained. All others must be the same when a run is resumed.
 NOT_TRAINING = {"format", "ftgen_version", "name", "experiment", "spec_file", "spec_sha256", "point", "overrides", "save"}
 NOT_TRAINING |= {"window_steps", "profile", "environment", "stage_path", "modules", "setup_lines", "prefix", "python"}
-NOT_TRAINING |= {"slurm", "checkpoint.gated"}
+NOT_TRAINING |= {"slurm", "checkpoint.gated", "export"}
 NOT_TRAINING |= {"gpu.memory_gib", "gpu.peak_flops", "model.flops_per_sample", "model.parameters"}
 
 Plan = dict[str, Any]
@@ -6739,6 +7500,55 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         yield error
         error = error.__cause__ or error.__context__
 END_OF_FTGEN_FILE
+    cat >"$1"/runtime/job/memory.py <<'END_OF_FTGEN_FILE' || return
+"""Tell how much memory this process can still use.
+
+In: /proc and the control groups of this process. Out: bytes.
+
+A Slurm job or a container can have less than the machine. Its limit is in a control group, of version 1 or 2. Cached
+files count as used there; the kernel frees those of the list `inactive_file` first, so they are free here.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+# By version: the folder of all groups, the files of limit and use, and the key of cached files in memory.stat.
+VERSION_1 = ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+VERSION_2 = ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file")
+
+
+def available(root: Path = Path("/")) -> int:
+    """Bytes that are free on the machine, or below the lowest limit. 0 if the system does not report it."""
+    lines = _text(root / "proc/meminfo").splitlines()
+    machine = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    return max(0, min([*machine, *_below_limits(root)], default=0))
+
+
+def _below_limits(root: Path) -> Iterator[int]:
+    """What each limit of this process's groups, and of the groups around them, leaves."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top, limit, used, cached = VERSION_1 if controllers else VERSION_2
+        group = Path(path.lstrip("/"))
+        for folder in (group, *group.parents):
+            own = root / top / folder
+            if _text(own / limit).isdigit() and _text(own / used).isdigit():
+                yield int(_text(own / limit)) - int(_text(own / used)) + _stat(own, cached)
+
+
+def _stat(folder: Path, key: str) -> int:
+    lines = (line.split() for line in _text(folder / "memory.stat").splitlines())
+    return next((int(words[1]) for words in lines if words[:1] == [key]), 0)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+END_OF_FTGEN_FILE
     cat >"$1"/runtime/job/prefix.py <<'END_OF_FTGEN_FILE' || return
 """Start a task of the training again with a command in front of it, such as numactl.
 
@@ -7247,8 +8057,8 @@ from pathlib import Path
 from typing import Any
 
 from runtime.data import prepare, report, store
+from runtime.data.split import SPLITS, is_recipes
 from runtime.data.tokenizer import Tokenizer
-from runtime.data.tokens import SPLITS, is_recipes
 from runtime.engines.nemo import convert
 from runtime.hub import find
 from runtime.hub.fetch import fetch
@@ -7358,6 +8168,415 @@ END_OF_FTGEN_FILE
 In: a plan. Out: a repository, or a folder with safetensors. Start with `hub.py`.
 """
 END_OF_FTGEN_FILE
+    cat >"$1"/runtime/weights/adapter.py <<'END_OF_FTGEN_FILE' || return
+"""Write LoRA adapters in the format of PEFT.
+
+In: A and B of each adapted weight. Out: adapter_config.json and adapter_model.safetensors.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.weights import shards
+from runtime.weights.shards import Entry
+
+if TYPE_CHECKING:
+    import torch
+
+FILE = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."  # PEFT's wrapper of the model
+Pair = tuple["torch.Tensor", "torch.Tensor"]
+
+
+def write(
+    folder: Path, modules: list[str], pair_of: Callable[[str], Pair], lora: dict[str, Any], base: str, revision: str | None
+) -> None:
+    """Write both files.
+
+    `modules` are names of linear layers such as model.layers.0.self_attn.q_proj; `pair_of` gives A [rank, in] and
+    B [out, rank] of each. `lora` is the plan's; `base` and `revision` say where the base model is.
+    """
+    entries = {}
+    for module in modules:
+        for matrix, tensor in zip("AB", pair_of(module), strict=True):
+            entries[tensor_name(module, matrix)] = Entry(shards.header_name(tensor.dtype), tuple(tensor.shape), FILE)
+    shards.write(folder, entries, lambda name: pair_of(module_of(name))[".lora_B." in name], index=False)
+    config = {
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": lora["alpha"],
+        "lora_dropout": lora["dropout"],
+        "peft_type": "LORA",
+        "r": lora["rank"],
+        "revision": revision,
+        "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
+        "task_type": "CAUSAL_LM",
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def tensor_name(module: str, matrix: str) -> str:
+    """PEFT's name of matrix "A" or "B" of a linear layer."""
+    return f"{PREFIX}{module}.lora_{matrix}.weight"
+
+
+def module_of(name: str) -> str:
+    """The linear layer of a name of PEFT."""
+    return name.removeprefix(PREFIX).partition(".lora_")[0]
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/weights/base.py <<'END_OF_FTGEN_FILE' || return
+"""Keep what a base model has beside its weights: config, tokenizer, chat template, license, and the list of its tensors.
+
+In: a directory in Hugging Face format. Out: a folder with these small files and tensors.json.
+
+A conversion keeps them beside the converted checkpoint, because NeMo's own format loses them. An export puts them
+beside the exported weights, and compares the exported tensors with tensors.json.
+"""
+
+import json
+import shutil
+from collections.abc import Container
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from runtime.job.errors import JobError
+from runtime.weights import shards
+from runtime.weights.shards import Entry
+
+FOLDER = "hugging_face"  # in a converted checkpoint
+TENSORS = "tensors.json"
+# Small files of a model, in the top folder of its repository. Licenses such as Llama's must go with every copy.
+SMALL = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "tekken.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+def keep(model: Path, folder: Path) -> None:
+    """Copy the small files of `model` into the new `folder`, and list its tensors. JobError: a file is damaged."""
+    try:
+        tensors = shards.entries(model, shards.files_of(model))
+    except (OSError, ValueError) as error:
+        raise JobError(f"the weights in {model} are damaged: {error}", "download or copy them again") from error
+    folder.mkdir()
+    copy(model, folder)
+    listed = {name: {"dtype": it.dtype, "shape": it.shape, "file": it.file} for name, it in tensors.items()}
+    (folder / TENSORS).write_text(json.dumps(listed, indent=1) + "\n")
+
+
+def copy(model: Path, folder: Path, without: Container[str] = ()) -> None:
+    """Copy the small files of `model` into `folder`. A file of the hub's cache is a link; the copy is a file."""
+    for path in sorted(model.iterdir()):
+        if path.is_file() and path.name not in without and any(fnmatch(path.name, pattern) for pattern in SMALL):
+            shutil.copyfile(path, folder / path.name)
+
+
+def set_chat_template(folder: Path, text: str) -> None:
+    """Give the tokenizer in `folder` the chat template that the training used. Older versions of transformers read it from
+    tokenizer_config.json, newer ones from the file.
+    """
+    (folder / "chat_template.jinja").write_text(text)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": text}, indent=2) + "\n")
+
+
+def tensors(folder: Path) -> dict[str, Entry]:
+    """The tensors of the base, by name, in the order of its files."""
+    document: dict[str, Any] = json.loads((folder / TENSORS).read_text())
+    return {name: Entry(it["dtype"], tuple(it["shape"]), it["file"]) for name, it in document.items()}
+
+
+def config(folder: Path) -> dict[str, Any]:
+    """config.json."""
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return found
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/weights/card.py <<'END_OF_FTGEN_FILE' || return
+"""Write the model card of an export: what was trained, on what, how, and what was checked.
+
+In: the run, the origin of its base, the findings of the checks. Out: README.md.
+
+The card is made to be published. It has no path, no variable of the environment and no name of a machine: of the plan,
+it has only the keys in `SHOWN`.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from runtime.job import environment
+from runtime.weights.runs import Run
+
+Plan = dict[str, Any]
+# Keys of the plan without paths and without names of the site.
+SHOWN = ("scheme", "precision", "gpus", "max_steps", "epochs", "global_batch_size", "micro_batch_size", "seq_length", "seed")
+SHOWN_TABLES = ("lora", "parallelism", "optimizer", "validation")
+PATHS = {"file", "path", "train", "chat_template"}  # keys of these tables that can be paths
+COUNTS = ("examples", "trained_tokens")  # of the data, as the log has them
+LIBRARY = {"merged": "transformers", "adapter": "peft"}
+RELATION = {"merged": "finetune", "adapter": "adapter"}
+USE = {
+    "merged": """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER", torch_dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")""",
+    "adapter": """from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("BASE", torch_dtype="auto")
+model = PeftModel.from_pretrained(base, "FOLDER")""",
+}
+
+
+def write(folder: Path, what: str, run: Run, origin: dict[str, Any], findings: Iterable[str]) -> None:
+    """Write README.md. `what` is "merged" or "adapter"; `origin` is that of the converted checkpoint."""
+    plan = run.plan
+    base = _base(plan)
+    lines = [
+        *_front_matter(what, plan, base),
+        f"# {_scheme(plan)} of {base}",
+        "",
+        f"Trained with ftgen {plan['ftgen_version']} and NeMo: {_work(run)}.",
+        "",
+        "```python",
+        USE[what].replace("BASE", base),
+        "```",
+        *_section("Base", {"model": base, "revision": origin.get("commit") or _revision(plan)}),
+        *_section("Data", _data(run)),
+        *_section("Losses", run.losses() or {"losses": "not recorded: the log of the run is not beside the checkpoint"}),
+        *_section("Plan", _plan(run)),
+        *_section("Versions", _versions(run, origin)),
+        "",
+        "## Checks",
+        "",
+        *(f"- {finding}" for finding in findings),
+    ]
+    (folder / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def _front_matter(what: str, plan: Plan, base: str) -> list[str]:
+    """Metadata that the hub reads (https://huggingface.co/docs/hub/model-cards)."""
+    on_hub = plan["checkpoint"]["source"] == "hub"
+    of_base = [f"base_model: {base}", f"base_model_relation: {RELATION[what]}"] if on_hub else []
+    return ["---", f"library_name: {LIBRARY[what]}", "pipeline_tag: text-generation", *of_base, "---", ""]
+
+
+def _base(plan: Plan) -> str:
+    """The base's name: its repository, or the last part of its directory."""
+    asked = plan["checkpoint"]
+    return Path(asked["path"]).name if asked["source"] == "directory" else str(plan["model"]["hf_id"])
+
+
+def _revision(plan: Plan) -> str:
+    random = f"random weights of seed {plan['seed']}"
+    return {"random": random, "directory": "unknown: a directory"}.get(plan["checkpoint"]["source"], "unknown")
+
+
+def _scheme(plan: Plan) -> str:
+    return "LoRA fine-tune" if plan["scheme"] == "lora" else "Fine-tune"
+
+
+def _work(run: Run) -> str:
+    plan, step = run.plan, run.manifest.get("step", "an unknown number")
+    of_all = f" of {plan['max_steps']}" if plan["max_steps"] else ""
+    epochs = f" ({plan['epochs']} epochs in all)" if plan.get("epochs") else ""
+    what = f"{step}{of_all} steps of {plan['global_batch_size']} sequences{epochs}"
+    return f"{plan['model']['parameters']:,} parameters, {what}"
+
+
+def _data(run: Run) -> dict[str, Any]:
+    """Kind, hash and counts of the data. Names of the data's folders end with the hash of what they were made from."""
+    data, folders, facts = run.plan["data"], run.manifest.get("data"), run.data()
+    named = {"dataset": data.get("dataset"), "revision": data.get("revision"), "sha256": facts.get("sha256")}
+    counts = {
+        f"{key.replace('_', ' ')}, {split}": facts[split].get(key)
+        for split in ("training", "validation")
+        for key in COUNTS
+        if split in facts
+    }
+    return {
+        "kind": data["kind"],
+        "prepared as": ", ".join(folders) if folders else "not recorded",
+        **{key: value for key, value in (named | counts).items() if value is not None},
+    }
+
+
+def _plan(run: Run) -> dict[str, Any]:
+    plan = run.plan
+    tables = {
+        f"{table}.{key}": value
+        for table in SHOWN_TABLES
+        for key, value in (plan.get(table) or {}).items()
+        if key not in PATHS
+    }
+    on = [name for name, is_on in plan["optimizations"].items() if is_on]
+    return {
+        "experiment": plan["experiment"],
+        "spec": f"{plan['spec_file']}, sha256 {plan['spec_sha256']}",
+        "checkpoint": run.checkpoint.name,
+        **{key: plan[key] for key in SHOWN if plan.get(key) is not None},
+        **tables,
+        "optimizations": ", ".join(on) or "none",
+    }
+
+
+def _versions(run: Run, origin: dict[str, Any]) -> dict[str, str]:
+    """Versions of the training, and those of the conversion and of this export that differ from them."""
+    trained = run.manifest.get("versions") or {"training": "not recorded"}
+    others = {"conversion": origin, "export": environment.packages()}
+    return {"ftgen": run.plan["ftgen_version"], **trained} | {
+        f"{name}, at the {when}": versions[name]
+        for when, versions in others.items()
+        for name in environment.PACKAGES
+        if versions.get(name, trained.get(name)) != trained.get(name)
+    }
+
+
+def _section(title: str, rows: dict[str, Any]) -> list[str]:
+    table = [f"| {key} | {value if isinstance(value, str) else json.dumps(value)} |" for key, value in rows.items()]
+    return ["", f"## {title}", "", "| | |", "|---|---|", *table]
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/weights/distributed.py <<'END_OF_FTGEN_FILE' || return
+"""Read tensors of a distributed checkpoint (torch.distributed.checkpoint) in one process, one tensor or layer at a time.
+
+In: the folder with `.metadata` and `*.distcp`, as Megatron's format "torch_dist" has them. Out: `torch.Tensor`s.
+
+However many processes wrote the checkpoint, and however they split its tensors, each tensor here is whole. Neither a
+model nor a process group is needed. `.metadata` is a pickle that names classes of the framework that wrote it. This
+module never imports them: only torch's own classes are real, and a stand-in takes the place of every other class.
+"""
+
+import pickle
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.job.errors import JobError
+
+if TYPE_CHECKING:
+    import torch
+
+METADATA = ".metadata"
+PREFIX = "module."  # Megatron's wrapper of the model
+NOT_WEIGHTS = ("optimizer", "rng_state", "rerun_state")  # the first word of other tensors
+REAL = ("torch.distributed.checkpoint", "torch.serialization", "collections", "pathlib")  # whose classes are unpickled
+
+
+class Checkpoint:
+    """The weights of a distributed checkpoint, by their names without Megatron's prefix."""
+
+    def __init__(self, folder: Path) -> None:
+        """JobError: there is no such checkpoint in the folder."""
+        self.folder = folder
+        self._reader = _reader(folder)
+        self._saved = {
+            name.removeprefix(PREFIX): (name, saved)
+            for name, saved in self._reader.read_metadata().state_dict_metadata.items()
+            if hasattr(saved, "chunks") and not name.startswith(NOT_WEIGHTS)
+        }
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all weights, without optimizer states."""
+        return set(self._saved)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the whole tensor; the first dimension of a layer's weight is the layer."""
+        return tuple(self._tensor(name).size)
+
+    def read(self, name: str, layer: int | None = None) -> "torch.Tensor":
+        """The whole tensor, or its row `layer`, which alone is then read. JobError: it is not there, or not complete."""
+        import torch
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+        from torch.distributed.checkpoint.planner import LoadPlan
+        from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+        saved = self._tensor(name)
+        begin, shape = [0] * len(saved.size), list(saved.size)
+        if layer is not None:
+            begin[0], shape[0] = layer, 1
+        found = torch.empty(shape, dtype=saved.properties.dtype)
+        wanted = ChunkStorageMetadata(offsets=torch.Size(begin), sizes=torch.Size(shape))
+        items = create_read_items_for_chunk_list(self._saved[name][0], saved, [wanted])
+        if sum(prod(item.lengths) for item in items) != found.numel():
+            raise JobError(f"{self.folder}: {name} is not complete", "use another checkpoint of the run")
+        self._reader.read_data(LoadPlan(items), _planner(found)).wait()
+        return found if layer is None else found[0]
+
+    def _tensor(self, name: str) -> Any:
+        if name not in self._saved:
+            raise JobError(f"{self.folder} has no tensor {name}", "use the script that trained this checkpoint")
+        return self._saved[name][1]
+
+
+def _reader(folder: Path) -> Any:
+    """torch's reader, with our way to read the metadata."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    class Reader(FileSystemReader):  # type: ignore[misc]
+        def read_metadata(self, *_args: Any, **_kwargs: Any) -> Any:
+            with (folder / METADATA).open("rb") as file:
+                return _Unpickler(file).load()
+
+    reader = Reader(folder)
+    try:
+        reader.set_up_storage_reader(reader.read_metadata(), is_coordinator=True)
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError) as error:
+        raise JobError(
+            f"{folder} has no distributed checkpoint: {error}", "give a folder whose weights/ has .metadata and *.distcp"
+        ) from error
+    return reader
+
+
+def _planner(target: "torch.Tensor") -> Any:
+    """A planner that copies what is read to its place in `target`."""
+    from torch.distributed.checkpoint import DefaultLoadPlanner
+
+    class IntoTarget(DefaultLoadPlanner):  # type: ignore[misc]
+        def resolve_tensor(self, read_item: Any) -> "torch.Tensor":
+            place = target
+            for dimension, (begin, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+                place = place.narrow(dimension, begin, length)
+            return place
+
+        def commit_tensor(self, read_item: Any, tensor: "torch.Tensor") -> None:
+            """Do nothing: the tensor is already in its place."""
+
+    return IntoTarget()
+
+
+class _StandIn:
+    """Stands in for a class of the framework that wrote the checkpoint."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        pass
+
+
+class _Unpickler(pickle.Unpickler):
+    """Imports nothing but torch and the standard library, so that neither Megatron nor Transformer Engine is needed."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" or module.startswith(REAL):
+            return super().find_class(module, name)
+        return type(name, (_StandIn,), {"__module__": module})
+END_OF_FTGEN_FILE
     cat >"$1"/runtime/weights/hub.py <<'END_OF_FTGEN_FILE' || return
 """Name the repository of a model's weights, and the files of it that the importer reads.
 
@@ -7367,10 +8586,12 @@ In: a plan with checkpoint.source = "hub". Out: a `Repository`.
 from typing import Any
 
 from runtime.hub.repository import Repository
+from runtime.weights import base
 
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template*")
-# Many repositories also have the weights in other formats: "original/" and *.pth of Meta, consolidated.* of Mistral.
-WANTED = ("config.json", "generation_config.json", *TOKENIZER, "model*.safetensors*")
+# What the importer reads, or an export needs. Many repositories also have the weights in other formats: "original/" and
+# *.pth of Meta, consolidated.* of Mistral.
+WANTED = (*base.SMALL, "model*.safetensors*")
 NEEDED = ("config.json", "tokenizer.*", "model*.safetensors")
 
 
@@ -7546,6 +8767,8 @@ import os
 import threading
 from pathlib import Path
 
+from runtime.job import memory
+
 PIECE = 16 << 20  # bytes
 
 
@@ -7555,7 +8778,7 @@ def begin(folder: Path) -> threading.Thread | None:
         return None
     try:
         files = sorted(path for path in folder.glob("*") if path.is_file())
-        if sum(path.stat().st_size for path in files) > _free() // 2:
+        if sum(path.stat().st_size for path in files) > memory.available() // 2:
             return None
     except OSError:
         return None
@@ -7572,15 +8795,326 @@ def _read(files: list[Path]) -> None:
             with path.open("rb", buffering=0) as file:
                 while file.readinto(buffer):
                     pass
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/weights/reload.py <<'END_OF_FTGEN_FILE' || return
+"""Load an exported model with transformers, on the CPU and in float32, and use it as its users do.
+
+In: a folder in Hugging Face format, or a base and the folder of an adapter. Out: logits, and a greedy completion.
+
+transformers builds the model from the exported config.json and fills it from the exported files. A weight that is
+missing, left over or of another shape is an error here; transformers only warns, and leaves random weights.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.job import memory
+from runtime.job.errors import JobError
+
+if TYPE_CHECKING:
+    import torch
+
+BYTES = 4  # of a weight in float32
+ROOM = 1.25  # times the weights: one file of weights, activations
+NEW_TOKENS = 12
 
 
-def _free() -> int:
-    """Available memory in bytes; 0 if the system does not report it."""
+class Reloaded:
+    """A model that transformers has loaded."""
+
+    def __init__(self, folder: Path, adapter: Path | None = None) -> None:
+        """JobError: transformers misses a weight, or finds one too many."""
+        import torch
+        from transformers import AutoModelForCausalLM, logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        self._folder = folder
+        self._model, found = AutoModelForCausalLM.from_pretrained(
+            str(folder), torch_dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+        if wrong := {key: sorted(map(str, names))[:5] for key, names in found.items() if names}:
+            raise JobError(f"transformers does not load {folder} as it is: {wrong}", "please report this export")
+        if adapter:
+            from peft import PeftModel
+
+            self._model = PeftModel.from_pretrained(self._model, str(adapter))
+        self._model.eval()
+
+    def logits(self, tokens: list[int]) -> "torch.Tensor":
+        """Logits [tokens, vocabulary] of one sequence."""
+        import torch
+
+        with torch.no_grad():
+            found: torch.Tensor = self._model(input_ids=torch.tensor([tokens])).logits[0]
+        return found
+
+    def complete(self, prompt: str) -> tuple[str, bool]:
+        """The most probable continuation, and whether it is one token repeated to the end."""
+        import torch
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(self._folder), local_files_only=True)
+        inputs = tokenizer(prompt, return_tensors="pt")
+        with torch.no_grad():
+            made = self._model.generate(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=False,
+                temperature=None, top_p=None, top_k=None, max_new_tokens=NEW_TOKENS, pad_token_id=tokenizer.eos_token_id,
+            )  # fmt: skip
+        new = made[0, inputs["input_ids"].shape[1] :].tolist()
+        return str(tokenizer.decode(new)), len(new) == NEW_TOKENS and len(set(new)) == 1
+
+
+def missing(parameters: int, *packages: str) -> str:
+    """Why a model of this size cannot be loaded here; "" if it can."""
+    need, free = int(parameters * BYTES * ROOM), memory.available()
+    if need > free:
+        return f"loading it needs {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+    return next((f"{name} is not installed" for name in ("transformers", *packages) if not find_spec(name)), "")
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/weights/runs.py <<'END_OF_FTGEN_FILE' || return
+"""Find the checkpoint that is to be exported.
+
+In: a plan, and a run directory, a checkpoint, or nothing. Out: a `Run`: the checkpoint, and the plan that trained it.
+
+Environment: FTGEN_RUN_DIR, the directory of this job: <runs>/<experiment>_<id>/<experiment>.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from runtime.guard import checkpoints
+from runtime.job.errors import JobError
+from runtime.weights import distributed
+
+Plan = dict[str, Any]
+LINE = re.compile(r"^Training epoch \d+, iteration (\d+)/.* reduced_train_loss: (\S+)", re.MULTILINE)
+DATA = re.compile(r"^ftgen data: (\{.*\})$", re.MULTILINE)
+VALIDATION = re.compile(r"^ftgen: validation after step (\d+): loss (\S+)", re.MULTILINE)
+
+
+class Run(NamedTuple):
+    """A checkpoint, and the plan that trained it."""
+
+    checkpoint: Path  # .../step_<N>
+    plan: Plan
+    manifest: dict[str, Any]  # of the checkpoint; empty if NeMo saved it without ftgen
+
+    @property
+    def weights(self) -> Path:
+        """The folder of the distributed checkpoint."""
+        return self.checkpoint / "weights"
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        above = self.checkpoint.parent
+        return above.parent if above.name == "checkpoints" else above
+
+    def export(self, what: str) -> Path:
+        """The folder of an export."""
+        return self.directory / "exports" / self.checkpoint.name / what
+
+    def data(self) -> dict[str, Any]:
+        """What the newest log of the run says of its data: hash and counts; empty if no log is here."""
+        lines = [line for log in self._logs() for line in DATA.findall(log)]
+        return _document(lines[-1]) if lines else {}
+
+    def losses(self) -> dict[str, str]:
+        """First and last loss up to this checkpoint, and the last validation loss, as the logs of the run have them."""
+        end = self.manifest.get("step", 0)
+        logs = self._logs()
+        steps = {int(step) + 1: loss for log in logs for step, loss in LINE.findall(log) if int(step) < end}
+        validations = {int(step): loss for log in logs for step, loss in VALIDATION.findall(log) if int(step) <= end}
+        found = {f"loss of step {step}": steps[step] for step in sorted({min(steps), max(steps)})} if steps else {}
+        return found | {f"validation loss after step {step}": validations[step] for step in sorted(validations)[-1:]}
+
+    def _logs(self) -> list[str]:
+        return [path.read_text(errors="replace") for path in sorted(self.directory.glob("log-*.out"), key=_age)]
+
+
+def _document(text: str) -> dict[str, Any]:
+    """A JSON object of the log; empty if the line was cut."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)
+        return dict(json.loads(text))
+    except ValueError:
+        return {}
+
+
+def find(plan: Plan, given: str) -> Run:
+    """The checkpoint to export. `given`: a run directory or a checkpoint; "": this run, or the newest run of the experiment.
+
+    JobError: there is no checkpoint, or it is damaged.
+    """
+    folder = Path(given or os.environ["FTGEN_RUN_DIR"]).resolve()
+    if (folder / "weights" / distributed.METADATA).is_file():
+        return _run(folder, plan)
+    here = [folder, *(path.parent for path in folder.glob("*/checkpoints"))]
+    others = [] if given else sorted(folder.parent.parent.glob(f"*/{folder.name}"), key=_age, reverse=True)
+    for directory in [*here, *others]:
+        if found := checkpoints.newest(directory / "checkpoints"):
+            return _run(found.path, plan)
+    raise JobError(
+        f"there is no checkpoint in {given or folder.parent.parent}: neither weights/ nor checkpoints/step_<N>/weights/",
+        "give the directory of a run that saved, or one of its checkpoints; [save] in the spec makes runs save",
+    )
+
+
+def _run(checkpoint: Path, plan: Plan) -> Run:
+    file = checkpoint / checkpoints.NAME
+    if not file.is_file():
+        return Run(checkpoint, plan, {})
+    if flaw := checkpoints.flaw(checkpoint):
+        raise JobError(f"the checkpoint {checkpoint} is damaged: {flaw}", "give another checkpoint of the run")
+    manifest = json.loads(file.read_text())
+    return Run(checkpoint, manifest["plan"], manifest)
+
+
+def _age(path: Path) -> float:
+    return path.stat().st_mtime
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/weights/shards.py <<'END_OF_FTGEN_FILE' || return
+"""Write and read safetensors files one tensor at a time, so that memory holds one tensor and not one file.
+
+In: what each file contains, and a function that gives each tensor. Out: the files, and their index.
+
+A safetensors file is the length of its header (8 bytes, little-endian), the header as JSON, and the bytes of the
+tensors one after the other (https://github.com/huggingface/safetensors, "Format").
+"""
+
+import json
+import struct
+from collections.abc import Callable, Iterable
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from runtime.job.errors import JobError
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# The types that models have, by their names in a header.
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+ALIGNMENT = 8  # bytes; the header is padded with spaces
+
+
+class Entry(NamedTuple):
+    """What a header says of a tensor."""
+
+    dtype: str  # BF16, F32
+    shape: tuple[int, ...]
+    file: str
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        import torch
+
+        return prod(self.shape) * int(torch.finfo(torch_dtype(self.dtype)).bits) // 8
+
+
+def torch_dtype(name: str) -> "torch.dtype":
+    """The type of a header as torch's. JobError: weights of another type, such as quantized ones."""
+    import torch
+
+    if name not in DTYPES:
+        raise JobError(f"weights of type {name} cannot be exported", f"use a base with {', '.join(DTYPES)}")
+    return getattr(torch, DTYPES[name])
+
+
+def header_name(dtype: "torch.dtype") -> str:
+    """The name of torch's type in a header."""
+    return next(name for name, known in DTYPES.items() if f"torch.{known}" == str(dtype))
+
+
+def files_of(folder: Path) -> list[str]:
+    """Names of the weight files of a folder in Hugging Face format. OSError, ValueError: it is none."""
+    if (folder / INDEX).exists():
+        return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    return [SINGLE]
+
+
+def entries(folder: Path, files: Iterable[str]) -> dict[str, Entry]:
+    """What the headers of the files say, by tensor, in the order of the bytes. OSError, ValueError: a file is damaged."""
+    return {
+        name: Entry(said["dtype"], tuple(said["shape"]), file)
+        for file in files
+        for name, said in sorted(_header(folder / file).items(), key=lambda item: item[1]["data_offsets"])
+    }
+
+
+def read(folder: Path, name: str, entry: Entry) -> "torch.Tensor":
+    """One tensor of a file."""
+    from safetensors import safe_open
+
+    with safe_open(folder / entry.file, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def write(
+    folder: Path, tensors: dict[str, Entry], tensor_of: Callable[[str], "torch.Tensor"], *, index: bool = True
+) -> None:
+    """Write each tensor into its file, in the order of `tensors`; and the index of a model that has several files.
+
+    JobError: `tensor_of` gives another shape or type than the entry has, or a value that is no number.
+    """
+    files = list(dict.fromkeys(entry.file for entry in tensors.values()))
+    for file in files:
+        _write_file(folder / file, {name: entry for name, entry in tensors.items() if entry.file == file}, tensor_of)
+    if index and files != [SINGLE]:
+        total = sum(entry.size for entry in tensors.values())
+        weight_map = {name: entry.file for name, entry in sorted(tensors.items())}
+        document = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(document, indent=2) + "\n")
+
+
+def _write_file(path: Path, tensors: dict[str, Entry], tensor_of: Callable[[str], "torch.Tensor"]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, entry in tensors.items():
+        header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [end, end + entry.size]}
+        end += entry.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, entry in tensors.items():
+            file.write(_bytes(name, entry, tensor_of(name)))
+
+
+def _bytes(name: str, entry: Entry, tensor: "torch.Tensor") -> memoryview:
+    import torch
+
+    if tuple(tensor.shape) != entry.shape or tensor.dtype != torch_dtype(entry.dtype):
+        raise JobError(
+            f"{name} is {tensor.dtype} {list(tensor.shape)}, but the base has {entry.dtype} {list(entry.shape)}",
+            "use the script and the base that this checkpoint was trained with",
+        )
+    # NaN and infinity are in the smallest or the largest value; isfinite of all values needs memory for three more tensors
+    if not torch.isfinite(torch.stack(tensor.aminmax())).all():
+        raise JobError(f"{name} has values that are no numbers: the training diverged", "export an earlier checkpoint")
+    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """The header of a complete file, without its metadata."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
+        if length > path.stat().st_size:
+            raise ValueError(f"{path} is no safetensors file")
+        document: dict[str, Any] = json.loads(file.read(length))
+    document.pop("__metadata__", None)
+    end = 8 + length + max((said["data_offsets"][1] for said in document.values()), default=0)
+    if end != path.stat().st_size:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, but its header says {end}")
+    return document
 END_OF_FTGEN_FILE
     cat >"$1"/sft_bf16_32.py <<'END_OF_FTGEN_FILE' || return
 #!/usr/bin/env python3
@@ -7601,6 +9135,7 @@ Written by ftgen 0.1.0 from sft_bf16_32.toml. The job's script runs it. To run i
     convert    download the weights and the data, and convert the weights to NeMo's format, unless that is done
     verify     read every byte of the converted checkpoint; if a byte has changed, rename the checkpoint
     finetune   train; start one process per GPU, with RANK, LOCAL_RANK and WORLD_SIZE (or Slurm's own variables)
+    export     export a trained checkpoint to Hugging Face format; `export FOLDER`: that of a run or of a checkpoint
 """
 
 import json
@@ -7831,7 +9366,7 @@ def finetune() -> int:
         return 1
 
 
-def main(command: str) -> int:
+def main(command: str, argument: str = "") -> int:
     """Run one command; returns its exit code."""
     if sys.version_info < (3, 10):
         what = f"{sys.executable} is Python {sys.version.split()[0]}, but 3.10 or newer is needed"
@@ -7876,6 +9411,10 @@ def main(command: str) -> int:
                 return convert.verify(PLAN)
             prepare.download(PLAN)
             return convert.convert(PLAN)
+        if command == "export":
+            from runtime.engines.nemo import export
+
+            return export.export(PLAN, argument)
     except JobError as error:
         print(f"ftgen: error: {error}", file=sys.stderr, flush=True)
         return 1
@@ -7884,7 +9423,7 @@ def main(command: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1] if len(sys.argv) == 2 else ""))
+    sys.exit(main(*sys.argv[1:]) if 2 <= len(sys.argv) <= 3 else main(""))
 END_OF_FTGEN_FILE
 }
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from runtime.data import prepare, report, store
+from runtime.data.split import SPLITS, is_recipes
 from runtime.data.tokenizer import Tokenizer
-from runtime.data.tokens import SPLITS, is_recipes
 from runtime.engines.nemo import convert
 from runtime.hub import find
 from runtime.hub.fetch import fetch

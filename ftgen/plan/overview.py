@@ -82,6 +82,7 @@ def _work(plan: Plan) -> Rows:
         ("data", f"{plan.data.kind}: {data}" if data else plan.data.kind),
         *_validation(plan),
         ("learning rate", rate),
+        *([("export", f"{' and '.join(plan.export.what)}, in Hugging Face format")] if plan.export else []),
     ]
 
 

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 FORMAT = 1  # version of plan.json
-OPTIONAL = ("save", "validation")  # tables that the recipe does not have: a plan without them is as it was before them
+# Tables that the recipe does not have: a plan without them is as it was before them.
+OPTIONAL = ("save", "validation", "export")
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,13 @@ class ValidationPlan:
 
 
 @dataclass(frozen=True)
+class ExportPlan:
+    """What is exported after the last step, into $FTGEN_RUN_DIR/exports."""
+
+    what: list[str]  # merged, adapter
+
+
+@dataclass(frozen=True)
 class PythonPlan:
     """Where the Python of the job comes from."""
 
@@ -231,6 +239,7 @@ class Plan:
     slurm: SlurmPlan
     save: SavePlan | None = None
     validation: ValidationPlan | None = None
+    export: ExportPlan | None = None
 
     def document(self) -> dict[str, Any]:
         """The plan as a document. It has the keys of OPTIONAL only if the spec has these tables."""

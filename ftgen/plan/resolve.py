@@ -16,6 +16,7 @@ from ftgen.plan.plan import (
     FORMAT,
     CheckpointPlan,
     DataPlan,
+    ExportPlan,
     GpuPlan,
     LoraPlan,
     ModelPlan,
@@ -113,6 +114,7 @@ def resolve(
         slurm=_slurm(spec, site, gpus_per_node, save),
         save=save,
         validation=_validation(spec),
+        export=ExportPlan(**dict(spec.export)) if spec.export else None,
     )
 
 

@@ -46,6 +46,7 @@ def broken_rules(spec: Spec, site: Site, model: Model | None, gpu: Gpu | None) -
         *_profile(spec),
         *_save(spec),
         *_validation(spec),
+        *_export(spec),
         *_rest(spec, site),
         *_slurm(spec, site, nodes),
         *site_problems(site, nodes),
@@ -176,6 +177,19 @@ def _validation(spec: Spec) -> Iterator[Problem]:
                 "increase validation.fraction or data.examples, or reduce global_batch_size",
                 also=(("data", "examples"), GBS, ("gpus",)),
             )
+
+
+def _export(spec: Spec) -> Iterator[Problem]:
+    where: KeyPath = ("export", "what")
+    if not spec.export:
+        return
+    if not spec.save:
+        rule = "requires a training that is saved: [save] is not set"
+        yield Problem(("export",), rule, "add a line [save] to the spec", also=(("save",),))
+    if "adapter" in spec.export.what and spec.scheme == "sft":
+        yield Problem(where, '"adapter" requires scheme = "lora", found "sft"', 'use "merged"', also=(("scheme",),))
+    if len(set(spec.export.what)) < len(spec.export.what):
+        yield Problem(where, f"must have each value once, found {', '.join(spec.export.what)}")
 
 
 def _optimizations(spec: Spec) -> Iterator[Problem]:

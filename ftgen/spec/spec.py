@@ -230,6 +230,17 @@ class Save(Table):
     )
 
 
+class Export(Table):
+    """The trained model in Hugging Face format, made and checked after the last step. It requires [save]."""
+
+    what: list[Literal["merged", "adapter"]] = Field(
+        ["merged"],
+        min_length=1,
+        description='"merged": the whole model; with LoRA, the adapters are merged into the weights of the base. '
+        '"adapter": only the adapters, in the format of PEFT. It requires scheme = "lora".',
+    )
+
+
 class Validation(Table):
     """Loss on held-out examples. Default: the 5% of the examples that no training uses."""
 
@@ -300,6 +311,7 @@ class Spec(Table):
     window: Window = Field(default_factory=Window, description="The timed steps.")
     save: Save | None = Field(None, description="Checkpoints of the training. Default: none, as in the recipe.")
     validation: Validation | None = Field(None, description="Loss on held-out examples. Default: none, as in the recipe.")
+    export: Export | None = Field(None, description="The trained model in Hugging Face format. Default: none.")
     profile: Profile | None = Field(None, description="Profiler for some steps. Default: none.")
     environment: Environment = Field(
         {},

@@ -7,9 +7,10 @@ The order is a pure function. A training that resumes needs only the number of s
 """
 
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def sample(place: int, samples: int, seed: int) -> int:
@@ -21,6 +22,8 @@ def sample(place: int, samples: int, seed: int) -> int:
 @lru_cache(maxsize=2)
 def shuffled(epoch: int, samples: int, seed: int) -> "np.ndarray[Any, Any]":
     """The order of one epoch: int64 [samples]. NumPy keeps the results of RandomState the same in all its versions."""
+    import numpy as np
+
     return np.random.RandomState([seed, epoch]).permutation(samples)
 
 

@@ -17,9 +17,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runtime.data import held_out, packing, tokens
+from runtime.data import held_out, packing
 from runtime.data.lines import LINE, Example
-from runtime.data.tokenizer import Tokenizer
+from runtime.data.split import SPLITS, is_recipes
 from runtime.guard import manifest, publish
 from runtime.guard.manifest import Source, sha256_of
 from runtime.hub import fetch as hub
@@ -45,7 +45,7 @@ def prepare(plan: Plan, tokenizer_folder: Path) -> Files:
     source = identity(plan)
     examples = _fetch(plan, source)
     files = Files(examples, _tokens(plan, source, examples, tokenizer_folder), None)
-    if plan["data"]["packed"] and tokens.is_recipes(plan):
+    if plan["data"]["packed"] and is_recipes(plan):
         files = files._replace(packed=_packed(plan, source, examples, tokenizer_folder))
     held_out.refuse_too_few(plan, *files)
     return files
@@ -107,6 +107,9 @@ def _fetch(plan: Plan, source: Source) -> Path:
 
 
 def _tokens(plan: Plan, examples_source: Source, examples: Path, tokenizer_folder: Path) -> Path:
+    from runtime.data import tokens  # needs numpy, which a machine that only downloads may not have
+    from runtime.data.tokenizer import Tokenizer
+
     tokenizer = Tokenizer(tokenizer_folder, plan["data"]["chat_template"])
     source = {
         "kind": "tokens",
@@ -132,7 +135,7 @@ def _tokens(plan: Plan, examples_source: Source, examples: Path, tokenizer_folde
 
 
 def _sha256_of_examples(folder: Path) -> str:
-    return sha256(b"".join((folder / f"{split}.jsonl").read_bytes() for split in tokens.SPLITS)).hexdigest()
+    return sha256(b"".join((folder / f"{split}.jsonl").read_bytes() for split in SPLITS)).hexdigest()
 
 
 def _folder(name: str, identity: dict[str, Any]) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.data import order
-from runtime.data.tokens import SPLITS, is_recipes
+from runtime.data.split import SPLITS, is_recipes
 from runtime.job.progress import say
 
 Plan = dict[str, Any]

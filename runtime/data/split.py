@@ -6,7 +6,9 @@ In: a list of examples. Out: training.jsonl and validation.jsonl.
 import json
 import random
 from pathlib import Path
+from typing import Any
 
+SPLITS = ("training", "validation")
 VALIDATION = 0.05  # fraction of all examples, the same as in NeMo's SQuAD module
 
 
@@ -18,3 +20,8 @@ def split(examples: list[dict[str, str]], seed: int, folder: Path, fraction: flo
     for name, numbers in (("validation", order[:count]), ("training", order[count:])):
         with (folder / f"{name}.jsonl").open("w") as file:
             file.writelines(json.dumps(examples[number]) + "\n" for number in sorted(numbers))
+
+
+def is_recipes(plan: dict[str, Any]) -> bool:
+    """Whether NeMo reads, packs and orders the examples, as in the recipe. Then ftgen only counts the tokens."""
+    return bool(plan["data"]["order"] == "recipe")

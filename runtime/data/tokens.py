@@ -13,11 +13,11 @@ import numpy as np
 
 from runtime.data import bins, lines, store
 from runtime.data.lines import Example, FaultError
+from runtime.data.split import SPLITS, is_recipes
 from runtime.data.tokenizer import Tokenizer, Tokens
 from runtime.job.errors import JobError
 
 Plan = dict[str, Any]
-SPLITS = ("training", "validation")
 BATCH = 512  # examples that are tokenized together
 
 
@@ -55,11 +55,6 @@ def build(
     metadata = [metadata for split in SPLITS if (metadata := report[split].pop("metadata", None))]
     (staging / "metadata.json").write_text(json.dumps(metadata) + "\n")
     (staging / "report.json").write_text(json.dumps({"sha256": sha256, **report}, indent=1) + "\n")
-
-
-def is_recipes(plan: Plan) -> bool:
-    """Whether NeMo reads, packs and orders the examples, as in the recipe. Then ftgen only counts the tokens."""
-    return bool(plan["data"]["order"] == "recipe")
 
 
 class Counter:

@@ -6,10 +6,12 @@ In: a plan with checkpoint.source = "hub". Out: a `Repository`.
 from typing import Any
 
 from runtime.hub.repository import Repository
+from runtime.weights import base
 
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template*")
-# Many repositories also have the weights in other formats: "original/" and *.pth of Meta, consolidated.* of Mistral.
-WANTED = ("config.json", "generation_config.json", *TOKENIZER, "model*.safetensors*")
+# What the importer reads, or an export needs. Many repositories also have the weights in other formats: "original/" and
+# *.pth of Meta, consolidated.* of Mistral.
+WANTED = (*base.SMALL, "model*.safetensors*")
 NEEDED = ("config.json", "tokenizer.*", "model*.safetensors")
 
 

@@ -11,6 +11,8 @@ import os
 import threading
 from pathlib import Path
 
+from runtime.job import memory
+
 PIECE = 16 << 20  # bytes
 
 
@@ -20,7 +22,7 @@ def begin(folder: Path) -> threading.Thread | None:
         return None
     try:
         files = sorted(path for path in folder.glob("*") if path.is_file())
-        if sum(path.stat().st_size for path in files) > _free() // 2:
+        if sum(path.stat().st_size for path in files) > memory.available() // 2:
             return None
     except OSError:
         return None
@@ -37,12 +39,3 @@ def _read(files: list[Path]) -> None:
             with path.open("rb", buffering=0) as file:
                 while file.readinto(buffer):
                     pass
-
-
-def _free() -> int:
-    """Available memory in bytes; 0 if the system does not report it."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)

@@ -27,7 +27,7 @@ def main(plan: dict[str, Any], stage: Path) -> dict[str, Any]:
 
     compatibility.after_imports()
     cpu.stand_in()
-    random_llama._write_tokenizer(512, 4096, stage)
+    random_llama.write_tokenizer(512, 4096, stage)
     built = recipe.build(plan, stage, prepare(plan, stage), stage / "logs")
     off = switch.unavailable(built, plan)
     switch.apply(built, plan, off)

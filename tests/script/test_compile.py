@@ -65,7 +65,7 @@ def test_values_come_back_unchanged_from_bash(ftgen, tmp_path):
     spec = tomli.loads((CASES / "hostile_values/spec.toml").read_text())
     functions = script.rpartition('main "$@"')[0]
     probe = tmp_path / "probe.sh"  # longer than a word of a command line may be
-    probe.write_text(functions + "load_environment\nfind_python() { :; }\nenv -0\n")
+    probe.write_text(functions + "load_environment convert\nfind_python() { :; }\nenv -0\n")
     printed = subprocess.run(["bash", probe], capture_output=True, check=True, cwd=tmp_path).stdout
     seen = dict(line.split("=", 1) for line in printed.decode().split("\0") if "=" in line)
     dollar = f"{os.environ['HOME']} {os.environ['PATH']} $(id) `id` ${{}} $1 $"

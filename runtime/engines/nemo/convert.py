@@ -1,6 +1,6 @@
 """Convert a Hugging Face checkpoint to NeMo's format, once for all jobs.
 
-In: a plan. Out: $NEMO_HOME/models/<place>/{context,weights}.
+In: a plan. Out: $NEMO_HOME/models/<place>/{context,weights,hugging_face}.
 
 checkpoint.source in the plan says where the weights come from: "hub" (downloaded from Hugging Face, unless they are on
 this machine), "directory" (a Hugging Face checkpoint on a disk), "random" (generated). NeMo's own importer converts them.
@@ -23,7 +23,7 @@ from runtime.job import variables
 from runtime.job.environment import installed
 from runtime.job.errors import JobError
 from runtime.job.progress import say, timed
-from runtime.weights import hub, random_llama
+from runtime.weights import base, hub, random_llama
 
 Plan = dict[str, Any]
 ARCHITECTURE = (
@@ -71,6 +71,12 @@ def directory(plan: Plan) -> Path:
     return Path(home, "models", plan["checkpoint"]["place"])
 
 
+def origin(plan: Plan) -> dict[str, Any]:
+    """What the conversion found: the commit of the weights, versions of packages."""
+    document: dict[str, Any] = json.loads((directory(plan) / manifest.NAME).read_text())
+    return dict(document["origin"])
+
+
 def source(plan: Plan) -> dict[str, Any]:
     """What identifies the checkpoint: two plans with the same source use the same checkpoint."""
     kind = plan["checkpoint"]["source"]
@@ -86,6 +92,7 @@ def _build(plan: Plan, staging: Path) -> dict[str, Any]:
     weights, origin = _fetch(plan, staging / "from")
     _refuse_unfit(plan, weights)
     find.go_offline()
+    base.keep(weights, staging / base.FOLDER)
     with timed("importing NeMo"):
         imports.defer()
         from runtime.engines.nemo.importer import import_directory
@@ -109,14 +116,19 @@ def _fetch(plan: Plan, scratch: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _need_bytes(plan: Plan) -> int:
-    """Bytes that download and conversion write. Weights have two bytes per parameter, in small models four."""
-    parameters, kind = plan["model"]["parameters"], plan["checkpoint"]["source"]
-    weights = parameters * (2 if parameters >= random_llama.LARGE else 4)
+    """Bytes that download and conversion write."""
+    kind, weights = plan["checkpoint"]["source"], weight_bytes(plan)
     if kind == "hub":
         weights += fetch.bytes_to_download(hub.repository(plan), plan["name"])
     if kind == "random":
         weights *= 2
     return int(weights * MARGIN) + CONTEXT_BYTES
+
+
+def weight_bytes(plan: Plan) -> int:
+    """Estimated bytes of the model's weights: two per parameter, in small models four."""
+    parameters: int = plan["model"]["parameters"]
+    return parameters * (2 if parameters >= random_llama.LARGE else 4)
 
 
 def user_directory(plan: Plan) -> Path:

@@ -173,6 +173,9 @@ def _with_a_device(set_random_seed: Callable[[int], None]) -> Callable[[int], No
 def _with_norms(apply_transforms: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(apply_transforms)
     def with_norms(source: Any, target: Any, mapping: dict[str, str], *args: Any, **kwargs: Any) -> Any:
+        for module in target.modules():
+            if isinstance(module, torch.nn.RMSNorm):
+                module.to(source.dtype)  # PyTorch's norm does not know the type of the other weights
         return apply_transforms(source, target, mapping | NORMS, *args, **kwargs)
 
     return with_norms

@@ -13,6 +13,7 @@ from typing import Any
 
 import fiddle
 import nemo_run as run
+import torch
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
@@ -22,7 +23,7 @@ from nemo.collections.llm.recipes.precision.mixed_precision import bf16_with_fp8
 from nemo.lightning import _strategy_lib
 
 from runtime.data.prepare import Files
-from runtime.data.tokens import is_recipes
+from runtime.data.split import is_recipes
 from runtime.engines.nemo.data import TokensDataModule
 from runtime.job.progress import say
 
@@ -91,6 +92,9 @@ def set_model(recipe: Any, plan: Plan) -> None:
     config.add_qkv_bias = model["qkv_bias"]
     if model["rope_scaling_factor"]:
         config.scale_factor = model["rope_scaling_factor"]
+    if model["nemo_recipe"].startswith("mistral"):
+        # NeMo's Mistral 7B has the sliding window of v0.1. Later versions have none (sliding_window in config.json).
+        config.window_size = None
     config.seq_length = recipe.data.seq_length = plan["seq_length"]
     # some of NeMo's recipes count embedding and loss as pipeline layers; the plan counts only transformer layers
     for key in ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"):
@@ -185,7 +189,7 @@ def _set_trainer(recipe: Any, plan: Plan) -> None:
 def _for_the_cpu(recipe: Any) -> None:
     from runtime.engines.nemo import cpu
 
-    for key, value in cpu.plain().items():
+    for key, value in (cpu.plain() | {"params_dtype": torch.float32}).items():  # NeMo's config of Mistral 7B has bfloat16
         setattr(recipe.model.config, key, value)
     trainer, optimizer = recipe.trainer, recipe.optim.config
     trainer.accelerator = "cpu"

@@ -6,7 +6,9 @@
 #   sbatch spec.sh           on a Slurm cluster; if you name several scripts, they run one after the other
 #   bash spec.sh             on this machine
 #   bash spec.sh --download  only download weights and data, where there is a network: needs Python 3.10 and huggingface_hub
+#   bash spec.sh --data      only prepare the training data, and show its counts and an example; needs no GPU
 #   bash spec.sh --unpack F  only write the entrypoint and the runtime files into folder F
+#   bash spec.sh --export D  export a checkpoint to Hugging Face format; D: a run directory or a checkpoint, or nothing
 #
 # Reads: STAGE_PATH (folder of checkpoint, data and logs; default: the folder where you submit),
 # HF_TOKEN (or the token file of huggingface_hub) if the model is gated, FTGEN_PYTHON (replaces the plan's interpreter),
@@ -34,7 +36,7 @@ readonly nodes=2 tasks_per_node=8 tasks=16
 readonly ours=(STAGE_PATH FTGEN_RUN_DIR FTGEN_ENVIRONMENT HF_TOKEN_PATH FTGEN_HUB_CACHE MASTER_ADDR MASTER_PORT FTGEN_MASTER_ADDR FTGEN_MASTER_PORT PYTHONUNBUFFERED NCCL_NVLS_ENABLE NVTE_ASYNC_AMAX_REDUCTION NVTE_DP_AMAX_REDUCE_INTERVAL NVTE_FLASH_ATTN NVTE_FUSED_ATTN TOKENIZERS_PARALLELISM TORCH_NCCL_AVOID_RECORD_STREAMS)
 
 main() {
-    local mode=finetune
+    local mode=finetune given=()
     local converted_by=
     case ${1:-} in
         --unpack)
@@ -45,9 +47,22 @@ main() {
             shift
             download "$@" # exits
             ;;
+        --data)
+            show_data
+            return
+            ;;
         --convert)
             mode=convert
             shift
+            ;;
+        --export)
+            mode="export"
+            shift
+            if (($#)); then
+                [[ -d $1 ]] || die "--export: there is no folder $1" "give the directory of a run or of a checkpoint"
+                given=("$(cd "$1" && pwd)")
+                shift
+            fi
             ;;
         --after)
             converted_by=${2:?--after needs a job}
@@ -71,6 +86,10 @@ main() {
     # from here on, a step that fails ends the job with its exit code
     if [[ $mode == convert ]]; then
         run_once convert
+        return
+    fi
+    if [[ $mode == export ]]; then
+        run_once export "${given[@]}"
         return
     fi
     run_once check
@@ -429,9 +448,8 @@ megabytes() {
     esac
 }
 
-# Sets STAGE_PATH and, below it, the recipe's layout: logs/experiments/<experiment>/<experiment>_<id>/<experiment>/log-….out
-find_places() {
-    local id=${SLURM_JOB_ID:-} runs
+# Sets STAGE_PATH.
+find_stage_path() {
     # without it, the job would silently work in another folder
     if [[ -z ${STAGE_PATH:-} && ,$exported, != *,ALL,* ]]; then
         die "STAGE_PATH did not reach this job: it was submitted with --export=$exported or SBATCH_EXPORT" \
@@ -446,7 +464,12 @@ find_places() {
     fi
     STAGE_PATH=$(cd "$STAGE_PATH" && pwd)
     share_with_the_group
-    if [[ ${1:-} == download ]]; then return; fi
+}
+
+# Sets STAGE_PATH and, below it, the recipe's layout: logs/experiments/<experiment>/<experiment>_<id>/<experiment>/log-….out
+find_places() {
+    local id=${SLURM_JOB_ID:-} runs
+    find_stage_path
     runs=$STAGE_PATH/logs/experiments/$experiment
     mkdir -p "$runs" 2>/dev/null || die_unwritable "$runs"
     if [[ -z $id ]]; then
@@ -490,7 +513,7 @@ die_unwritable() {
 # Sends all further output to the log, whose first line is the plan. On a terminal, the output is also shown.
 open_log() {
     local plan kind=log account=${SLURM_JOB_ACCOUNT:-local}
-    if [[ $1 == convert ]]; then kind=convert; fi
+    if [[ $1 != finetune ]]; then kind=$1; fi
     account=${account//[^A-Za-z0-9_-]/}
     log=$FTGEN_RUN_DIR/$kind-${account:-none}.${experiment}_${run_id}_${SLURM_RESTART_COUNT:-0}.out
     plan=$(sed -n '/^PLAN = /,/^""")$/{//!p;}' "$code/$name.py" | sed 's/^ *//' | tr -d '\n')
@@ -676,7 +699,7 @@ load_environment() {
         if [[ $1 == finetune ]]; then warn_of_variables; fi
         read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
         MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
-    elif ((nodes > 1)); then
+    elif [[ $1 == finetune ]] && ((nodes > 1)); then
         die "this run needs $nodes nodes of $tasks_per_node GPUs" "submit it: sbatch $name.sh"
     fi
     # a batch script runs on the first node, where another program may use the port
@@ -708,7 +731,7 @@ download() {
     trap 'rm -rf "$code"' EXIT
     trap 'stop 143 "SIGTERM: the same command continues the download"' TERM
     trap 'stop 130 "interrupted: the same command continues the download"' INT
-    find_places download
+    find_stage_path
     find_hub
     python=(python3)
     if [[ -n ${FTGEN_PYTHON:-} ]]; then
@@ -732,10 +755,10 @@ find_python() {
     fi
 }
 
-# run_once COMMAND: runs a command of the entrypoint in one task.
+# run_once COMMAND [ARGUMENT]: runs a command of the entrypoint in one task.
 run_once() {
     doing=$1
-    await "${python[@]}" "$code/$name.py" "$1"
+    await "${python[@]}" "$code/$name.py" "$@"
 }
 
 # Slurm numbers the steps of a job from 0.
@@ -804,5 +827,20 @@ first_failure() {
         "Killed"* | "Out Of Memory"*) printf 137 ;;
         *) printf %s "$2" ;;
     esac
+}
+
+# Runs the command `data` of the entrypoint, without a run directory and without a log.
+show_data() {
+    exec 3>/dev/null # there is no Slurm's output file beside this one
+    find_stage_path
+    find_hub
+    code=$(mktemp -d "$STAGE_PATH/.data-XXXXXX")
+    trap 'rm -rf "$code"' EXIT
+    trap 'stop 143 "SIGTERM"' TERM
+    trap 'stop 130 "interrupted"' INT
+    unpack "$code"
+    load_environment data
+    find_python
+    run_once data
 }
 
