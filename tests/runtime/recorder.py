@@ -76,7 +76,7 @@ def without_packs(batch):
     return kept | {"attention_mask": mask}
 
 
-def observe(recipe, plan, optimize) -> None:
+def observe(recipe, plan, off, optimize) -> None:
     """Add the recorder to the recipe, after the plan's optimizations."""
     import nemo_run as run
     from lightning.pytorch.callbacks import Callback
@@ -85,7 +85,7 @@ def observe(recipe, plan, optimize) -> None:
 
     from runtime.guard import checkpoints
 
-    optimize(recipe, plan)
+    optimize(recipe, plan, off)
 
     class Recorder(Callback):
         step = 0
@@ -134,7 +134,7 @@ def main() -> int:
         from runtime.engines.nemo import train
 
         optimize = train.switch.apply
-        train.switch.apply = lambda recipe, plan: observe(recipe, plan, optimize)
+        train.switch.apply = lambda recipe, plan, off: observe(recipe, plan, off, optimize)
     if program.endswith(".py"):
         sys.argv = sys.argv[1:]
         runpy.run_path(program, run_name="__main__")

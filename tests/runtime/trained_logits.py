@@ -22,7 +22,7 @@ def tokens(vocabulary: int) -> Any:
     return torch.randint(2, vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(5))
 
 
-def observe(recipe: Any, plan: dict[str, Any]) -> None:
+def observe(recipe: Any, plan: dict[str, Any], _off: dict[str, str]) -> None:
     """In place of the optimizations, which a CPU does not have."""
     import nemo_run as run
     import torch
