@@ -1,4 +1,5 @@
 # make run    a fine-tune from nothing to its result table, on this machine's CPU
+# make run-finetune    the same from a file of conversations to an exported model that answers; killed in the middle
 # make test   every test; make check is the part of it that only reads the code
 # make quick  the tests that need no NeMo, Slurm, browser or LaTeX, and neither build nor install the package: a minute
 # make docs   the documentation, as a site in site/
@@ -12,7 +13,7 @@ pytest := $(bin)/pytest -n 2 --dist loadgroup
 sets := $(patsubst tests/runtime/sets/%.txt,.venv-sets/%/.installed,$(wildcard tests/runtime/sets/*.txt))
 light := not runtime and not slurm and not tex and not browser and not slow
 
-.PHONY: run test quick check coverage docs pytest install sets compile clean
+.PHONY: run run-finetune test quick check coverage docs pytest install sets compile clean
 .DEFAULT_GOAL := help
 help:
 	@sed -n 's/^# //p' Makefile
@@ -25,12 +26,15 @@ run: $(installed)
 	@echo "3/3 ftgen tabulate logs/"
 	$(bin)/ftgen tabulate logs/
 
+run-finetune: $(installed)
+	PATH="$(abspath $(bin)):$$PATH" $(bin)/python -W ignore examples/finetune.py
+
 test: check docs pytest
 
 # Each tool speaks only when it has found something.
 check: $(installed)
-	@$(bin)/ruff check --quiet ftgen runtime tests docs bench
-	@$(bin)/ruff format --quiet --check ftgen runtime tests docs bench
+	@$(bin)/ruff check --quiet ftgen runtime tests docs bench examples
+	@$(bin)/ruff format --quiet --check ftgen runtime tests docs bench examples
 	@$(bin)/mypy --no-error-summary
 	@found=$$($(bin)/lint-imports 2>&1) || { echo "$$found"; exit 1; }
 	@$(bin)/ftgen compile $(filter-out specs/quickstart%,$(wildcard specs/*.toml)) --check
