@@ -134,7 +134,7 @@ def owner(folder: Path, **environment: str) -> subprocess.Popen[str]:
 def test_a_living_job_keeps_its_run_and_a_dead_one_loses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FTGEN_STALE_S", "1")
     first = owner(tmp_path, FTGEN_STALE_S="1", FTGEN_HOST="elsewhere")  # only its heartbeat shows that it lives
-    with pytest.raises(JobError, match=f"process {first.pid} on elsewhere trains the run of"):
+    with pytest.raises(JobError, match=rf"process {first.pid} on elsewhere, user \S+, trains the run of"):
         checkpoints.own(tmp_path)
     first.send_signal(signal.SIGKILL)
     first.communicate()
@@ -247,7 +247,8 @@ def test_a_file_is_held_out_and_all_the_data_is_trained_on(split_data: Path, mon
     held_out.apply(plan(validation={"file": "mine.jsonl"}), split_data)
     training, validation = parts(split_data)
     assert training == before
-    assert validation == [example(number) for number in range(500, 510)]
+    found = [json.loads(line) for line in validation]
+    assert found == [json.loads(example(number)) | {"line": number - 499} for number in range(500, 510)]
 
 
 def test_too_few_held_out_examples_are_refused_before_the_training(stage: Stage) -> None:

@@ -188,12 +188,12 @@ def test_the_tokenizer_has_the_chat_template_that_the_model_was_trained_with(
 def test_the_card_says_what_was_trained_and_names_no_path(runs: dict[str, Trained], stage_path: Path) -> None:
     run = runs["qwen in BF16, LoRA, TP 2"]
     card = (exported(run, "merged") / "README.md").read_text()
-    (data,) = [path.name for path in (stage_path / "data").iterdir() if path.name.startswith("synthetic-")]
+    document = json.loads((run.directory / "checkpoints/step_3/manifest.json").read_text())
     output = (run.directory / "log-test.tiny_1_0.out").read_text()
     losses = re.findall(r"reduced_train_loss: (\S+)", output)
     for row in (
         "| model | qwen_bf16 |",
-        f"| hash | {data} |",
+        f"| prepared as | {', '.join(document['data'])} |",
         f"| loss of step 1 | {losses[0]} |",
         f"| loss of step 3 | {losses[2]} |",
         "| lora.rank | 4 |",
