@@ -311,6 +311,8 @@ find_options() {
         got=$(value_in_record "$field")
         if [[ -z $got || $got == "$unset_value" ]]; then continue; fi
         mine=$(value_in_header "$0" "$option")
+        # sbatch refuses two ways to ask for memory: if the header has another one, Slurm filled this field
+        if [[ $mine == --mem* ]]; then continue; fi
         # Slurm chooses one of several partitions
         if [[ $got == "$mine" || ($option == partition && ,$mine, == *,"$got",*) ]]; then continue; fi
         theirs=$(value_in_header "$1" "$option")
@@ -781,6 +783,7 @@ run_tasks() {
 
 run_step() {
     local before status=0
+    check_mpi
     place_ranks
     before=$(wc -c <"$log")
     next_step
@@ -789,6 +792,15 @@ run_step() {
         "${python[@]}" "$code/$name.py" "$1" || status=$?
     if ((status)); then status=$(first_failure "$before" "$status"); fi
     return "$status"
+}
+
+# srun does not name the site profile when it lacks an MPI type.
+check_mpi() {
+    local known type=pmi2
+    known=$(srun --mpi=list 2>&1 | tr -s '\n\t' '  ') || return 0
+    if [[ " ${known//,/ } " != *" $type "* ]]; then
+        die "this Slurm has no MPI type $type: $known" 'set mpi = "none" in the site profile: the ranks find each other without MPI'
+    fi
 }
 
 # Ranks are in blocks, so that the tensor-parallel ranks of a group share a node. Prints who is where. Each rank compares its

@@ -331,6 +331,8 @@ find_options() {
         got=$(value_in_record "$field")
         if [[ -z $got || $got == "$unset_value" ]]; then continue; fi
         mine=$(value_in_header "$0" "$option")
+        # sbatch refuses two ways to ask for memory: if the header has another one, Slurm filled this field
+        if [[ $mine == --mem* ]]; then continue; fi
         # Slurm chooses one of several partitions
         if [[ $got == "$mine" || ($option == partition && ,$mine, == *,"$got",*) ]]; then continue; fi
         theirs=$(value_in_header "$1" "$option")
