@@ -20,7 +20,7 @@ from typing import Any
 
 from runtime import download
 from runtime.data import held_out, hf, lines
-from runtime.engines.nemo import convert
+from runtime.engines.nemo import convert, trackers
 from runtime.engines.nemo import packages as nemo_packages
 from runtime.guard import checkpoints, publish
 from runtime.hub import errors, find
@@ -29,6 +29,7 @@ from runtime.job.errors import JobError
 from runtime.job.progress import say
 
 Plan = dict[str, Any]
+IMAGES = ("container", "apptainer", "singularity")  # kinds of Python in which nothing can be installed
 DRIVER = Path("/proc/driver/nvidia/gpus")
 
 
@@ -38,6 +39,7 @@ def check(plan: Plan) -> int:
     problems = [
         *_stage_path(),
         *_packages(plan),
+        *_trackers(plan),
         *_weights(plan),
         *_data(plan),
         *_hub(plan),
@@ -78,9 +80,19 @@ def _packages(plan: Plan) -> Iterator[JobError]:
         yield JobError(what, _hint(plan["python"]["kind"], "gpu" if gpu else "runtime"))
 
 
+def _trackers(plan: Plan) -> Iterator[JobError]:
+    for name, package in trackers.missing(plan):
+        install = f"pip install {package} for {sys.executable}"
+        if plan["python"]["kind"] in IMAGES:
+            install = f"use an image that has {package}"
+        yield JobError(
+            f"log.{name}: the package {package} is not installed", f"{install}, or remove log.{name} from the spec"
+        )
+
+
 def _hint(kind: str, extra: str) -> str:
     """What to do about packages. Nothing can be installed in an image that is read-only."""
-    if kind in {"container", "apptainer", "singularity"}:
+    if kind in IMAGES:
         return "set python.image in the site profile to another image: `ftgen list --images` says which fit"
     if kind == "venv":
         return "submit the script of `ftgen setup` again, which installs them"

@@ -41,6 +41,7 @@ _COMPUTED = {
     "save.checkpoint_bytes": "estimated: bytes of a trained weight with its optimizer state x trained weights",
     "validation": "none",
     "export": "none",
+    "log": "none",
     "validation.fraction": "5% of the examples, or none if there is a file",
     "format": "ftgen",
     "ftgen_version": "ftgen",

@@ -83,7 +83,20 @@ def _work(plan: Plan) -> Rows:
         *_validation(plan),
         ("learning rate", rate),
         *([("export", f"{' and '.join(plan.export.what)}, in Hugging Face format")] if plan.export else []),
+        *_trackers(plan),
     ]
+
+
+def _trackers(plan: Plan) -> Rows:
+    log = plan.log
+    if not log:
+        return []
+    named = {
+        "TensorBoard": log.tensorboard,
+        f"Weights & Biases, project {(log.wandb or {}).get('project')}": log.wandb,
+        f"MLflow, experiment {(log.mlflow or {}).get('experiment')}": log.mlflow,
+    }
+    return [("trackers", "; ".join(name for name, asked in named.items() if asked) or "none")]
 
 
 def _validation(plan: Plan) -> Rows:

@@ -9,7 +9,7 @@ from typing import Any
 
 FORMAT = 1  # version of plan.json
 # Tables that the recipe does not have: a plan without them is as it was before them.
-OPTIONAL = ("save", "validation", "export")
+OPTIONAL = ("save", "validation", "export", "log")
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,15 @@ class ExportPlan:
 
 
 @dataclass(frozen=True)
+class LogPlan:
+    """Trackers that get the metrics of the training."""
+
+    tensorboard: bool
+    wandb: dict[str, str] | None  # project
+    mlflow: dict[str, str] | None  # experiment
+
+
+@dataclass(frozen=True)
 class PythonPlan:
     """Where the Python of the job comes from."""
 
@@ -240,6 +249,7 @@ class Plan:
     save: SavePlan | None = None
     validation: ValidationPlan | None = None
     export: ExportPlan | None = None
+    log: LogPlan | None = None
 
     def document(self) -> dict[str, Any]:
         """The plan as a document. It has the keys of OPTIONAL only if the spec has these tables."""

@@ -18,6 +18,7 @@ from ftgen.plan.plan import (
     DataPlan,
     ExportPlan,
     GpuPlan,
+    LogPlan,
     LoraPlan,
     ModelPlan,
     OptimizerPlan,
@@ -115,6 +116,7 @@ def resolve(
         save=save,
         validation=_validation(spec),
         export=ExportPlan(**dict(spec.export)) if spec.export else None,
+        log=LogPlan(**spec.log.model_dump()) if spec.log else None,
     )
 
 

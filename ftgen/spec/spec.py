@@ -241,6 +241,26 @@ class Export(Table):
     )
 
 
+class Wandb(Table):
+    """Weights & Biases. Its key comes from the environment: WANDB_API_KEY."""
+
+    project: OneLine = Field(min_length=1, description="Name of the project.")
+
+
+class Mlflow(Table):
+    """MLflow. Its server comes from the environment: MLFLOW_TRACKING_URI. Default: files in the run directory."""
+
+    experiment: OneLine = Field(min_length=1, description="Name of the experiment.")
+
+
+class Log(Table):
+    """Trackers that get the metrics of the training too. The log of the job stays the source of all results."""
+
+    tensorboard: bool = Field(False, description="Write files for TensorBoard into the run directory.")
+    wandb: Wandb | None = Field(None, description="Weights & Biases. Without a key or a network, it writes files.")
+    mlflow: Mlflow | None = Field(None, description="MLflow. Without MLFLOW_TRACKING_URI, it writes files.")
+
+
 class Validation(Table):
     """Loss on held-out examples. Default: the 5% of the examples that no training uses."""
 
@@ -312,6 +332,7 @@ class Spec(Table):
     save: Save | None = Field(None, description="Checkpoints of the training. Default: none, as in the recipe.")
     validation: Validation | None = Field(None, description="Loss on held-out examples. Default: none, as in the recipe.")
     export: Export | None = Field(None, description="The trained model in Hugging Face format. Default: none.")
+    log: Log | None = Field(None, description="Trackers. Default: none.")
     profile: Profile | None = Field(None, description="Profiler for some steps. Default: none.")
     environment: Environment = Field(
         {},

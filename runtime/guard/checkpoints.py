@@ -37,7 +37,7 @@ STEPS = "max_steps"  # the file with the number of steps
 # Keys of a plan that do not change what is trained. All others must be the same when a run is resumed.
 NOT_TRAINING = {"format", "ftgen_version", "name", "experiment", "spec_file", "spec_sha256", "point", "overrides", "save"}
 NOT_TRAINING |= {"window_steps", "profile", "environment", "stage_path", "modules", "setup_lines", "prefix", "python"}
-NOT_TRAINING |= {"slurm", "checkpoint.gated", "export"}
+NOT_TRAINING |= {"slurm", "checkpoint.gated", "export", "log"}
 NOT_TRAINING |= {"gpu.memory_gib", "gpu.peak_flops", "model.flops_per_sample", "model.parameters"}
 
 Plan = dict[str, Any]

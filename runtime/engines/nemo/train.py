@@ -13,7 +13,7 @@ from typing import Any
 
 from runtime.data import report
 from runtime.data.prepare import prepare
-from runtime.engines.nemo import attempt, compatibility, convert, imports
+from runtime.engines.nemo import attempt, compatibility, convert, imports, trackers
 from runtime.engines.nemo.optimizations import switch
 from runtime.job import environment, profile
 from runtime.job.errors import JobError
@@ -38,6 +38,7 @@ def train(plan: Plan) -> int:
     with timed("importing NeMo"):
         _set_variables(plan)
         switch.before_imports(plan)
+        trackers.before_imports(plan)
         imports.defer()
         import fiddle
         import torch
@@ -58,6 +59,8 @@ def train(plan: Plan) -> int:
     recipe_of_run = recipe.build(plan, weights, files, _log_directory())
     switch.apply(recipe_of_run, plan, off)
     profile.add(recipe_of_run, plan)
+    if trackers.asked(plan):
+        trackers.add(recipe_of_run, plan, _log_directory(), this.step if this else 0)
     if plan.get("validation"):
         validate.add(recipe_of_run, plan)
     if this:
