@@ -12,7 +12,22 @@ import click
 
 from ftgen import __version__
 from ftgen.cli import compile as compile_
-from ftgen.cli import doctor, history, import_env, plan, published, report, schema, setup, tabulate, watch
+from ftgen.cli import (
+    diff,
+    doctor,
+    history,
+    import_env,
+    plan,
+    published,
+    report,
+    rerun,
+    schema,
+    seal,
+    setup,
+    tabulate,
+    verify,
+    watch,
+)
 from ftgen.cli import list as list_
 from ftgen.errors import UserError
 
@@ -23,6 +38,7 @@ SECTIONS = {
     "Describe an experiment": (plan, list_, schema, import_env),
     "Compile and submit": (setup, doctor, compile_),
     "Read results": (watch, tabulate, report, history, published),
+    "Share runs": (seal, verify, rerun, diff),
 }
 
 

@@ -18,7 +18,18 @@ from ftgen.units import parse_walltime
 # Variables that the generated script sets in every task. A spec or a site profile must not set them. The hints name the key
 # that does what the user may want.
 SET_BY_THE_SCRIPT = {
-    **dict.fromkeys(("NEMO_HOME", "HF_HOME", "HF_TOKEN_PATH", "NEMORUN_HOME", "FTGEN_RUN_DIR", "FTGEN_ENVIRONMENT"), ""),
+    **dict.fromkeys(
+        (
+            "NEMO_HOME",
+            "HF_HOME",
+            "HF_TOKEN_PATH",
+            "NEMORUN_HOME",
+            "FTGEN_RUN_DIR",
+            "FTGEN_ENVIRONMENT",
+            "FTGEN_SCRIPT_SHA256",
+        ),
+        "",
+    ),
     "FTGEN_HUB_CACHE": "export HF_HUB_CACHE, or set it here",
     **dict.fromkeys(("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"), ""),
     "STAGE_PATH": "set stage_path in the site profile",

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from ftgen import catalogue
 from ftgen.errors import KeyPath, Problem, quoted
 from ftgen.plan.images import is_file, is_relative
+from ftgen.secret import is_secret
 from ftgen.spec.site import Site
-from ftgen.spec.spec import NOT_SECRET, SECRET
 
 IN_AN_IMAGE = ("container", "apptainer", "singularity")
 PLACEHOLDER = r"\{(?:rank|local_rank|node_rank)(?://[1-9][0-9]*)?\}"
@@ -100,7 +100,7 @@ def _resources(site: Site, nodes: int) -> Iterator[Problem]:
 def _commands(site: Site) -> Iterator[Problem]:
     for key in ("setup_lines", "prefix"):
         for number, text in enumerate(getattr(site, key)):
-            for name in filter(_is_secret, re.findall(r"\b([A-Za-z_][A-Za-z0-9_]*)=['\"]?[^\s'\"$`]", text)):
+            for name in filter(is_secret, re.findall(r"\b([A-Za-z_][A-Za-z0-9_]*)=['\"]?[^\s'\"$`]", text)):
                 rule = f"must not have the value of {name}: its name looks like a secret"
                 hint = f"export it in the shell that submits the job, or add to setup_lines: export {name}=$(cat FILE)"
                 yield Problem(("site", key, number), rule, hint)
@@ -109,10 +109,6 @@ def _commands(site: Site) -> Iterator[Problem]:
         if "{" in left or "}" in left:
             hint = "use {rank}, {local_rank} or {node_rank}, or one of them divided by a number: {local_rank//4}"
             yield Problem(("site", "prefix", number), f"must not have other braces, found {quoted(word)}", hint)
-
-
-def _is_secret(name: str) -> bool:
-    return bool(SECRET.search(name)) and name not in NOT_SECRET
 
 
 def _folders(site: Site) -> Iterator[Problem]:

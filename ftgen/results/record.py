@@ -35,7 +35,7 @@ def record(run: Run, log: Log) -> Record:
         "results": row(judge(run, log)),
         "plan": log.plan,
         "environment": log.environment,
-        "log_sha256": _hash(run.log),
+        "log_sha256": hash_of(run.log),
     }
 
 
@@ -104,7 +104,8 @@ def _text(found: Any) -> str:
     return found if isinstance(found, str) else json.dumps(found)
 
 
-def _hash(path: str) -> str:
+def hash_of(path: str) -> str:
+    """The sha256 of a file."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while chunk := file.read(CHUNK):

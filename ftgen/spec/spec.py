@@ -12,15 +12,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from pydantic_core import PydanticCustomError
 
 from ftgen.errors import quoted
+from ftgen.secret import is_secret
 from ftgen.units import WALLTIME, parse_walltime
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]  # bash, Slurm and PyTorch all take these integers
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-SECRET = re.compile(r"TOKEN$|TOKEN_|SECRET|PASSWORD|PASSWD|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
 PASSWORD = re.compile(r"://[^/@\s]+:[^/@\s$]+@")  # in the address of a proxy; $NAME is none
-NOT_SECRET = {"TOKENIZERS_PARALLELISM"}
 OTHER_EXPANSION = re.compile(r"\$\$|(\$\{[A-Za-z_][A-Za-z0-9_]*[^A-Za-z0-9_}].*)")  # $$ is a dollar, ${X:-y} is refused
 
 
@@ -45,7 +44,7 @@ def _environment(variables: dict[str, str]) -> dict[str, str]:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             rule = "must be a name that a shell can export"
             raise PydanticCustomError("at_key", rule, {"key": name, "hint": "use A-Z, a-z, 0-9 and _; begin with a letter"})
-        if SECRET.search(name) and name not in NOT_SECRET:
+        if is_secret(name):
             rule = "must not be in a file: its name looks like a secret"
             raise PydanticCustomError("at_key", rule, {"key": name, "hint": "export it in the shell that submits the job"})
         if other := next((found[1] for found in OTHER_EXPANSION.finditer(value) if found[1]), None):
