@@ -31,7 +31,7 @@ readonly name=lora_fp8_8
 readonly experiment=lora_nemo_llama3_8b_fp8_8
 readonly nodes=1 tasks_per_node=8 tasks=8
 # Variables that this script sets. A job that it submits must not inherit them.
-readonly ours=(STAGE_PATH FTGEN_RUN_DIR FTGEN_ENVIRONMENT HF_TOKEN_PATH FTGEN_HUB_CACHE MASTER_ADDR MASTER_PORT FTGEN_MASTER_ADDR FTGEN_MASTER_PORT PYTHONUNBUFFERED NCCL_NVLS_ENABLE NVTE_ASYNC_AMAX_REDUCTION NVTE_DP_AMAX_REDUCE_INTERVAL NVTE_FLASH_ATTN NVTE_FUSED_ATTN TOKENIZERS_PARALLELISM TORCH_NCCL_AVOID_RECORD_STREAMS)
+readonly ours=(STAGE_PATH FTGEN_RUN_DIR FTGEN_SCRIPT_SHA256 FTGEN_ENVIRONMENT HF_TOKEN_PATH FTGEN_HUB_CACHE MASTER_ADDR MASTER_PORT FTGEN_MASTER_ADDR FTGEN_MASTER_PORT PYTHONUNBUFFERED NCCL_NVLS_ENABLE NVTE_ASYNC_AMAX_REDUCTION NVTE_DP_AMAX_REDUCE_INTERVAL NVTE_FLASH_ATTN NVTE_FUSED_ATTN TOKENIZERS_PARALLELISM TORCH_NCCL_AVOID_RECORD_STREAMS)
 
 main() {
     local mode=finetune
@@ -457,6 +457,9 @@ find_places() {
         done
     fi
     run_id=$id
+    # a sealed run tells by it which script ran; Slurm runs a copy of the script
+    if [[ -r $0 ]]; then read -r FTGEN_SCRIPT_SHA256 _ < <(sha256sum <"$0"); fi
+    export FTGEN_SCRIPT_SHA256=${FTGEN_SCRIPT_SHA256:-}
     export FTGEN_RUN_DIR=$runs/${experiment}_$id/$experiment
     code=$FTGEN_RUN_DIR/code
     unpack "$code" || die_unwritable "$code"
@@ -4875,14 +4878,18 @@ END_OF_FTGEN_FILE
     cat >"$1"/runtime/job/environment.py <<'END_OF_FTGEN_FILE' || return
 """Write the environment of a training into its log: versions, machine, Slurm job. `ftgen report` shows it.
 
-In: a plan and the process environment. Out: one line in the log, `ftgen environment: {...}`.
+In: a plan and the process environment. Out: one line in the log, `ftgen environment: {...}`, and beside the log the file
+environment.json, which also has what is too long for a line: every package, firmware, the topology of the GPUs.
+
+Environment: RANK, FTGEN_RUN_DIR, FTGEN_SCRIPT_SHA256, and Slurm's variables in JOB.
 """
 
 import json
 import os
 import platform
+import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -4890,6 +4897,8 @@ PACKAGES = ("torch", "nemo_toolkit", "megatron-core", "transformer-engine", "lig
 # Where a package that is imported has its version: sources that a spec adds have no other.
 IMPORTED = {"nemo_toolkit": "nemo", "megatron-core": "megatron.core"}
 DRIVER = Path("/sys/module/nvidia/version")
+INFINIBAND = Path("/sys/class/infiniband")
+LONGEST_S = 20  # that nvidia-smi may take
 JOB = {"job": "SLURM_JOB_ID", "nodes": "SLURM_JOB_NODELIST", "partition": "SLURM_JOB_PARTITION"}
 
 
@@ -4898,6 +4907,8 @@ def tell(plan: dict[str, Any], off: dict[str, str] | None = None) -> None:
     if os.environ.get("RANK", "0") == "0":
         facts = found(plan) | ({"optimizations_off": off} if off else {})
         print(f"ftgen environment: {json.dumps(facts)}", flush=True)
+        if folder := os.environ.get("FTGEN_RUN_DIR"):
+            _write(Path(folder, "environment.json"), facts | more(plan))
 
 
 def found(plan: dict[str, Any]) -> dict[str, Any]:
@@ -4908,8 +4919,37 @@ def found(plan: dict[str, Any]) -> dict[str, Any]:
         "system": platform.platform(),
         "cpus": os.cpu_count(),
         **{name: os.environ[variable] for name, variable in JOB.items() if os.environ.get(variable)},
+        **({"script_sha256": script} if (script := os.environ.get("FTGEN_SCRIPT_SHA256")) else {}),
     }
     return facts | (_gpu() if plan["gpu"]["name"] != "cpu" else {})
+
+
+def more(plan: dict[str, Any]) -> dict[str, Any]:
+    """What is too long for a line of the log; what this machine does not have is left out."""
+    packages = {each.name: each.version for each in distributions() if each.name}
+    firmware = {path.parent.name: path.read_text().strip() for path in sorted(INFINIBAND.glob("*/fw_ver"))}
+    facts: dict[str, Any] = {"all_packages": dict(sorted(packages.items())), "infiniband": firmware}
+    if plan["gpu"]["name"] != "cpu":
+        facts |= {"topology": _nvidia_smi("topo", "-m")}
+        facts |= {"vbios": _nvidia_smi("--query-gpu=vbios_version", "--format=csv,noheader", "--id=0")}
+    return {name: value for name, value in facts.items() if value}
+
+
+def _nvidia_smi(*words: str) -> str | None:
+    """What nvidia-smi prints; None if it is not there or fails, as in an image without it."""
+    try:
+        done = subprocess.run(["nvidia-smi", *words], capture_output=True, text=True, timeout=LONGEST_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _write(file: Path, facts: dict[str, Any]) -> None:
+    """Write the file. The training goes on without it: a disk may be full."""
+    try:
+        file.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        print(f"ftgen: warning: {file} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def _gpu() -> dict[str, Any]:

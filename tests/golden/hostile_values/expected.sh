@@ -31,7 +31,7 @@ readonly name=spec
 readonly experiment=lora_nemo_llama3_8b_bf16_8
 readonly nodes=1 tasks_per_node=8 tasks=8
 # Variables that this script sets. A job that it submits must not inherit them.
-readonly ours=(STAGE_PATH FTGEN_RUN_DIR FTGEN_ENVIRONMENT HF_TOKEN_PATH FTGEN_HUB_CACHE MASTER_ADDR MASTER_PORT FTGEN_MASTER_ADDR FTGEN_MASTER_PORT PYTHONUNBUFFERED DOLLAR EMPTY NCCL_NVLS_ENABLE NVTE_ASYNC_AMAX_REDUCTION NVTE_DP_AMAX_REDUCE_INTERVAL NVTE_FLASH_ATTN NVTE_FUSED_ATTN PLAIN QUOTES TOKENIZERS_PARALLELISM TORCH_NCCL_AVOID_RECORD_STREAMS UNICODE)
+readonly ours=(STAGE_PATH FTGEN_RUN_DIR FTGEN_SCRIPT_SHA256 FTGEN_ENVIRONMENT HF_TOKEN_PATH FTGEN_HUB_CACHE MASTER_ADDR MASTER_PORT FTGEN_MASTER_ADDR FTGEN_MASTER_PORT PYTHONUNBUFFERED DOLLAR EMPTY NCCL_NVLS_ENABLE NVTE_ASYNC_AMAX_REDUCTION NVTE_DP_AMAX_REDUCE_INTERVAL NVTE_FLASH_ATTN NVTE_FUSED_ATTN PLAIN QUOTES TOKENIZERS_PARALLELISM TORCH_NCCL_AVOID_RECORD_STREAMS UNICODE)
 
 main() {
     local mode=finetune
@@ -452,6 +452,9 @@ find_places() {
         done
     fi
     run_id=$id
+    # a sealed run tells by it which script ran; Slurm runs a copy of the script
+    if [[ -r $0 ]]; then read -r FTGEN_SCRIPT_SHA256 _ < <(sha256sum <"$0"); fi
+    export FTGEN_SCRIPT_SHA256=${FTGEN_SCRIPT_SHA256:-}
     export FTGEN_RUN_DIR=$runs/${experiment}_$id/$experiment
     code=$FTGEN_RUN_DIR/code
     unpack "$code" || die_unwritable "$code"
