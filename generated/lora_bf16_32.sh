@@ -314,6 +314,8 @@ find_options() {
         got=$(value_in_record "$field")
         if [[ -z $got || $got == "$unset_value" ]]; then continue; fi
         mine=$(value_in_header "$0" "$option")
+        # sbatch refuses two ways to ask for memory: if the header has another one, Slurm filled this field
+        if [[ $mine == --mem* ]]; then continue; fi
         # Slurm chooses one of several partitions
         if [[ $got == "$mine" || ($option == partition && ,$mine, == *,"$got",*) ]]; then continue; fi
         theirs=$(value_in_header "$1" "$option")
@@ -593,6 +595,7 @@ wait_for() {
 
 # begin_watch COMMAND PID: watches a command of the entrypoint. PID is its process, or the srun of its tasks.
 begin_watch() {
+    if [[ -z ${opened:-} ]]; then return 0; fi # a download has no log, and shows its own progress
     watch_step "$@" &
     watcher=$!
     disown # `wait -n` must not wait for it
@@ -703,8 +706,9 @@ find_hub() {
 
 # download [SCRIPTS...]: downloads what jobs of this script, and of the others, read from the Hugging Face hub.
 download() {
-    local script status=0
+    local script status=0 doing=download
     code=$(mktemp -d)
+    exec 3>/dev/null # there is no Slurm's output file beside this one
     trap 'rm -rf "$code"' EXIT
     trap 'stop 143 "SIGTERM: the same command continues the download"' TERM
     trap 'stop 130 "interrupted: the same command continues the download"' INT
@@ -1780,13 +1784,13 @@ Each function looks at the package that is installed, not at its version: images
 """
 
 import functools
-import importlib.util
 import inspect
 import sys
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+
+from runtime.engines.nemo import packages
 
 # The reader of checkpoints in zarr, which Megatron-Core has up to 0.15. NeMo 2.7 cannot be imported without it. No
 # checkpoint of ftgen is in zarr.
@@ -1821,10 +1825,9 @@ def after_imports() -> None:
 def source(module: str) -> str:
     """The text of a module of megatron.core, without importing it; "" if there is no such module."""
     inner = module.removeprefix("megatron.core.").split(".")
-    core = importlib.util.find_spec("megatron.core")
-    folders = (core.submodule_search_locations or ()) if core else ()
-    files = (Path(folder, *inner).with_suffix(".py") for folder in folders)
-    return next((file.read_text(encoding="utf-8") for file in files if file.is_file()), "")
+    core = packages.folder("megatron.core")
+    file = core.joinpath(*inner).with_suffix(".py") if core else None
+    return file.read_text(encoding="utf-8") if file and file.is_file() else ""
 
 
 def stand_in(module: str, **names: Any) -> None:

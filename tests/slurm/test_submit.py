@@ -11,10 +11,9 @@ def trained(desk: Desk) -> list[int]:
     return [int(line.split()[2].split("/")[0]) for line in desk.events("trained:0")]
 
 
-def intervals(desk: Desk) -> list[tuple[float, float]]:
-    begins = [float(line.split()[0]) for line in desk.events("train:0:")]
-    ends = [float(line.split()[0]) for line in desk.events("trained:0")]
-    return list(zip(begins, ends, strict=True))
+def times(desk: Desk, event: str) -> dict[int, float]:
+    """When the first rank of each job reached a point, by job number."""
+    return {int(line.split()[2].split("/")[0]): float(line.split()[0]) for line in desk.events(event)}
 
 
 def convert(desk: Desk) -> None:
@@ -101,9 +100,9 @@ def test_jobs_of_one_model_submitted_apart_run_one_at_a_time_and_of_another_besi
     assert desk.ended(beside).state == "COMPLETED"
     assert desk.job(jobs[1]).state == "PENDING"
     desk.quiet()
-    times = [times for times in intervals(desk) if times[1] - times[0] > 1]
-    assert len(times) == 3
-    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(times))
+    begins, ends = times(desk, "train:0:"), times(desk, "trained:0")
+    assert begins.keys() == ends.keys() == {*jobs, beside}
+    assert all(ends[job] <= begins[following] for job, following in itertools.pairwise(jobs))
 
 
 def test_a_missing_checkpoint_is_made_by_a_job_of_one_task_that_the_run_waits_for_outside(desk):

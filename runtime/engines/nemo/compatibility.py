@@ -6,13 +6,13 @@ Each function looks at the package that is installed, not at its version: images
 """
 
 import functools
-import importlib.util
 import inspect
 import sys
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+
+from runtime.engines.nemo import packages
 
 # The reader of checkpoints in zarr, which Megatron-Core has up to 0.15. NeMo 2.7 cannot be imported without it. No
 # checkpoint of ftgen is in zarr.
@@ -47,10 +47,9 @@ def after_imports() -> None:
 def source(module: str) -> str:
     """The text of a module of megatron.core, without importing it; "" if there is no such module."""
     inner = module.removeprefix("megatron.core.").split(".")
-    core = importlib.util.find_spec("megatron.core")
-    folders = (core.submodule_search_locations or ()) if core else ()
-    files = (Path(folder, *inner).with_suffix(".py") for folder in folders)
-    return next((file.read_text(encoding="utf-8") for file in files if file.is_file()), "")
+    core = packages.folder("megatron.core")
+    file = core.joinpath(*inner).with_suffix(".py") if core else None
+    return file.read_text(encoding="utf-8") if file and file.is_file() else ""
 
 
 def stand_in(module: str, **names: Any) -> None:

@@ -292,6 +292,8 @@ find_options() {
         got=$(value_in_record "$field")
         if [[ -z $got || $got == "$unset_value" ]]; then continue; fi
         mine=$(value_in_header "$0" "$option")
+        # sbatch refuses two ways to ask for memory: if the header has another one, Slurm filled this field
+        if [[ $mine == --mem* ]]; then continue; fi
         # Slurm chooses one of several partitions
         if [[ $got == "$mine" || ($option == partition && ,$mine, == *,"$got",*) ]]; then continue; fi
         theirs=$(value_in_header "$1" "$option")
@@ -571,6 +573,7 @@ wait_for() {
 
 # begin_watch COMMAND PID: watches a command of the entrypoint. PID is its process, or the srun of its tasks.
 begin_watch() {
+    if [[ -z ${opened:-} ]]; then return 0; fi # a download has no log, and shows its own progress
     watch_step "$@" &
     watcher=$!
     disown # `wait -n` must not wait for it
@@ -681,8 +684,9 @@ find_hub() {
 
 # download [SCRIPTS...]: downloads what jobs of this script, and of the others, read from the Hugging Face hub.
 download() {
-    local script status=0
+    local script status=0 doing=download
     code=$(mktemp -d)
+    exec 3>/dev/null # there is no Slurm's output file beside this one
     trap 'rm -rf "$code"' EXIT
     trap 'stop 143 "SIGTERM: the same command continues the download"' TERM
     trap 'stop 130 "interrupted: the same command continues the download"' INT
@@ -757,6 +761,7 @@ run_tasks() {
 
 run_step() {
     local before status=0
+    check_mpi
     place_ranks
     before=$(wc -c <"$log")
     next_step
@@ -765,6 +770,15 @@ run_step() {
         "${python[@]}" "$code/$name.py" "$1" || status=$?
     if ((status)); then status=$(first_failure "$before" "$status"); fi
     return "$status"
+}
+
+# srun does not name the site profile when it lacks an MPI type.
+check_mpi() {
+    local known type=pmi2
+    known=$(srun --mpi=list 2>&1 | tr -s '\n\t' '  ') || return 0
+    if [[ " ${known//,/ } " != *" $type "* ]]; then
+        die "this Slurm has no MPI type $type: $known" 'set mpi = "none" in the site profile: the ranks find each other without MPI'
+    fi
 }
 
 # Ranks are in blocks, so that the tensor-parallel ranks of a group share a node. Prints who is where. Each rank compares its

@@ -320,6 +320,8 @@ find_options() {
         got=$(value_in_record "$field")
         if [[ -z $got || $got == "$unset_value" ]]; then continue; fi
         mine=$(value_in_header "$0" "$option")
+        # sbatch refuses two ways to ask for memory: if the header has another one, Slurm filled this field
+        if [[ $mine == --mem* ]]; then continue; fi
         # Slurm chooses one of several partitions
         if [[ $got == "$mine" || ($option == partition && ,$mine, == *,"$got",*) ]]; then continue; fi
         theirs=$(value_in_header "$1" "$option")
@@ -599,6 +601,7 @@ wait_for() {
 
 # begin_watch COMMAND PID: watches a command of the entrypoint. PID is its process, or the srun of its tasks.
 begin_watch() {
+    if [[ -z ${opened:-} ]]; then return 0; fi # a download has no log, and shows its own progress
     watch_step "$@" &
     watcher=$!
     disown # `wait -n` must not wait for it
@@ -781,8 +784,9 @@ find_hub() {
 
 # download [SCRIPTS...]: downloads what jobs of this script, and of the others, read from the Hugging Face hub.
 download() {
-    local script status=0
+    local script status=0 doing=download
     code=$(mktemp -d)
+    exec 3>/dev/null # there is no Slurm's output file beside this one
     trap 'rm -rf "$code"' EXIT
     trap 'stop 143 "SIGTERM: the same command continues the download"' TERM
     trap 'stop 130 "interrupted: the same command continues the download"' INT
