@@ -142,6 +142,17 @@ PLAN = json.loads(r"""
     "container_name": false,
     "container_env": []
   },
+  "node_check": {
+    "on": true,
+    "bad": "warn",
+    "expected": {
+      "driver_name": "H100",
+      "peak_bf16_tflops": 989,
+      "memory_gb_per_s": 3350,
+      "nvlinks": 18,
+      "nvlink_gb_per_s": 450
+    }
+  },
   "slurm": {
     "partition": null,
     "account": null,

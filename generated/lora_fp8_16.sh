@@ -819,6 +819,7 @@ unpack() {
     mkdir -p "$1"/runtime/guard || return
     mkdir -p "$1"/runtime/hub || return
     mkdir -p "$1"/runtime/job || return
+    mkdir -p "$1"/runtime/node || return
     mkdir -p "$1"/runtime/weights || return
     cat >"$1"/lora_fp8_16.py <<'END_OF_FTGEN_FILE' || return
 #!/usr/bin/env python3
@@ -964,6 +965,17 @@ PLAN = json.loads(r"""
     "mount_home": false,
     "container_name": false,
     "container_env": []
+  },
+  "node_check": {
+    "on": true,
+    "bad": "warn",
+    "expected": {
+      "driver_name": "H100",
+      "peak_bf16_tflops": 989,
+      "memory_gb_per_s": 3350,
+      "nvlinks": 18,
+      "nvlink_gb_per_s": 450
+    }
   },
   "slurm": {
     "partition": null,
@@ -3512,6 +3524,7 @@ from runtime.engines.nemo.optimizations import switch
 from runtime.job import environment, profile
 from runtime.job.errors import JobError
 from runtime.job.progress import say, timed
+from runtime.node import beside
 from runtime.weights import read_ahead
 
 Plan = dict[str, Any]
@@ -3525,7 +3538,7 @@ def train(plan: Plan) -> int:
     if not convert.converted(plan):
         raise JobError(f"there is no converted checkpoint in {weights}", "run the command convert first")
     read_ahead.begin(weights / "weights")
-    with timed("importing NeMo"):
+    with beside.checked(plan), timed("importing NeMo"):
         _set_variables(plan)
         switch.before_imports(plan)
         imports.defer()
@@ -5462,6 +5475,605 @@ def _write(path: Path, lines: list[str]) -> None:
         partial.rename(path)
     except OSError:
         pass  # the disk is full or gone: the script says without it where the job waits
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/node/__init__.py <<'END_OF_FTGEN_FILE' || return
+"""Check a node before the training, so that a slow figure is not blamed on the software.
+
+In: a plan. Out: a line in the log for each node, the file nodes/<name>.json beside the log; an error if the plan says so.
+Start with `beside.py`, which runs `check.py` in a process of its own while the training imports its packages.
+"""
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/node/beside.py <<'END_OF_FTGEN_FILE' || return
+"""Check the node in a process of its own, beside the imports of the training, which take longer.
+
+In: a plan. Out: a line in the log, `ftgen node: {...}`, a sentence for each problem, and the file nodes/<name>.json beside
+the log. JobError if the node is not well and the plan says stop.
+
+Environment: LOCAL_RANK (the first rank of a node checks for all), FTGEN_RUN_DIR.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from runtime.job.errors import JobError
+from runtime.job.progress import say
+from runtime.node.check import BAD, NO_GPU, RESULT, name
+
+Plan = dict[str, Any]
+LIMIT_S = 60.0  # after the imports of the training, which take as long as those of the check
+LONGEST_LINE = 900  # bytes: srun may tear longer lines apart
+SHOWN = ("node", "state", "gpu", "gpus", "gemm_tflops", "copy_gb_per_s", "host_gb_per_s", "all_reduce_gb_per_s", "seconds")
+
+
+@contextmanager
+def checked(plan: Plan) -> Iterator[None]:
+    """Check the node while the block runs, and tell what was found when it ends. JobError: the plan says stop."""
+    if not plan["node_check"]["on"] or os.environ.get("LOCAL_RANK", "0") != "0":
+        yield
+        return
+    process = _start(plan)
+    try:
+        yield
+        found = _found(process)
+    finally:
+        process.kill()
+        process.wait()
+    _tell(found)
+    if found["state"] == BAD and plan["node_check"]["bad"] == "stop":
+        hint = 'exclude the node (sbatch --exclude), or set bad = "warn" in [node_check] of the site profile'
+        raise JobError(f"node {found['node']} is not well: {'; '.join(found['problems'])}", hint)
+
+
+def _start(plan: Plan) -> "subprocess.Popen[str]":
+    here = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "runtime.node.check"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # CUDA counts GPUs as nvidia-smi does
+        env=os.environ | {"PYTHONPATH": path, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"},
+    )
+    assert process.stdin  # noqa: S101 - it is a pipe
+    asked = {key: plan[key] for key in ("gpu", "gpus_per_node", "node_check")}
+    process.stdin.write(json.dumps(asked))
+    process.stdin.close()
+    process.stdin = None  # communicate() would flush it
+    return process
+
+
+def _found(process: "subprocess.Popen[str]") -> dict[str, Any]:
+    """What the process found; that it found nothing is a problem of the node too."""
+    try:
+        out, err = process.communicate(timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return _nothing(f"the check did not end within {LIMIT_S:.0f} s: a GPU may hang")
+    for line in out.splitlines():
+        if line.startswith(RESULT):
+            found: dict[str, Any] = json.loads(line.removeprefix(RESULT))
+            return found
+    last = next((line for line in reversed(err.splitlines()) if line.strip()), f"exit code {process.returncode}")
+    return _nothing(f"the check failed: {last.strip()}")
+
+
+def _nothing(why: str) -> dict[str, Any]:
+    return {"node": name(), "state": BAD, "problems": [why]}
+
+
+def _tell(found: dict[str, Any]) -> None:
+    """Write all into the file, and what fits into a line of the log."""
+    folder = Path(os.environ.get("FTGEN_RUN_DIR") or ".", "nodes")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        Path(folder, f"{found['node']}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        print(f"ftgen: warning: {folder} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+    shown = {key: found[key] for key in SHOWN if key in found}
+    print(f"ftgen node: {json.dumps(shown | {'problems': _fitting(found['problems'], shown)})}", flush=True)
+    for problem in found["problems"]:
+        say(f"warning: node {found['node']} is not well: {problem}", any_rank=True)
+    if found["state"] == NO_GPU:
+        say(f"node {found['node']}: no GPU to check")
+
+
+def _fitting(problems: list[str], shown: dict[str, Any]) -> list[str]:
+    """As many problems as fit into the line, and the number of the rest."""
+    kept: list[str] = []
+    for number, problem in enumerate(problems):
+        line = json.dumps(shown | {"problems": [*kept, problem]})
+        if len(line) > LONGEST_LINE:
+            return [*kept, f"and {len(problems) - number} more"]
+        kept.append(problem)
+    return kept
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/node/check.py <<'END_OF_FTGEN_FILE' || return
+"""Check this node: the program that `beside.py` starts once on each node.
+
+In: on stdin, JSON with the plan's gpu, gpus_per_node and node_check. Out: on stdout, a line with RESULT and JSON: what was
+found, and the problems. The program has the GPUs for itself and its memory is free again when it ends.
+"""
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from runtime.node import judge, measure, smi
+
+RESULT = "ftgen node check: "
+WELL, BAD, NO_GPU = "well", "bad", "no GPU"
+FIGURES = ("gemm_tflops", "copy_gb_per_s", "host_gb_per_s")
+
+Found = dict[str, Any]
+
+
+def main() -> None:
+    """Check, and print what was found."""
+    asked = json.loads(sys.stdin.read())
+    begin = time.monotonic()
+    found = check(asked["gpu"]["name"], asked["gpus_per_node"], asked["node_check"]["expected"])
+    found["seconds"] = round(time.monotonic() - begin, 1)
+    print(RESULT + json.dumps(found), flush=True)
+
+
+def check(gpu: str, wanted: int, expected: dict[str, Any]) -> Found:
+    """What was found of this node."""
+    node: Found = {"node": name(), "state": NO_GPU, "problems": [], "host": host()}
+    if gpu == "cpu":
+        return node
+    gpus, problems = _asked()
+    all_reduce, more = _measured(gpus)
+    problems += [*more, *judge.problems(gpus, wanted, expected), *judge.of_all_reduce(all_reduce, expected)]
+    lowest = {figure: min((each[figure] for each in gpus if figure in each), default=None) for figure in FIGURES}
+    return {
+        **node,
+        "state": BAD if problems else WELL,
+        "gpu": next((each["name"] for each in gpus if each.get("name")), None),
+        "gpus": len(gpus),
+        **{figure: round(value, 1) for figure, value in {**lowest, "all_reduce_gb_per_s": all_reduce}.items() if value},
+        "problems": problems,
+        "devices": gpus,
+    }
+
+
+def name() -> str:
+    """The name of this node."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def host() -> Found:
+    """What the machine has besides GPUs: CPUs for us, free memory, load, the network's links."""
+    memory = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    links = {
+        path.parent.parent.parent.name: path.read_text().strip()
+        for path in sorted(Path("/sys/class/infiniband").glob("*/ports/1/rate"))
+    }
+    return {
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory_free_gib": round(int(memory["MemAvailable"].split()[0]) / 2**20, 1),
+        "load": os.getloadavg()[0],
+        **({"infiniband": links} if links else {}),
+    }
+
+
+def _asked() -> tuple[list[Found], list[str]]:
+    """What nvidia-smi says of each GPU at rest."""
+    try:
+        gpus: list[Found] = [dict(gpu) for gpu in smi.query(smi.AT_REST)]
+        for gpu in gpus:
+            gpu.update(next((rows for rows in smi.remapped_rows() if rows["uuid"] == gpu["uuid"]), {}))
+        links = smi.nvlinks()
+        for gpu in gpus:  # nvidia-smi counts all GPUs of the node here
+            index = int(gpu["index"] or 0)
+            gpu.update({"nvlinks": links[index]} if index < len(links) else {})
+        return gpus, []
+    except smi.SmiError as error:
+        return [], [f"nvidia-smi: {error}"]
+
+
+def _measured(gpus: list[Found]) -> tuple[float | None, list[str]]:
+    """Add the figures to the GPUs; the all-reduce, and what failed. A GPU that fails is a finding, not an error of ours."""
+    problems: list[str] = []
+
+    def at_work() -> None:
+        try:
+            for gpu, facts in zip(gpus, smi.query(smi.AT_WORK), strict=False):
+                gpu.update(facts)
+        except smi.SmiError as error:
+            problems.append(f"nvidia-smi under load: {error}")
+
+    def part(what: str, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except (RuntimeError, AssertionError) as error:  # PyTorch's for CUDA and NCCL
+            problems.append(f"the {what} failed: {str(error).partition(chr(10))[0]}")
+            return None
+
+    seen = part("look for GPUs", measure.count) or 0
+    gpus += [{} for _ in range(seen - len(gpus))]
+    if not seen:
+        return None, [*problems, "PyTorch finds no GPU"]
+    for what, work in (("GEMM", lambda: measure.gemms(at_work)), ("copy", measure.copies)):
+        for gpu, figures in zip(gpus, part(what, work) or [], strict=False):
+            gpu.update(figures)
+    return part("all-reduce", measure.all_reduce), problems
+
+
+if __name__ == "__main__":
+    main()
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/node/judge.py <<'END_OF_FTGEN_FILE' || return
+"""Judge what was found of a node's GPUs. In: facts, and what the catalogue expects of the GPU. Out: a line for each problem.
+
+The thresholds are fractions that healthy GPUs keep away from. docs/how-to/node-check.md says where each comes from.
+"""
+
+import re
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+GEMM = 0.75  # of the measured rate of the same GPU
+GEMM_OF_PEAK = 0.5  # of the dense peak, for a GPU whose rate nobody has measured for the catalogue; an H200 reaches 0.74
+COPY = 0.6  # of the published memory bandwidth
+NEIGHBOURS = {"gemm_tflops": 0.9, "copy_gb_per_s": 0.9, "host_gb_per_s": 0.6}  # of the median of the node's GPUs
+ALL_REDUCE = 0.25  # of NVLink's bandwidth; over PCIe it would be less
+CLOCK = 0.6  # of the highest clock, while a GEMM runs at the power limit
+USED = 0.05  # of the memory, before the training has any
+# Bits of clocks_event_reasons.active, from nvml.h. A power cap (0x4) is normal under a GEMM.
+THROTTLED = {0x8: "hardware slowdown", 0x20: "thermal slowdown", 0x40: "thermal slowdown by hardware", 0x80: "power brake"}
+BROKEN = re.compile(r"requires reset|Unknown Error|lost", re.IGNORECASE)
+
+Facts = Mapping[str, Any]
+Expected = Mapping[str, Any]
+
+
+def problems(gpus: Sequence[Facts], wanted: int, expected: Expected) -> list[str]:
+    """Everything that is wrong with the GPUs of a node. Each has the fields of smi.py and the figures of measure.py."""
+    found = [] if len(gpus) >= wanted else [f"{len(gpus)} GPUs, the plan needs {wanted}"]
+    for number, gpu in enumerate(gpus):
+        found += [f"GPU {gpu.get('index') or number}: {what}" for what in _of_one(gpu, expected, alone=len(gpus) == 1)]
+    return [*found, *_beside_each_other(gpus)]
+
+
+def of_all_reduce(gb_per_s: float | None, expected: Expected) -> Iterator[str]:
+    """An all-reduce inside the node that does not use NVLink."""
+    nvlink = expected.get("nvlink_gb_per_s")
+    if gb_per_s is not None and nvlink and gb_per_s < ALL_REDUCE * nvlink:
+        yield f"the all-reduce inside the node reaches {gb_per_s:.0f} GB/s, NVLink has {nvlink:g} GB/s"
+
+
+def _of_one(gpu: Facts, expected: Expected, *, alone: bool) -> Iterator[str]:
+    yield from (f"{field} is {value}" for field, value in gpu.items() if isinstance(value, str) and BROKEN.search(value))
+    word, name = expected.get("driver_name"), gpu.get("name")
+    if word and name and word not in str(name).split():
+        yield f"is a {name}, the plan is for {word}"
+    yield from _memory(gpu)
+    yield from _clocks(gpu)
+    yield from _links(gpu, expected, alone=alone)
+    yield from _speed(gpu, expected)
+
+
+def _memory(gpu: Facts) -> Iterator[str]:
+    if errors := _number(gpu, "ecc.errors.uncorrected.volatile.total"):
+        yield f"{errors:.0f} uncorrected ECC errors since the driver was loaded"
+    if gpu.get("ecc.mode.current") == "Disabled":
+        yield "ECC is off"
+    if _is_yes(gpu.get("remapped_rows.pending")):
+        yield "memory rows wait to be replaced: the GPU must be reset"
+    if _is_yes(gpu.get("remapped_rows.failure")):
+        yield "memory rows could not be replaced"
+    total, used = _number(gpu, "memory.total"), _number(gpu, "memory.used")
+    if total and used is not None and used > USED * total:
+        yield f"{used / 1024:.1f} GiB of its memory are in use by somebody else"
+
+
+def _clocks(gpu: Facts) -> Iterator[str]:
+    mask = re.fullmatch("0x([0-9a-fA-F]{1,16})", str(gpu.get("clocks_event_reasons.active")))
+    reasons = [reason for bit, reason in THROTTLED.items() if mask and int(mask[1], 16) & bit]
+    clock, highest = _number(gpu, "clocks.sm"), _number(gpu, "clocks.max.sm")
+    if reasons:
+        yield f"its clock is held back: {', '.join(reasons)}{_at(gpu)}"
+    elif clock and highest and "gemm_tflops" in gpu and clock < CLOCK * highest:
+        yield f"its clock is {clock:.0f} of {highest:.0f} MHz under load{_at(gpu)}"
+
+
+def _at(gpu: Facts) -> str:
+    temperature = _number(gpu, "temperature.gpu")
+    return "" if temperature is None else f" at {temperature:.0f} °C"
+
+
+def _links(gpu: Facts, expected: Expected, *, alone: bool) -> Iterator[str]:
+    for what, field in (("width", "pcie.link.width"), ("generation", "pcie.link.gen")):
+        now, most = _number(gpu, f"{field}.current"), _number(gpu, f"{field}.max")
+        if now and most and now < most:
+            yield f"its PCIe link has {what} {now:.0f}, it can have {most:.0f}"
+    links = gpu.get("nvlinks")
+    if links is None or alone:  # a GPU alone in a virtual machine has none to talk to
+        return
+    active = [speed for speed in links if speed]
+    wanted = max(int(expected.get("nvlinks", 0)), len(links))
+    if len(active) < wanted:
+        yield f"{len(active)} of {wanted} NVLinks are active"
+    elif active and min(active) < 0.95 * max(active):
+        yield f"an NVLink has {min(active):g} GB/s, another {max(active):g} GB/s"
+
+
+def _speed(gpu: Facts, expected: Expected) -> Iterator[str]:
+    gemm, measured, peak = gpu.get("gemm_tflops"), expected.get("gemm_tflops"), expected.get("peak_bf16_tflops")
+    if gemm and measured and gemm < GEMM * measured:
+        yield f"a GEMM reaches {gemm:.0f} TFLOP/s, this GPU was measured at {measured:g}"
+    elif gemm and peak and not measured and gemm < GEMM_OF_PEAK * peak:
+        yield f"a GEMM reaches {gemm:.0f} TFLOP/s, the peak is {peak:g}"
+    copy, memory = gpu.get("copy_gb_per_s"), expected.get("memory_gb_per_s")
+    if copy and memory and copy < COPY * memory:
+        yield f"a copy reaches {copy:.0f} GB/s, its memory has {memory:g} GB/s"
+
+
+def _beside_each_other(gpus: Sequence[Facts]) -> Iterator[str]:
+    """GPUs that are much slower than the others of the node."""
+    for figure, least in NEIGHBOURS.items():
+        known = [(number, gpu[figure]) for number, gpu in enumerate(gpus) if gpu.get(figure)]
+        middle = statistics.median(value for _, value in known) if len(known) > 2 else None
+        for number, value in known:
+            if middle and value < least * middle:
+                index = gpus[number].get("index") or number
+                yield f"GPU {index}: {figure} is {value:.0f}, that of the node's other GPUs {middle:.0f}"
+
+
+def _number(gpu: Facts, field: str) -> float | None:
+    try:
+        return float(str(gpu.get(field)))
+    except ValueError:
+        return None
+
+
+def _is_yes(value: Any) -> bool:
+    return value is not None and str(value).lower() not in {"no", "0"}
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/node/measure.py <<'END_OF_FTGEN_FILE' || return
+"""Measure the GPUs of this node: a GEMM, a copy in their memory, one from the host, an all-reduce between them.
+
+In: a function that is called while the GEMMs run. Out: figures of each GPU, and the bandwidth of the all-reduce. All GPUs
+multiply at the same time, as in a training, so that a power limit or the heat of neighbours shows.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+SIZE = 8192  # of the square matrices: 1.1 TFLOP, large enough for every GPU's best rate
+WARM, TIMED = 100, 800  # GEMMs: an H200 takes 1.4 s. A GPU takes about 1,000 launches at a time
+COPY_BYTES, COPIES = 1 << 30, 40
+HOST_BYTES, HOST_COPIES = 256 << 20, 6
+REDUCE_BYTES, REDUCTIONS = 256 << 20, 10
+
+
+def count() -> int:
+    """The GPUs that PyTorch finds."""
+    import torch
+
+    return int(torch.cuda.device_count())
+
+
+def gemms(at_work: Callable[[], None]) -> list[dict[str, float]]:
+    """TFLOP/s of each GPU in BF16. `at_work` is called while they run."""
+    import torch
+
+    timers = []
+    for device in range(count()):
+        with torch.cuda.device(device):
+            # of random numbers, as in a training: zeros need less power, and run faster
+            left, right = (torch.randn(SIZE, SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+            result = torch.empty_like(left)
+            for _ in range(3):  # choose and load the kernel
+                torch.mm(left, right, out=result)
+            torch.cuda.synchronize()
+            timers.append((left, right, result, *(torch.cuda.Event(enable_timing=True) for _ in range(2))))
+    for number in range(WARM + TIMED):
+        for device, (left, right, result, begin, _) in enumerate(timers):
+            with torch.cuda.device(device):
+                if number == WARM:
+                    begin.record()
+                torch.mm(left, right, out=result)
+    for device, (*_, end) in enumerate(timers):
+        with torch.cuda.device(device):
+            end.record()
+    at_work()
+    for device in range(count()):
+        torch.cuda.synchronize(device)
+    return [{"gemm_tflops": 2e-12 * SIZE**3 * TIMED / _seconds(begin, end)} for *_, begin, end in timers]
+
+
+def copies() -> list[dict[str, float]]:
+    """GB/s of each GPU: in its memory, counting what is read and what is written, and from pinned memory of the host."""
+    import torch
+
+    found = []
+    for device in range(count()):
+        with torch.cuda.device(device):
+            here, there = (torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda") for _ in range(2))
+            host = torch.empty(HOST_BYTES, dtype=torch.uint8, pin_memory=True)
+            inside = _timed(partial(there.copy_, here), COPIES)
+            outside = _timed(partial(here[:HOST_BYTES].copy_, host, non_blocking=True), HOST_COPIES)
+            found.append({"copy_gb_per_s": 2e-9 * COPY_BYTES / inside, "host_gb_per_s": 1e-9 * HOST_BYTES / outside})
+    return found
+
+
+def all_reduce() -> float | None:
+    """GB/s of an all-reduce between the GPUs, as bus bandwidth: 2 (n-1)/n of the bytes. None for one GPU.
+
+    RuntimeError: the sum is wrong, or NCCL fails.
+    """
+    import torch
+    from torch.cuda import nccl
+
+    gpus = count()
+    if gpus < 2:
+        return None
+    small = [torch.full((1024,), float(device + 1), device=f"cuda:{device}") for device in range(gpus)]
+    nccl.all_reduce(small)
+    if any((tensor != gpus * (gpus + 1) / 2).any().item() for tensor in small):
+        raise RuntimeError("the all-reduce inside the node gives a wrong sum")
+    tensors = [torch.zeros(REDUCE_BYTES // 2, dtype=torch.bfloat16, device=f"cuda:{device}") for device in range(gpus)]
+
+    def reduce(times: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(times):
+            nccl.all_reduce(tensors)
+        for device in range(gpus):
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - begin) / times
+
+    reduce(2)
+    return 2e-9 * (gpus - 1) / gpus * REDUCE_BYTES / reduce(REDUCTIONS)
+
+
+def _timed(work: Callable[[], Any], times: int) -> float:
+    """Seconds of the work, once it is warm."""
+    import torch
+
+    work()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(times):
+        work()
+    end.record()
+    end.synchronize()
+    return _seconds(begin, end) / times
+
+
+def _seconds(begin: Any, end: Any) -> float:
+    return float(begin.elapsed_time(end)) / 1000
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/node/smi.py <<'END_OF_FTGEN_FILE' || return
+"""Ask nvidia-smi for the state of this node's GPUs.
+
+In: the names of fields. Out: a dictionary of texts for each GPU. A field that a driver does not know is left out, and a
+value that it does not have, such as [N/A], is None.
+
+Environment: CUDA_VISIBLE_DEVICES, the GPUs that this process may use.
+"""
+
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+
+Gpu = dict[str, str | None]
+LONGEST_S = 20
+IDENTITY = ("index", "uuid", "name", "driver_version", "vbios_version")
+AT_REST = ("memory.total", "memory.used", "ecc.mode.current", "ecc.errors.uncorrected.volatile.total")
+REMAPPED = ("remapped_rows.pending", "remapped_rows.failure")
+AT_WORK = (
+    "clocks.sm",
+    "clocks.max.sm",
+    "clocks_event_reasons.active",
+    "temperature.gpu",
+    "power.draw",
+    "power.limit",
+    "pcie.link.gen.current",
+    "pcie.link.gen.max",
+    "pcie.link.width.current",
+    "pcie.link.width.max",
+)
+FORMER_NAMES = {"clocks_event_reasons.active": "clocks_throttle_reasons.active"}  # before driver 535
+UNKNOWN_FIELD = re.compile(r'Field "([^"]+)" is not a valid field')
+LINK = re.compile(r"^\s*Link (\d+): (?:<inactive>|([\d.]+) GB/s)", re.MULTILINE)
+
+
+class SmiError(Exception):
+    """Why nvidia-smi says nothing."""
+
+
+def query(fields: Sequence[str]) -> list[Gpu]:
+    """The fields of each GPU that this process may use, in the order of their numbers. SmiError."""
+    asked = list(fields)
+    while asked:
+        code, said = _nvidia_smi(f"--query-gpu={','.join((*IDENTITY, *asked))}", "--format=csv,noheader,nounits")
+        if code == 0:
+            return visible([rename(gpu) for gpu in parse(said, (*IDENTITY, *asked))])
+        unknown = UNKNOWN_FIELD.search(said)
+        if not unknown or unknown[1] not in asked:
+            raise SmiError(_first_line(said) or f"exit code {code}")
+        other = FORMER_NAMES.get(unknown[1])
+        asked = [other if field == unknown[1] else field for field in asked if field != unknown[1] or other]  # type: ignore[misc]
+    return []
+
+
+def remapped_rows() -> list[Gpu]:
+    """Whether memory rows of each GPU wait to be replaced, or could not be. Empty before Ampere."""
+    code, said = _nvidia_smi(f"--query-remapped-rows=gpu_uuid,{','.join(REMAPPED)}", "--format=csv,noheader,nounits")
+    return visible(parse(said, ("uuid", *REMAPPED))) if code == 0 else []
+
+
+def nvlinks() -> list[list[float | None]]:
+    """The speed of each NVLink of each GPU, in GB/s and one direction; None for one that is inactive."""
+    code, said = _nvidia_smi("nvlink", "--status")
+    return parse_nvlinks(said) if code == 0 else []
+
+
+def parse(text: str, fields: Sequence[str]) -> list[Gpu]:
+    """The lines of a CSV answer."""
+    rows = ([word.strip() for word in line.split(", ")] for line in text.splitlines() if line.strip())
+    return [
+        {field: _value(word) for field, word in zip(fields, row, strict=False)} for row in rows if len(row) >= len(fields)
+    ]
+
+
+def parse_nvlinks(text: str) -> list[list[float | None]]:
+    """`nvidia-smi nvlink --status`: a head for each GPU, then a line for each link."""
+    parts = re.split(r"^GPU \d+: .*$", text, flags=re.MULTILINE)[1:]
+    return [[float(speed) if speed else None for _, speed in LINK.findall(part)] for part in parts]
+
+
+def rename(gpu: Gpu) -> Gpu:
+    """Fields by their present names."""
+    present = {former: name for name, former in FORMER_NAMES.items()}
+    return {present.get(field, field): value for field, value in gpu.items()}
+
+
+def visible(gpus: list[Gpu]) -> list[Gpu]:
+    """The GPUs in CUDA_VISIBLE_DEVICES, by number or UUID. All of them if it is not set, or counts in another way."""
+    words = [word.strip() for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word.strip()]
+    chosen = [gpu for gpu in gpus if _is_named(gpu, words)]
+    return chosen if words and len(chosen) == len(words) else gpus
+
+
+def _is_named(gpu: Gpu, words: list[str]) -> bool:
+    uuid = gpu.get("uuid") or "-"
+    return gpu.get("index") in words or any(word.startswith("GPU-") and uuid.startswith(word) for word in words)
+
+
+def _value(word: str) -> str | None:
+    return None if word in {"", "N/A", "[N/A]", "[Not Supported]", "[Insufficient Permissions]"} else word
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+def _nvidia_smi(*words: str) -> tuple[int, str]:
+    try:
+        done = subprocess.run(["nvidia-smi", *words], capture_output=True, text=True, timeout=LONGEST_S, check=False)
+    except FileNotFoundError:
+        raise SmiError("nvidia-smi is not installed here") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SmiError(f"nvidia-smi does not answer: {error}") from None
+    return done.returncode, done.stdout + done.stderr
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/weights/__init__.py <<'END_OF_FTGEN_FILE' || return
 """Weights in Hugging Face format: which repository has them, or random ones; and read a checkpoint ahead.

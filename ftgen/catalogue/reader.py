@@ -92,6 +92,11 @@ class Gpu(NamedTuple):
     peak_tflops: Mapping[str, float]  # dense peaks, by precision
     source: str
     gpus_per_node: int = 8  # the usual number; a spec or a site profile can set another
+    driver_name: str | None = None  # a word in the name that nvidia-smi prints
+    # What the check of a node compares with: gemm_tflops (BF16, measured), memory_gb_per_s and nvlink_gb_per_s (one
+    # direction, published), nvlinks. A GPU is compared only with what is there.
+    expected: Mapping[str, float] | None = None
+    expected_source: str = ""
 
     def peak_flops(self, precision: str) -> float | None:
         """Dense peak in FLOP/s; None if the catalogue has no peak for the precision."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 KINDS: dict[str, tuple[tuple[bytes, ...], bytes]] = {
     "plan": ((b"ftgen plan: {",), rb"ftgen plan: \{"),
     "environment": ((b"ftgen environment: {",), rb"ftgen environment: \{"),
+    "node": ((b"ftgen node: {",), rb"ftgen node: \{"),
     "error": ((b"ftgen: error: ",), rb"ftgen: error: "),
     "exit": ((b"ftgen: exit status ",), rb"ftgen: exit status (\d{1,9})"),
     "job exit": ((b"job exited with code ",), rb"job exited with code (\d{1,9})"),
@@ -40,7 +41,7 @@ KINDS: dict[str, tuple[tuple[bytes, ...], bytes]] = {
 }
 # What is looked for between step lines too: it tells of the run as a whole, or must be mentioned though the run went on.
 ANYWHERE = ("plan", "environment", "stopped", "not finite", "out of memory", "cancelled", "killed", "traceback")
-REPEATED = frozenset({"plan", "exit", "job exit", "stopped"})  # of these every line is told, of others the first
+REPEATED = frozenset({"plan", "node", "exit", "job exit", "stopped"})  # of these every line is told, of others the first
 # The line that ends a traceback, behind srun's, torch's and our own labels.
 EXCEPTION = re.compile(
     rb"(?m)^(?:[^\n]{0,255}?(?:\d: |\]:? ?|/\d{1,6} |\| ))?"
@@ -50,6 +51,7 @@ EXCEPTION = re.compile(
 RANK = re.compile(
     rb"\[rank ?(\d{1,6})(?:\]| on )|\[default(\d{1,6})\]|^ *(\d{1,6}): |^(?=\S*[A-Za-z_])[^\s/]{1,120}/(\d{1,6}) "
 )
+JSON = frozenset({"plan", "environment", "node"})
 LONGEST_JSON = 1 << 20  # bytes
 LONGEST_TRACEBACK = 1 << 16  # bytes
 LONGEST_NOTE = 200  # bytes kept of a line, on each side of the words
@@ -65,7 +67,7 @@ class Told(NamedTuple):
     line: bytes  # what is kept of it, as it stands in the log
     number: int | None = None  # an exit status, or the steps that training says it made
     rank: int | None = None  # whose line it is, by the label of srun, torch or ftgen
-    json: bytes = b""  # of the kinds plan and environment
+    json: bytes = b""  # of the kinds in JSON
     file: str = ""  # another file than the log
     row: int | None = None  # the line's number in the file, from 1
     steps_before: int = 0  # step lines before it
@@ -100,7 +102,7 @@ def find(text: bytes) -> Iterator[Told]:
             continue
         number = next((int(digits) for digits in match.groups() if digits), None)
         line = _line(text, match.start(), LONGEST_NOTE, before=LONGEST_NOTE)
-        json = _line(text, match.end() - 1, LONGEST_JSON) if kind in {"plan", "environment"} else b""
+        json = _line(text, match.end() - 1, LONGEST_JSON) if kind in JSON else b""
         yield Told(kind, _decoded(line), line, number, rank_of(line), json)
         seen = set() if kind == "plan" else seen | {kind}  # a plan begins another attempt
         if kind == "traceback" and (told := exception(text, match.end(), LONGEST_TRACEBACK)):

@@ -153,6 +153,9 @@ def _take(log: Log, told: Told, block: Block) -> None:
         attempts.begin_plan(log, told.json)
     elif told.kind == "environment":
         log.environment = document(told.json)
+    elif told.kind == "node":
+        found = document(told.json) or {}
+        log.nodes[str(found.get("node"))] = found
     elif told.kind == "exception":
         log.traceback = 0
     log.tell(told._replace(row=log.rows + block.row_of(told.kind, told.line)))

@@ -30,6 +30,7 @@ class Attempt:
     handled: dict[str, Told] = field(default_factory=dict)  # the first line of each kind that steps came after
     plan: dict[str, Any] | None = None  # all of it, as plan.json or the head line has it
     environment: dict[str, Any] | None = None  # what the job found: versions, GPU, driver, nodes
+    nodes: dict[str, dict[str, Any]] = field(default_factory=dict)  # what the check of each node found, by the node's name
     step_times: list[StepTime] = field(default_factory=list)  # Megatron-Bridge's, which do not name their steps
     peak_memory: float | None = None  # bytes, from a line of its own
     said: dict[str, str] = field(default_factory=dict)  # what the framework prints of its settings before the steps

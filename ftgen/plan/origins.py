@@ -31,6 +31,7 @@ _COMPUTED = {
     "gpu.peak_flops": "catalogue: dense peak in the precision of the run, FLOP/s",
     "lora": 'none for scheme = "sft"',
     "profile": "none",
+    "node_check.expected": "catalogue, for the GPU",
     "format": "ftgen",
     "ftgen_version": "ftgen",
     "name": "file name of the spec",
@@ -89,11 +90,16 @@ def _origin(experiment: Experiment, path: KeyPath) -> str:
         name = getattr(experiment.plan, str(path[0])).name
         known = catalogue.models() if path[0] == "model" else catalogue.gpus()
         return f"catalogue/{path[0]}s.toml [{name}]" if name in known else "user catalogue"
+    if path[:2] == ("node_check", "expected"):
+        return _COMPUTED["node_check.expected"]
     if path[0] == "optimizations":
         return f"catalogue/optimizations.toml [{path[1]}]"
     if path[0] == "environment":
         return "the recipe"
-    if path[0] in ("slurm", "python", "stage_path", "modules", "setup_lines", "prefix") and key not in _SPEC_KEYS:
+    if (
+        path[0] in ("slurm", "python", "stage_path", "modules", "setup_lines", "prefix", "node_check")
+        and key not in _SPEC_KEYS
+    ):
         return "site default"
     return "default"
 

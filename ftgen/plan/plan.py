@@ -128,6 +128,15 @@ class PythonPlan:
 
 
 @dataclass(frozen=True)
+class NodeCheckPlan:
+    """The check of each node before the training."""
+
+    on: bool
+    bad: str  # warn, stop: what becomes of a run with a node that is not well
+    expected: dict[str, Any]  # of a GPU, as far as the catalogue has it; with its peak_bf16_tflops and driver_name
+
+
+@dataclass(frozen=True)
 class SlurmPlan:
     """The request to Slurm. None: the submitting shell or Slurm decides."""
 
@@ -200,6 +209,7 @@ class Plan:
     setup_lines: list[str]  # bash, before Python
     prefix: list[str]  # words before Python in each task of the training
     python: PythonPlan
+    node_check: NodeCheckPlan
     slurm: SlurmPlan
 
     def to_json(self) -> str:

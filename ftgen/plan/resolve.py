@@ -17,6 +17,7 @@ from ftgen.plan.plan import (
     GpuPlan,
     LoraPlan,
     ModelPlan,
+    NodeCheckPlan,
     OptimizerPlan,
     ParallelismPlan,
     Plan,
@@ -101,8 +102,14 @@ def resolve(
         setup_lines=site.setup_lines,
         prefix=site.prefix,
         python=python_of(site),
+        node_check=_node_check(site, gpu),
         slurm=_slurm(spec, site, gpus_per_node),
     )
+
+
+def _node_check(site: Site, gpu: Gpu) -> NodeCheckPlan:
+    known = {"driver_name": gpu.driver_name, "peak_bf16_tflops": gpu.peak_tflops.get("bf16"), **(gpu.expected or {})}
+    return NodeCheckPlan(**dict(site.node_check), expected={key: value for key, value in known.items() if value is not None})
 
 
 def with_split(spec: Spec, model: Model | None, gpu: Gpu | None) -> Spec:

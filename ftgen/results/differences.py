@@ -39,8 +39,7 @@ def describe(name: str, run: Run, log: Log) -> Described:
     """A run, with the files beside its log, if those are its own."""
     home = Path(run.log).parent
     beside = _documents(home.glob("environment.json")) if run.plan else {}
-    nodes = _documents((home / "nodes").glob("*.json")) if run.plan else {}
-    return Described(name, record(run, log), beside.get("environment", {}), nodes)
+    return Described(name, record(run, log), beside.get("environment", {}), log.nodes)
 
 
 def _documents(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:

@@ -95,6 +95,17 @@ class Python(Table):
     )
 
 
+class NodeCheck(Table):
+    """A short check of each node before the training: GPUs, their clocks and links, a GEMM, a copy, an all-reduce."""
+
+    on: bool = Field(True, description="Check each node, while the training imports its packages. It takes seconds.")
+    bad: Literal["warn", "stop"] = Field(
+        "warn",
+        description='What becomes of a run with a node that is not well. "warn": it goes on, and the log, the verdict and '
+        'the tables name the node. "stop": it ends before the first step.',
+    )
+
+
 class Site(Table):
     """A cluster: its Slurm options, its limits and its Python."""
 
@@ -185,6 +196,7 @@ class Site(Table):
         "expanded on the node. Default: the directory of the submission.",
     )
     python: Python = Field(default_factory=Python, description="Where the Python of the job comes from.")
+    node_check: NodeCheck = Field(default_factory=NodeCheck, description="A check of each node before the training.")
     environment: Environment = Field(
         {},
         description="Environment variables of all jobs at this site. $NAME and ${NAME} stand for variables of the job, as "

@@ -59,7 +59,10 @@ def train(plan: dict) -> int:
     """One rank: says where it stands, and that it may trust every byte of the checkpoint."""
     from runtime.engines.nemo import convert
     from runtime.guard import manifest
+    from runtime.node import beside
 
+    with beside.checked(plan):
+        pass
     flaw = manifest.flaw(convert.directory(plan), convert.source(plan), thorough=True)
     env, rank = os.environ, int(os.environ["RANK"])
     place = " ".join(env.get(n, "-") for n in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"))

@@ -17,6 +17,7 @@ from runtime.engines.nemo.optimizations import switch
 from runtime.job import environment, profile
 from runtime.job.errors import JobError
 from runtime.job.progress import say, timed
+from runtime.node import beside
 from runtime.weights import read_ahead
 
 Plan = dict[str, Any]
@@ -30,7 +31,7 @@ def train(plan: Plan) -> int:
     if not convert.converted(plan):
         raise JobError(f"there is no converted checkpoint in {weights}", "run the command convert first")
     read_ahead.begin(weights / "weights")
-    with timed("importing NeMo"):
+    with beside.checked(plan), timed("importing NeMo"):
         _set_variables(plan)
         switch.before_imports(plan)
         imports.defer()

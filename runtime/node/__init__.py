@@ -1,0 +1,5 @@
+"""Check a node before the training, so that a slow figure is not blamed on the software.
+
+In: a plan. Out: a line in the log for each node, the file nodes/<name>.json beside the log; an error if the plan says so.
+Start with `beside.py`, which runs `check.py` in a process of its own while the training imports its packages.
+"""
