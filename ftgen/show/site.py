@@ -25,6 +25,7 @@ from ftgen.units import UNKNOWN, clean, percent, significant
 
 WORK = ("model", "scheme", "precision", "gpu", "gpus", "global_batch_size", "seq_length")  # of an experiment
 SCRIPT = "report.js"
+LONGEST_TITLE = 30  # characters of a model's title; a longer one explains what its name says
 DERIVED = "~"  # before a published figure that follows from another one
 SOFTWARE = ("nemo_toolkit", "megatron-core", "transformer-engine", "torch")
 
@@ -95,7 +96,8 @@ def experiments(records: Sequence[Record]) -> list[Experiment]:
     found = []
     for _, same in groupby(ordered, _kind):
         runs = list(same)
-        stem = re.sub("[^a-z0-9]+", "-", _title(runs[0]).lower()).strip("-") or "experiment"
+        words = [str(value(runs[0], key)) for key in ("experiment", "gpu", "global_batch_size", "seq_length")]
+        stem = re.sub("[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
         names[stem] = names.get(stem, 0) + 1
         file = f"{stem}{'' if names[stem] == 1 else f'-{names[stem]}'}.html"
         gpu = str(value(runs[0], "gpu") or "unknown GPU").upper()
@@ -124,7 +126,8 @@ def _work(of: Record) -> str:
 
 def _work_of(model: str, scheme: str, precision: str) -> str:
     known = catalogue.models().get(model)
-    return f"{known.title if known else model} {scheme.upper() if scheme == 'sft' else 'LoRA'} {precision.upper()}"
+    name = known.title if known and len(known.title) <= LONGEST_TITLE else model
+    return f"{name} {scheme.upper() if scheme == 'sft' else 'LoRA'} {precision.upper()}"
 
 
 # The index
