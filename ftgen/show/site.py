@@ -26,6 +26,7 @@ from ftgen.units import UNKNOWN, clean, percent, significant
 WORK = ("model", "scheme", "precision", "gpu", "gpus", "global_batch_size", "seq_length")  # of an experiment
 SCRIPT = "report.js"
 LONGEST_TITLE = 30  # characters of a model's title; a longer one explains what its name says
+LONGEST_NAME = 120  # characters of a page's name
 DERIVED = "~"  # before a published figure that follows from another one
 SOFTWARE = ("nemo_toolkit", "megatron-core", "transformer-engine", "torch")
 
@@ -97,7 +98,7 @@ def experiments(records: Sequence[Record]) -> list[Experiment]:
     for _, same in groupby(ordered, _kind):
         runs = list(same)
         words = [str(value(runs[0], key)) for key in ("experiment", "gpu", "global_batch_size", "seq_length")]
-        stem = re.sub("[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
+        stem = re.sub("[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")[:LONGEST_NAME]
         names[stem] = names.get(stem, 0) + 1
         file = f"{stem}{'' if names[stem] == 1 else f'-{names[stem]}'}.html"
         gpu = str(value(runs[0], "gpu") or "unknown GPU").upper()
@@ -150,7 +151,7 @@ def _index(found: Sequence[Experiment], sealed: Sealed) -> dict[str, Any]:
         "hardware": hardware,
         "sources": [used[name] for name in sorted(used)],
         "counts": _counts(runs),
-        "changes": [(each, line) for each in found for of in each.found for line in change_lines(of)],
+        "changes": [(each, line) for each in found for of in each.found for line in _changes(of)],
     }
 
 
@@ -211,7 +212,7 @@ def _experiment(each: Experiment, sealed: Sealed) -> dict[str, Any]:
     return {
         "experiment": each,
         "figures": [_figure(chart) for chart in [trend(each)] if chart],
-        "changes": [line for of in each.found for line in change_lines(of)],
+        "changes": [line for of in each.found for line in _changes(of)],
         "lines": [_line(run, sealed) for run in reversed(each.runs)],
         "theirs": [(publication, _theirs(publication, result)) for publication, result in _published(each.gpu, works)],
     }
@@ -238,9 +239,19 @@ def trend(each: Experiment) -> Chart | None:
         {"step": order[id(of.runs[change.at])] - 0.5, "slower": change.ratio > 1} for of in drawn for change in of.changes
     ]
     count = sum(len(of.runs) for of in drawn)
-    told = f"{count} complete run{'' if count == 1 else 's'} in the order of time, {len(changes)} changes of the step time"
-    layers = curve(values, "seconds", zero=True, by="run", names=names, across="run", shown=True)
+    told = f"{_many(count, 'complete run')} in the order of time, {_many(len(changes), 'change')} of the step time"
+    layers = curve(values, "seconds", zero=False, by="run", names=names, across="run", shown=True)
     return Chart("Step time", told, layered([*mark_changes(changes), *layers]))
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _changes(of: Series) -> list[str]:
+    """Each change in a sentence, with the versions that changed there."""
+    versions = [f"; changed there: {', '.join(change.versions)}" if change.versions else "" for change in of.changes]
+    return [line + more for line, more in zip(change_lines(of), versions, strict=True)]
 
 
 def _names(drawn: Sequence[Series]) -> list[str]:

@@ -120,7 +120,7 @@ def test_names_are_nothing_but_text(history):
         links.feed(text)
         assert links.handlers == []
         assert (links.tags.count("script"), links.tags.count("img")) == (1, 0)
-        assert not any("javascript" in link or "//" in link for link in links.found)
+        assert not any(":" in link or "//" in link for link in links.found if link != "data:,")
     assert len(pages) == len(EVIL) + 1
 
 
