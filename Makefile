@@ -1,6 +1,6 @@
 # make run    a fine-tune from nothing to its result table, on this machine's CPU
 # make test   every test; make check is the part of it that only reads the code
-# make quick  the tests that need no NeMo, Slurm, browser or LaTeX, and neither build nor install the package: a minute
+# make quick  the tests that need no NeMo, Slurm, browser, LaTeX or build, with fewer random examples: a minute
 # make docs   the documentation, as a site in site/
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +15,7 @@ light := not runtime and not slurm and not tex and not browser and not slow
 .PHONY: run test quick check coverage docs pytest install sets compile clean
 .DEFAULT_GOAL := help
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^# make/make/p' Makefile
 
 run: $(installed)
 	@echo "1/3 compile specs/quickstart.toml"
@@ -42,7 +42,7 @@ coverage: $(installed)
 	$(pytest) -q -m "$(light)" --cov --cov-report=term-missing:skip-covered
 
 quick: $(installed)
-	$(pytest) -q -m "$(light)"
+	$(pytest) -q -m "$(light)" --hypothesis-profile=quick
 
 pytest: $(installed) $(sets)
 	$(pytest)
