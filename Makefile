@@ -10,9 +10,11 @@ installed := $(VENV)/.installed
 pytest := $(bin)/pytest -n 2 --dist loadgroup
 # Other versions of NeMo and Megatron-Core, each in an environment on top of $(VENV): tests/runtime/test_versions.py
 sets := $(patsubst tests/runtime/sets/%.txt,.venv-sets/%/.installed,$(wildcard tests/runtime/sets/*.txt))
+# The second engine, in an environment of its own, with its own constraints
+bridge := .venv-bridge/.installed
 light := not runtime and not slurm and not tex and not browser and not slow
 
-.PHONY: run test quick check coverage docs pytest install sets compile clean
+.PHONY: run test quick check coverage docs pytest install sets bridge compile clean
 .DEFAULT_GOAL := help
 help:
 	@sed -n 's/^# //p' Makefile
@@ -44,7 +46,7 @@ coverage: $(installed)
 quick: $(installed)
 	$(pytest) -q -m "$(light)"
 
-pytest: $(installed) $(sets)
+pytest: $(installed) $(sets) $(bridge)
 	$(pytest)
 
 sets: $(sets)
@@ -53,6 +55,20 @@ sets: $(sets)
 	$(bin)/python -m venv --without-pip $(@D)
 	$(bin)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$$(echo $(@D)/lib/python3*/site-packages)/under.pth"
 	$(bin)/python -m pip --python $(@D) install --disable-pip-version-check --progress-bar off --quiet --no-deps -r $<
+	touch $@
+
+# Megatron-Core is built from its source, because its wheels are for Python 3.12 alone. The wheel of nvidia-resiliency-ext asks for
+# a newer glibc than its Python needs.
+bridge: $(bridge)
+.venv-bridge/.installed: pip = .venv-bridge/bin/python -m pip install --disable-pip-version-check --progress-bar off --quiet
+.venv-bridge/.installed: pyproject.toml constraints-bridge.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	@echo "installing Megatron-Bridge, Megatron-Core and torch into $(@D): some minutes, about 3 GB"
+	$(pip) -c constraints-bridge.txt -e '.[bridge]'
+	$(pip) --no-deps --ignore-requires-python --no-build-isolation $$(grep '^megatron-[bc]' constraints-bridge.txt)
+	$(pip) --no-deps --only-binary=:all: --platform manylinux_2_39_x86_64 --target "$$(echo $(@D)/lib/python3*/site-packages)" \
+		$$(grep '^nvidia-resiliency-ext' constraints-bridge.txt)
 	touch $@
 
 docs: $(installed)
@@ -70,4 +86,4 @@ $(installed): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-sets site logs HF_ckpt data generated/quickstart.*
+	rm -rf $(VENV) .venv-sets .venv-bridge site logs HF_ckpt data generated/quickstart.*
