@@ -18,14 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from runtime import download
+from runtime import download, engines
 from runtime.data import jsonl
-from runtime.engines.nemo import convert
-from runtime.engines.nemo import packages as nemo_packages
 from runtime.hub import errors, find
 from runtime.hub.token import has_token
 from runtime.job.errors import JobError
 from runtime.job.progress import say
+from runtime.weights import checkpoint
 
 Plan = dict[str, Any]
 DRIVER = Path("/proc/driver/nvidia/gpus")
@@ -33,7 +32,7 @@ DRIVER = Path("/proc/driver/nvidia/gpus")
 
 def check(plan: Plan) -> int:
     """Exit code 0 if the job can start. Otherwise 1, and on stderr an error and a hint for each thing that is missing."""
-    say(f"packages: {nemo_packages.found()}")
+    say("packages: " + engines.module(plan, "packages").found())
     problems = [*_stage_path(), *_packages(plan), *_weights(plan), *_data(plan), *_hub(plan), *_gpus(plan)]
     for problem in problems:
         print(f"ftgen: error: {problem}", file=sys.stderr, flush=True)
@@ -45,7 +44,7 @@ def check(plan: Plan) -> int:
 
 def packages(plan: Plan) -> int:
     """Check only the packages of this Python, which works on a login node too. Exit code 0 if they are right."""
-    say(f"packages: {nemo_packages.found()}")
+    say("packages: " + engines.module(plan, "packages").found())
     problems = list(_packages(plan))
     for problem in problems:
         print(f"ftgen: error: {problem}", file=sys.stderr, flush=True)
@@ -65,24 +64,27 @@ def _stage_path() -> Iterator[JobError]:
 
 def _packages(plan: Plan) -> Iterator[JobError]:
     gpu = plan["gpu"]["name"] != "cpu"
-    for what in nemo_packages.missing([plan["model"]["nemo_recipe"]], gpu=gpu):
-        yield JobError(what, _hint(plan["python"]["kind"], "gpu" if gpu else "runtime"))
+    for what in engines.module(plan, "packages").missing([plan["model"][f"{plan['engine']}_recipe"]], gpu=gpu):
+        yield JobError(what, _hint(plan, "gpu" if gpu else "runtime"))
 
 
-def _hint(kind: str, extra: str) -> str:
+def _hint(plan: Plan, extra: str) -> str:
     """What to do about packages. Nothing can be installed in an image that is read-only."""
+    kind = plan["python"]["kind"]
     if kind in {"container", "apptainer", "singularity"}:
         return "set python.image in the site profile to another image: `ftgen list --images` says which fit"
     if kind == "venv":
         return "submit the script of `ftgen setup` again, which installs them"
+    if plan["engine"] == "megatron_bridge":
+        return f"install Megatron-Bridge for {sys.executable} as `make bridge` does, or set FTGEN_PYTHON to a Python with it"
     return f"install ftgen's extra {extra} for {sys.executable}, or set FTGEN_PYTHON to a Python that has them"
 
 
 def _weights(plan: Plan) -> Iterator[JobError]:
     asked = plan["checkpoint"]
-    if convert.converted(plan):
+    if checkpoint.converted(plan):
         return
-    if asked["source"] == "directory" and not (folder := convert.user_directory(plan)).is_dir():
+    if asked["source"] == "directory" and not (folder := checkpoint.user_directory(plan)).is_dir():
         yield JobError(f"checkpoint.path: the folder {folder} does not exist", "give the path of a Hugging Face checkpoint")
 
 

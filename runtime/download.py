@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from runtime.data import prepare
-from runtime.engines.nemo import convert
 from runtime.guard import manifest
 from runtime.hub import find
 from runtime.hub.fetch import fetch
 from runtime.hub.repository import Repository
 from runtime.hub.transfer import GB
 from runtime.job.progress import say
-from runtime.weights import hub
+from runtime.weights import checkpoint, hub
 
 Plan = dict[str, Any]
 
@@ -51,18 +50,18 @@ def missing(plan: Plan) -> list[Repository]:
 
 def _repositories(plan: Plan) -> list[Repository]:
     """What a job of the plan reads from the hub."""
-    from_hub = plan["checkpoint"]["source"] == "hub" and not convert.converted(plan)
+    from_hub = plan["checkpoint"]["source"] == "hub" and not checkpoint.converted(plan)
     return [*([hub.repository(plan)] if from_hub else []), *prepare.repositories(plan)]
 
 
 def _weights(plan: Plan) -> list[str]:
     kind = plan["checkpoint"]["source"]
-    if convert.converted(plan):
-        return [f"weights: the converted checkpoint exists: {convert.directory(plan)}"]
+    if checkpoint.converted(plan):
+        return [f"weights: the converted checkpoint exists: {checkpoint.directory(plan)}"]
     if kind == "random":
         return ["weights: random, the job makes them: nothing to download"]
     if kind == "directory":
-        folder = convert.user_directory(plan)
+        folder = checkpoint.user_directory(plan)
         known = "" if folder.is_dir() else ", which does not exist on this machine"
         return [f"weights: the directory {folder}{known}: nothing to download"]
     return [_fetched("weights", hub.repository(plan), plan)]

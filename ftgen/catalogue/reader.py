@@ -43,6 +43,7 @@ class Model(NamedTuple):
     max_position_embeddings: int  # tokens
     rope_theta: float
     source: str
+    megatron_bridge_recipe: str | None = None  # module in megatron.bridge.recipes and name of the model; None: it has none
     kv_channels: int | None = None  # width of an attention head; None: hidden_size / num_attention_heads
     tied_embeddings: bool = False  # LM head and embedding have the same weights
     qkv_bias: bool = False  # queries, keys and values have a bias
@@ -100,18 +101,20 @@ class Gpu(NamedTuple):
 
 
 class Optimization(NamedTuple):
-    """A change to NeMo's stock recipe: what it does, and for which runs it is on by default."""
+    """A change to the engine's stock recipe: what it does, and for which runs it is on by default."""
 
     name: str
     title: str
     numerics: str  # compared with the stock recipe: "identical", "reordered", "rounded"
-    default: Mapping[str, list[str]]  # lists schemes, precisions, gpus: on if all three have the value of the run
+    default: Mapping[str, list[str]]  # lists schemes, precisions, gpus and engines: on if all have the value of the run
     why: str
+    engines: tuple[str, ...] = ("nemo",)  # the engines that can have it
+    lacks: str = ""  # why the other engine cannot have it
 
-    def is_default(self, scheme: str, precision: str, gpu: str) -> bool:
-        """Whether it is on by default in such a run."""
-        named = (("schemes", scheme), ("precisions", precision), ("gpus", gpu))
-        return all(value in self.default[key] for key, value in named)
+    def is_default(self, scheme: str, precision: str, gpu: str, engine: str) -> bool:
+        """Whether it is on by default in such a run. Without a list of engines, only with NeMo: it was measured there."""
+        named = (("schemes", scheme), ("precisions", precision), ("gpus", gpu), ("engines", engine))
+        return all(value in self.default.get(key, ["nemo"]) for key, value in named)
 
 
 class UserCatalogue(NamedTuple):
@@ -150,4 +153,8 @@ def gpu_from(name: str, table: Mapping[str, Any]) -> Gpu:
 @cache
 def optimizations() -> dict[str, Optimization]:
     """Every optimization, by name."""
-    return {name: Optimization(name=name, **table) for name, table in _read("optimizations").items()}
+    tables = _read("optimizations")
+    return {
+        name: Optimization(name=name, **{**table, "engines": tuple(table.get("engines", ("nemo",)))})
+        for name, table in tables.items()
+    }

@@ -17,6 +17,7 @@ class ModelPlan:
     name: str
     hf_id: str
     nemo_recipe: str  # module in nemo.collections.llm.recipes
+    megatron_bridge_recipe: str | None  # module in megatron.bridge.recipes, and the name of the model there
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -41,7 +42,7 @@ class CheckpointPlan:
     revision: str | None
     path: str | None
     gated: bool
-    place: str  # folder in $NEMO_HOME/models, such as org/name
+    place: str  # folder in $NEMO_HOME/models, such as org/name; it depends on the engine
 
 
 @dataclass(frozen=True)
@@ -168,13 +169,15 @@ class Plan:
     format: int
     ftgen_version: str
     name: str  # of the experiment: file name of the spec, or name of the matrix point
-    experiment: str  # {scheme}_nemo_{model}_{precision}_{gpus}, as in the recipe
+    experiment: str  # {scheme}_{engine}_{model}_{precision}_{gpus}, as in the recipe
     spec_file: str
     spec_sha256: str  # of the texts of the specs that it extends, and of its text
     point: dict[str, Any]  # keys that the matrix sets
     overrides: dict[str, Any]  # keys that --set sets
+    engine: str  # nemo, megatron_bridge
     scheme: str  # sft, lora
     precision: str  # bf16, fp8, fp32
+    fp8_scaling: str | None  # delayed, current; None: not FP8
     model: ModelPlan
     checkpoint: CheckpointPlan
     lora: LoraPlan | None

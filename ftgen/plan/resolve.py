@@ -25,7 +25,7 @@ from ftgen.plan.plan import (
     SlurmPlan,
     SourcePlan,
 )
-from ftgen.plan.rules import broken_rules, forbids, global_batch_size, gpus_of_a_node, is_packed
+from ftgen.plan.rules import broken_rules, forbids, fp8_scaling, global_batch_size, gpus_of_a_node, is_packed
 from ftgen.spec.site import Site
 from ftgen.spec.spec import Spec
 from ftgen.units import parse_walltime
@@ -67,13 +67,15 @@ def resolve(
         format=FORMAT,
         ftgen_version=__version__,
         name=name,
-        experiment=f"{spec.scheme}_nemo_{spec.model}_{spec.precision}_{spec.gpus}",
+        experiment=f"{spec.scheme}_{spec.engine}_{spec.model}_{spec.precision}_{spec.gpus}",
         spec_file=spec_file or f"{name}.toml",
         spec_sha256=sha256(spec_text.encode()).hexdigest(),
         point=point or {},
         overrides=overrides or {},
+        engine=spec.engine,
         scheme=spec.scheme,
         precision=spec.precision,
+        fp8_scaling=fp8_scaling(spec),
         model=_model(model, spec.seq_length),
         checkpoint=_checkpoint(spec, model),
         lora=LoraPlan(**dict(spec.lora)) if spec.scheme == "lora" else None,
@@ -127,7 +129,8 @@ def _checkpoint(spec: Spec, model: Model) -> CheckpointPlan:
         "directory": f"directory/{sha256(str(spec.checkpoint.path).encode()).hexdigest()[:12]}",
     }
     gated = source == "hub" and model.gated
-    return CheckpointPlan(source, spec.checkpoint.revision, spec.checkpoint.path, gated, places[source])
+    place = places[source] if spec.engine == "nemo" else f"{spec.engine}/{places[source]}"
+    return CheckpointPlan(source, spec.checkpoint.revision, spec.checkpoint.path, gated, place)
 
 
 def _sources(spec: Spec) -> list[SourcePlan]:
@@ -175,7 +178,7 @@ def _optimizations(spec: Spec) -> dict[str, bool]:
     chosen = {}
     for name, known in catalogue.optimizations().items():
         said = getattr(spec.optimizations, name)
-        measured = spec.optimizations.preset == "measured" and known.is_default(spec.scheme, spec.precision, spec.gpu)
+        measured = spec.optimizations.preset == "measured" and known.is_default(spec.scheme, spec.precision, spec.gpu, spec.engine)
         chosen[name] = said if said is not None else measured and not forbids(name, spec)
     return chosen
 

@@ -40,6 +40,7 @@ def broken_rules(spec: Spec, site: Site, model: Model | None, gpu: Gpu | None) -
         *_whole_nodes(spec, gpus_of_a_node(spec, site, gpu)),
         *_split(spec),
         *_data(spec),
+        *_engine(spec),
         *_optimizations(spec),
         *_profile(spec),
         *_rest(spec, site),
@@ -51,6 +52,7 @@ def broken_rules(spec: Spec, site: Site, model: Model | None, gpu: Gpu | None) -
         problems.append(Problem(("model",), f"must be in the catalogue, found {spec.model}", closest(spec.model, models())))
     else:
         problems += _fits_the_model(spec, model)
+        problems += _engine_has(spec, model)
     if gpu is None:
         problems.append(Problem(("gpu",), f"must be in the catalogue, found {spec.gpu}", closest(spec.gpu, gpus())))
     else:
@@ -96,15 +98,23 @@ def _split(spec: Spec) -> Iterator[Problem]:
         yield Problem(("parallelism", "sequence_parallel"), "requires TP > 1: TP is 1", also=(TP,))
     if cp > 1 and spec.seq_length % (2 * cp):
         yield Problem(("seq_length",), f"must be a multiple of 2 x CP = {2 * cp}, found {spec.seq_length}", also=(CP,))
-    if cp > 1 and is_packed(spec):
+    if cp > 1 and is_packed(spec) and spec.engine == "nemo":
         # NeMo 2.7.3 splits every tensor of a batch into CP parts, also the one with the lengths of the packed sequences
         packed: KeyPath = ("data", "packed")
-        yield Problem(CP, f"must be 1 with packed sequences, found {cp}", "set data.packed = false", also=(packed,))
+        rule, hint = f"must be 1 with packed sequences, found {cp}", "set data.packed = false"
+        yield Problem(CP, rule, hint, also=(packed, ("engine",)))
 
 
 def global_batch_size(spec: Spec) -> int:
     """Sequences per step. The default is that of the recipe: 4 x GPUs."""
     return spec.global_batch_size or RECIPE_SEQUENCES_PER_GPU * spec.gpus
+
+
+def fp8_scaling(spec: Spec) -> str | None:
+    """How FP8 values are scaled; None if the run is not in FP8. The defaults are those of the engines' recipes."""
+    if spec.precision != "fp8":
+        return None
+    return spec.fp8_scaling or {"nemo": "delayed", "megatron_bridge": "current"}[spec.engine]
 
 
 def is_packed(spec: Spec) -> bool:
@@ -149,17 +159,41 @@ def _data(spec: Spec) -> Iterator[Problem]:
         yield Problem(("checkpoint", "revision"), f'requires checkpoint.source = "hub", found "{source}"')
 
 
+def _engine(spec: Spec) -> Iterator[Problem]:
+    scaling: KeyPath = ("fp8_scaling",)
+    if spec.fp8_scaling and spec.precision != "fp8":
+        yield Problem(scaling, f'requires precision = "fp8", found "{spec.precision}"', also=(("precision",),))
+    if spec.fp8_scaling == "current" and spec.engine == "nemo":
+        rule = 'must be "delayed" with engine = "nemo": ftgen has no recipe of NeMo with current scaling'
+        yield Problem(scaling, rule, 'set engine = "megatron_bridge"', also=(("engine",),))
+    if spec.engine == "megatron_bridge":
+        for tree in ("megatron_lm", "nemo"):
+            if getattr(spec.sources, tree):
+                rule = 'requires engine = "nemo": with Megatron-Bridge, no source trees were tried'
+                yield Problem(("sources", tree), rule, "remove it", also=(("engine",),))
+
+
+def _engine_has(spec: Spec, model: Model) -> Iterator[Problem]:
+    if spec.engine == "megatron_bridge" and not model.megatron_bridge_recipe:
+        rule = f"Megatron-Bridge has no recipe for {model.name} (megatron_bridge_recipe in the catalogue)"
+        yield Problem(("engine",), rule, 'set engine = "nemo", or another model', also=(("model",),))
+
+
 def _optimizations(spec: Spec) -> Iterator[Problem]:
     for name in catalogue_optimizations():
         reason = forbids(name, spec) if getattr(spec.optimizations, name) else ""
         if reason:
             also: tuple[KeyPath, ...] = (("scheme",), ("gpu",), ("micro_batch_size",), ("data", "packed"), TP, PP, CP)
+            also = (("engine",), *also)
             hint = "remove this key: the preset enables it where it helps"
             yield Problem(("optimizations", name), reason, hint, also=also)
 
 
 def forbids(name: str, spec: Spec) -> str:
     """What the optimization requires and the run does not have; "" if the run has everything."""
+    known = catalogue_optimizations()[name]
+    if spec.engine not in known.engines:
+        return f'requires engine = {" or ".join(map(quoted, known.engines))}' + (f": {known.lacks}" if known.lacks else "")
     split = spec.parallelism
     tp, pp, cp = split.tensor_model_parallel_size, split.pipeline_model_parallel_size, split.context_parallel_size
     frozen = {'scheme = "lora" (with SFT, weights became NaN)': spec.scheme == "lora"}

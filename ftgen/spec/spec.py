@@ -155,10 +155,10 @@ def _optimization(title: str) -> Any:
 
 
 class Optimizations(Table):
-    """Changes to NeMo's stock recipe that make a step faster. The catalogue tells how each changes the numerics."""
+    """Changes to the engine's stock recipe that make a step faster. The catalogue tells how each changes the numerics."""
 
     preset: Literal["measured", "stock"] = Field(
-        "measured", description='"measured": on where measurements showed a gain. "stock": off, as in NeMo\'s recipe.'
+        "measured", description='"measured": on where measurements showed a gain. "stock": off, as in the engine\'s recipe.'
     )
     cuda_graphs: bool | None = _optimization("Runs the transformer layers as CUDA graphs")
     fused_cross_entropy: bool | None = _optimization("Uses Transformer Engine's fused cross entropy")
@@ -210,7 +210,15 @@ class Spec(Table):
 
     scheme: Literal["sft", "lora"] = Field(description='"sft": train all weights. "lora": train low-rank adapters.')
     precision: Literal["bf16", "fp8", "fp32"] = Field(
-        description='Precision of the matrix products. "fp8": BF16 with delayed FP8 scaling. "fp32": only on a CPU.'
+        description='Precision of the matrix products. "fp8": BF16 with FP8 products. "fp32": only on a CPU.'
+    )
+    fp8_scaling: Literal["delayed", "current"] | None = Field(
+        None,
+        description='How FP8 values are scaled. "delayed": by the values of earlier steps, as in NeMo\'s recipe. "current": by the '
+        "values themselves, as in Megatron-Bridge's recipes. Default: that of the engine's recipe.",
+    )
+    engine: Literal["nemo", "megatron_bridge"] = Field(
+        "nemo", description='What trains. "nemo": NeMo 2, as in the recipe. "megatron_bridge": Megatron-Bridge.'
     )
     gpus: Positive = Field(description="Total number of GPUs: whole nodes, or a part of one node.")
     model: Name = Field("llama3_8b", description="Name of the model in the catalogue.")

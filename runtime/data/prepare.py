@@ -31,14 +31,17 @@ class Files(NamedTuple):
     """The folders of the data."""
 
     examples: Path  # training.jsonl, validation.jsonl
-    packed: Path | None  # training.npy, validation.npy, metadata.json
+    packed: Path | None  # training.npy, validation.npy, metadata.json; of Megatron-Bridge *.idx.parquet
 
 
-def prepare(plan: Plan, tokenizer: Path) -> Files:
-    """Prepare what does not exist yet. `tokenizer` is the folder of a Hugging Face tokenizer. JobError: faulty data."""
+def prepare(plan: Plan, tokenizer: Path, packing: Any = packing) -> Files:
+    """Prepare what does not exist yet. `tokenizer` is the folder of a Hugging Face tokenizer. JobError: faulty data.
+
+    `packing` has the functions `index` and `pack` of the engine, as packing.py has NeMo's.
+    """
     examples = identity(plan)
     folder = _folder(plan["data"]["kind"], examples)
-    publish.ensure(folder, examples, lambda staging: _build(plan, staging))
+    publish.ensure(folder, examples, lambda staging: _build(plan, staging, packing))
     if not plan["data"]["packed"]:
         return Files(folder, None)
     packed = {
@@ -48,6 +51,8 @@ def prepare(plan: Plan, tokenizer: Path) -> Files:
         "seq_length": plan["seq_length"],
         "seed": plan["seed"],
     }
+    if (ranks := plan["parallelism"]["context_parallel_size"]) > 1:
+        packed["context_parallel_size"] = ranks  # examples are padded so that these ranks can share each
     packed_folder = _folder(f"{plan['data']['kind']}-packed-{plan['seq_length']}", packed)
     publish.ensure(packed_folder, packed, lambda staging: packing.pack(plan, folder, tokenizer, staging))
     return Files(folder, packed_folder)
@@ -76,7 +81,8 @@ def identity(plan: Plan) -> dict[str, Any]:
     """What identifies the examples: two plans with the same identity use the same folder."""
     kind = plan["data"]["kind"]
     own: dict[str, Any] = _module(kind).identity(plan)
-    return {"kind": f"{kind} examples", "format": FORMAT, "seed": plan["seed"]} | own
+    engine = {} if plan["engine"] == "nemo" else {"engine": plan["engine"]}  # the index of the lines is the engine's
+    return {"kind": f"{kind} examples", "format": FORMAT, "seed": plan["seed"]} | engine | own
 
 
 def _folder(name: str, identity: dict[str, Any]) -> Path:
@@ -84,7 +90,7 @@ def _folder(name: str, identity: dict[str, Any]) -> Path:
     return Path(os.environ.get("STAGE_PATH") or Path.cwd(), "data", f"{name}-{short}")
 
 
-def _build(plan: Plan, staging: Path) -> None:
+def _build(plan: Plan, staging: Path, packing: Any) -> None:
     kind = plan["data"]["kind"]
     with timed(f"preparing the data: {kind}"):
         _module(kind).write(plan, staging)

@@ -11,9 +11,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "nemo_toolkit", "megatron-core", "transformer-engine", "lightning", "transformers", "numpy")
+PACKAGES = (
+    "torch",
+    "nemo_toolkit",
+    "megatron-bridge",
+    "megatron-core",
+    "transformer-engine",
+    "lightning",
+    "transformers",
+    "numpy",
+)
 # Where a package that is imported has its version: sources that a spec adds have no other.
-IMPORTED = {"nemo_toolkit": "nemo", "megatron-core": "megatron.core"}
+IMPORTED = {"nemo_toolkit": "nemo", "megatron-core": "megatron.core", "megatron-bridge": "megatron.bridge"}
 DRIVER = Path("/sys/module/nvidia/version")
 JOB = {"job": "SLURM_JOB_ID", "nodes": "SLURM_JOB_NODELIST", "partition": "SLURM_JOB_PARTITION"}
 

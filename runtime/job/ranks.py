@@ -12,6 +12,7 @@ the job's nodes in the order of their ranks; SLURMD_NODENAME; CUDA_VISIBLE_DEVIC
 
 import os
 import re
+import socket
 from typing import Any
 
 from runtime.job.errors import JobError
@@ -59,6 +60,22 @@ def be_a_rank(plan: Plan) -> None:
     env.setdefault("LOCAL_WORLD_SIZE", str(min(int(env.get("WORLD_SIZE", "1")), plan["gpus_per_node"])))
 
 
+def set_defaults(plan: Plan) -> None:
+    """Set defaults for a single process, and GROUP_RANK, PyTorch's name for NODE_RANK. JobError: a wrong WORLD_SIZE."""
+    env = os.environ
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
+        env.setdefault(name, value)
+    if "MASTER_PORT" not in env:
+        env["MASTER_PORT"] = str(_free_port())
+    env["GROUP_RANK"] = env["NODE_RANK"]
+    if int(env["WORLD_SIZE"]) != plan["gpus"]:
+        raise JobError(
+            f"{env['WORLD_SIZE']} processes train, but the plan has {plan['gpus']} GPUs",
+            "start one process per GPU, as the job's script does",
+        )
+
+
 def _refuse_a_wrong_place(plan: Plan) -> None:
     rank, local_rank, node_rank = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "NODE_RANK"))
     node, local = divmod(rank, plan["gpus_per_node"])
@@ -79,3 +96,9 @@ def _refuse_too_few_gpus(plan: Plan) -> None:
     if count < plan["gpus_per_node"]:
         what = f"this rank can use only {count} of its node's {plan['gpus_per_node']} GPUs (CUDA_VISIBLE_DEVICES={visible})"
         raise JobError(what, HINT_GPUS)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

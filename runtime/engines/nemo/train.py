@@ -7,15 +7,14 @@ Environment: RANK, LOCAL_RANK, WORLD_SIZE, NODE_RANK, MASTER_ADDR, MASTER_PORT (
 """
 
 import os
-import socket
-from pathlib import Path
 from typing import Any
 
 from runtime.data.prepare import prepare
 from runtime.engines.nemo import compatibility, convert, imports
 from runtime.engines.nemo.optimizations import switch
-from runtime.job import environment, profile
+from runtime.job import environment, profile, ranks
 from runtime.job.errors import JobError
+from runtime.job.places import run_directory
 from runtime.job.progress import say, timed
 from runtime.weights import read_ahead
 
@@ -24,7 +23,7 @@ Plan = dict[str, Any]
 
 def train(plan: Plan) -> int:
     """Train plan["max_steps"] steps; exit code 0. JobError: no checkpoint, no GPU, a wrong WORLD_SIZE, faulty data."""
-    _set_ranks(plan)
+    ranks.set_defaults(plan)
     profile.enter(plan)
     weights = convert.directory(plan)
     if not convert.converted(plan):
@@ -37,7 +36,7 @@ def train(plan: Plan) -> int:
         import fiddle
         import torch
 
-        from runtime.engines.nemo import recipe
+        from runtime.engines.nemo import profiling, recipe
 
         compatibility.after_imports()
     if plan["gpu"]["name"] == "cpu":
@@ -46,12 +45,12 @@ def train(plan: Plan) -> int:
         cpu.stand_in()
     elif not torch.cuda.is_available():
         raise JobError("PyTorch finds no GPU in this process", 'see nvidia-smi; gpu = "cpu" in the spec needs no GPU')
-    off = switch.unavailable(recipe.stock(plan, _log_directory()), plan)
+    off = switch.unavailable(recipe.stock(plan, run_directory()), plan)
     environment.tell(plan, off)
     files = prepare(plan, weights / "context" / "nemo_tokenizer")
-    recipe_of_run = recipe.build(plan, weights, files, _log_directory())
+    recipe_of_run = recipe.build(plan, weights, files, run_directory())
     switch.apply(recipe_of_run, plan, off)
-    profile.add(recipe_of_run, plan)
+    profiling.add(recipe_of_run, plan)
     training = fiddle.build(recipe_of_run)
     say(f"training: {plan['experiment']}, {plan['max_steps']} steps")
     training()
@@ -60,34 +59,8 @@ def train(plan: Plan) -> int:
     return 0
 
 
-def _set_ranks(plan: Plan) -> None:
-    """Set defaults for a single process, and GROUP_RANK, which is PyTorch's name for NODE_RANK."""
-    env = os.environ
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in alone.items():
-        env.setdefault(name, value)
-    if "MASTER_PORT" not in env:
-        env["MASTER_PORT"] = str(_free_port())
-    env["GROUP_RANK"] = env["NODE_RANK"]
-    if int(env["WORLD_SIZE"]) != plan["gpus"]:
-        raise JobError(
-            f"{env['WORLD_SIZE']} processes train, but the plan has {plan['gpus']} GPUs",
-            "start one process per GPU, as the job's script does",
-        )
-
-
 def _set_variables(plan: Plan) -> None:
     """Set the variables that NeMo and Lightning read when they are imported or built."""
     os.environ["PL_GLOBAL_SEED"] = str(plan["seed"])
     if plan["gpu"]["name"] != "cpu":
         os.environ.setdefault("NEMO_LOG_MEMORY_USAGE", "1")
-
-
-def _log_directory() -> Path:
-    return Path(os.environ.get("FTGEN_RUN_DIR") or Path(os.environ.get("STAGE_PATH") or Path.cwd(), "logs"))
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

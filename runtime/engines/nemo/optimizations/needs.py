@@ -1,44 +1,17 @@
-"""Find out whether the installed packages have what an optimization uses.
+"""Find out whether the installed packages and the recipe have what an optimization uses. See runtime/engines/needs.py.
 
-In: names, such as "megatron.core.optimizer:OptimizerConfig.lr". Out: the first one that is not there, as a phrase.
-
-A name is module:object.attribute. An attribute may also be the field of a dataclass or, written object(name), the
-parameter of a function or a class. Versions are not looked at: images have versions between two releases.
+In: names. Out: the first one that is not there, as a phrase.
 """
 
-import inspect
-from importlib import import_module
 from typing import Any
 
+from runtime.engines.needs import has, missing
 
-def missing(*names: str) -> str:
-    """What is missing of these names, such as "megatron.core.optimizer has no Muon"; "" if nothing is missing."""
-    return next((phrase for name in names if (phrase := _missing(name))), "")
+__all__ = ["missing", "missing_in_config"]
 
 
 def missing_in_config(recipe: Any, *fields: str) -> str:
     """What is missing of these fields in the config of the recipe's model, which differs from model to model."""
     config = recipe.model.config.__fn_or_cls__
-    lacking = [field for field in fields if not _has(config, field)]
+    lacking = [field for field in fields if not has(config, field)]
     return f"NeMo's {config.__name__} has no {lacking[0]}" if lacking else ""
-
-
-def _missing(name: str) -> str:
-    module, _, path = name.partition(":")
-    path, _, parameter = path.rstrip(")").partition("(")
-    try:
-        found: Any = import_module(module)
-    except ImportError as error:
-        return f"{module} cannot be imported ({error})"
-    for attribute in path.split("."):
-        if not _has(found, attribute):
-            return f"{module} has no {path}"
-        found = getattr(found, attribute, None)
-    if parameter and parameter not in inspect.signature(found).parameters:
-        return f"{module}.{path} has no parameter {parameter}"
-    return ""
-
-
-def _has(owner: Any, attribute: str) -> bool:
-    fields = [key for kind in getattr(owner, "__mro__", ()) for key in vars(kind).get("__annotations__", ())]
-    return getattr(owner, attribute, None) is not None or attribute in fields
