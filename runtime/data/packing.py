@@ -22,6 +22,7 @@ def index(folder: Path) -> None:
 
 def pack(plan: dict[str, Any], examples: Path, tokenizer: Path, staging: Path) -> None:
     """Tokenize and pack training.jsonl and validation.jsonl into sequences of plan["seq_length"] tokens."""
+    import numpy as np
     from nemo.collections.common.tokenizers import AutoTokenizer
     from nemo.collections.llm.gpt.data.packed_sequence import prepare_packed_sequence_data
 
@@ -30,6 +31,7 @@ def pack(plan: dict[str, Any], examples: Path, tokenizer: Path, staging: Path) -
     optional = {"output_metadata_path": staging / "metadata.json", "dataset_kwargs": {"pad_to_max_length": True}}
     with timed(f"packing the data into sequences of {plan['seq_length']} tokens"):
         for name in ("training", "validation"):
+            np.random.seed(plan["seed"])  # NeMo shuffles with NumPy's global generator, and leaves its own `seed` unused
             prepare_packed_sequence_data(
                 input_path=examples / f"{name}.jsonl",
                 output_path=staging / f"{name}.npy",

@@ -5,7 +5,9 @@ In: a plan, a checkpoint, data. Out: a `Recipe`: Megatron-Bridge's configuration
 This module imports Megatron-Bridge (10 s), so only a training imports it.
 """
 
+import functools
 import importlib
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 from megatron.bridge import AutoBridge
+from megatron.bridge.data import samplers
 from megatron.bridge.data.builders import GPTSFTDatasetConfig
 from megatron.bridge.data.packing import PackedSequenceSpecs
 from megatron.bridge.training import mixed_precision
@@ -31,6 +34,7 @@ FP8 = {
 }
 # Of NeMo's recipe. Those of Megatron-Bridge are 1e-8 and 0.033. A run must learn the same with both engines.
 ADAM_EPS, WEIGHT_DECAY = 1e-5, 0.1
+_stock_sampler = samplers.MegatronPretrainingBatchSampler
 
 
 @dataclass
@@ -97,7 +101,7 @@ def _set_model(config: Any, plan: Plan) -> None:
         setattr(model, key, split[key])
     model.pipeline_dtype = torch.bfloat16 if split["pipeline_model_parallel_size"] > 1 else None
     if split["context_parallel_size"] > 1:
-        # A rank whose part of the sequence has no answer tokens has no loss. Megatron-Bridge then requires these two settings.
+        # A rank whose part of the sequence has no answer tokens has no loss. These two settings are then required.
         model.calculate_per_token_loss = True
         config.ddp.average_in_collective = False
     if wgrad.is_stand_in():  # an optimization switches the fusion on. In an image with APEX, it is on
@@ -152,6 +156,8 @@ def _set_data(config: Any, plan: Plan, files: Files) -> None:
         seq_length=plan["seq_length"],
         dataset_root=str(files.examples),
         seed=plan["seed"],
+        # The dataset shuffles if it knows how many samples are trained on. NeMo's data module computes the same number.
+        max_train_samples=math.ceil(plan["global_batch_size"] * plan["max_steps"] * 1.005),
         do_validation=False,
         do_test=False,
         enable_offline_packing=specs is not None,
@@ -159,6 +165,8 @@ def _set_data(config: Any, plan: Plan, files: Files) -> None:
         dataset_kwargs={"pad_to_max_length": True},
         num_workers=1,
     )
+    # The sampler would shuffle again, by other random numbers than NeMo's: the engines would train in another order.
+    samplers.MegatronPretrainingBatchSampler = functools.partial(_stock_sampler, shuffle=False)
 
 
 def _set_training(config: Any, plan: Plan) -> None:

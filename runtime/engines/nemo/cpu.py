@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from runtime.engines import no_gpu
+from runtime.engines import no_gpu, packed_attention
 
 # Names of the norms in Megatron's own layers. Transformer Engine fuses them into the next linear layer.
 NORMS = {
@@ -44,6 +44,7 @@ def stand_in() -> None:
         lora_layers.HAVE_TE = False  # NeMo 2.7 sets it to True here though Transformer Engine is not installed
     megatron_init._set_random_seed = no_gpu.with_a_device(megatron_init._set_random_seed)
     nemo_checkpoints._fix_tensors_device = no_gpu.same  # it moves loaded tensors between GPUs
+    packed_attention.install()
     no_gpu.stand_in()
 
 
