@@ -178,7 +178,9 @@ def _optimizations(spec: Spec) -> dict[str, bool]:
     chosen = {}
     for name, known in catalogue.optimizations().items():
         said = getattr(spec.optimizations, name)
-        measured = spec.optimizations.preset == "measured" and known.is_default(spec.scheme, spec.precision, spec.gpu, spec.engine)
+        measured = spec.optimizations.preset == "measured" and known.is_default(
+            spec.scheme, spec.precision, spec.gpu, spec.engine
+        )
         chosen[name] = said if said is not None else measured and not forbids(name, spec)
     return chosen
 

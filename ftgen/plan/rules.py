@@ -193,7 +193,7 @@ def forbids(name: str, spec: Spec) -> str:
     """What the optimization requires and the run does not have; "" if the run has everything."""
     known = catalogue_optimizations()[name]
     if spec.engine not in known.engines:
-        return f'requires engine = {" or ".join(map(quoted, known.engines))}' + (f": {known.lacks}" if known.lacks else "")
+        return f"requires engine = {' or '.join(map(quoted, known.engines))}" + (f": {known.lacks}" if known.lacks else "")
     split = spec.parallelism
     tp, pp, cp = split.tensor_model_parallel_size, split.pipeline_model_parallel_size, split.context_parallel_size
     frozen = {'scheme = "lora" (with SFT, weights became NaN)': spec.scheme == "lora"}

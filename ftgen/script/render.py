@@ -82,7 +82,7 @@ class Verbatim(str):
 def render(plan: Plan) -> dict[str, str]:
     """`<name>.sh`, a script that needs no other file, and `<name>.py`, its entrypoint."""
     entrypoint = _python().get_template("entrypoint.py.j2").render(plan=plan, plan_json=plan.to_json())
-    files = {f"{plan.name}.py": entrypoint, **_runtime()}
+    files = {f"{plan.name}.py": entrypoint, **_runtime(plan.engine)}
     script = (
         bash()
         .get_template("job.sh.j2")
@@ -225,14 +225,19 @@ def _interpreter(plan: Plan) -> str:
 
 
 @cache
-def _runtime() -> dict[str, str]:
-    """The texts of the runtime's files, by their path in a run directory."""
+def _runtime(engine: str) -> dict[str, str]:
+    """The texts of the runtime's files that a job of this engine needs, by their path in a run directory."""
     folder = source_folder("runtime")
-    paths = sorted(folder.rglob("*.py"))
+    paths = [path for path in sorted(folder.rglob("*.py")) if _is_for(engine, path.relative_to(folder))]
     files = {f"runtime/{path.relative_to(folder).as_posix()}": path.read_text(encoding="utf-8") for path in paths}
     clash = [path for path, text in files.items() if END_OF_FILE in text.splitlines() or not text.endswith("\n")]
     assert not clash, f"these files cannot be in a here-document: {clash}"  # noqa: S101 - our own files
     return files
+
+
+def _is_for(engine: str, path: Path) -> bool:
+    """Whether a job of the engine needs the file: it is not in the folder of another engine."""
+    return not (path.parts[0] == "engines" and len(path.parts) > 2) or path.parts[1] == engine
 
 
 def _environment(**options: Any) -> Environment:

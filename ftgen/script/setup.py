@@ -71,9 +71,12 @@ def render_setup(site: Site, name: str, plans: list[Plan]) -> str:
     )
 
 
-def _check(**values: object) -> str:
+def _check(engine: str, **values: object) -> str:
     """The program that looks for the packages and imports them: the check of a job, and more."""
-    packages = (source_folder("runtime") / "engines" / "nemo" / "packages.py").read_text(encoding="utf-8")
+    engines = source_folder("runtime") / "engines"
+    files = [engines / "installed.py", engines / engine / "packages.py"]
+    text = "\n\n".join(file.read_text(encoding="utf-8") for file in files)
+    packages = re.sub(r"^from runtime\..*\n", "", text, flags=re.MULTILINE)
     check = (source_folder("templates") / "setup_check.py").read_text(encoding="utf-8")
     settings = "".join(f"{name} = {value!r}\n" for name, value in values.items())
     return f"{packages}\n\n{settings}{check}".rstrip()

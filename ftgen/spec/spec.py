@@ -214,8 +214,8 @@ class Spec(Table):
     )
     fp8_scaling: Literal["delayed", "current"] | None = Field(
         None,
-        description='How FP8 values are scaled. "delayed": by the values of earlier steps, as in NeMo\'s recipe. "current": by the '
-        "values themselves, as in Megatron-Bridge's recipes. Default: that of the engine's recipe.",
+        description='How FP8 values are scaled. "delayed": by the values of earlier steps, as in the recipe of NeMo. '
+        '"current": by the values themselves, as in those of Megatron-Bridge. Default: that of the engine.',
     )
     engine: Literal["nemo", "megatron_bridge"] = Field(
         "nemo", description='What trains. "nemo": NeMo 2, as in the recipe. "megatron_bridge": Megatron-Bridge.'

@@ -5,6 +5,7 @@ In: the installed packages. Out: stand-ins for what they ask for and do not have
 Written for Megatron-Bridge 0.6.2 with Megatron-Core 0.19.2. Each function looks at what is there, not at a version.
 """
 
+import logging
 import os
 import sys
 import typing
@@ -27,7 +28,10 @@ def before_imports(plan: dict[str, Any]) -> None:
     if not hasattr(typing, "override"):  # Python 3.11
         typing.override = no_gpu.decorates_nothing  # type: ignore[attr-defined]
     if plan["gpu"]["name"] == "cpu":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # with more threads, the tiny model is slower
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # it cannot compile functions that call the stand-ins of torch.cuda
+    # It writes the traceback of each optional import that fails, which a reader of the log takes for that of a failure.
+    logging.getLogger("megatron.bridge.utils.import_utils").setLevel(logging.WARNING)
     if find_spec("transformer_engine") is None:
         sys.meta_path.insert(0, _Finder)  # type: ignore[arg-type]
 

@@ -4,15 +4,15 @@ In: sys.path. Out: what is found, and a sentence for each thing that is missing.
 
 `import nemo` takes half a minute. This module finds the packages that `import` would take, and reads their files: so
 sources that come first on sys.path count, and versions of packages do not. NeMo and Megatron-Core fit together if
-Megatron-Core has every name that NeMo imports from it. It uses no other module of the runtime, because the set-up job
-contains its text.
+Megatron-Core has every name that NeMo imports from it. It uses no other module of the runtime but installed.py, because the
+set-up job contains the text of both.
 """
 
-import importlib.util
 import re
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from runtime.engines.installed import folder, is_there, named, version
 
 # Packages, by the names that pip knows.
 OTHERS = {
@@ -33,63 +33,41 @@ COMMENT = re.compile(r"#.*")
 def found() -> str:
     """What is there, such as "NeMo 2.7.3 in /opt/NeMo/nemo, PyTorch 2.9.0"."""
     places = (("NeMo", folder("nemo")), ("Megatron-Core", folder("megatron.core")))
-    there = [_named(name, place) for name, place in places if place]
-    others = (("Transformer Engine", _version("transformer-engine")), ("PyTorch", _version("torch")))
+    there = [named(name, place) for name, place in places if place]
+    others = (("Transformer Engine", version("transformer-engine")), ("PyTorch", version("torch")))
     return ", ".join(there + [f"{name} {number}" for name, number in others if number]) or "no NeMo and no PyTorch"
 
 
 def missing(recipes: list[str], *, gpu: bool) -> Iterator[str]:
     """A sentence for each thing that is missing. `recipes`: modules in nemo.collections.llm.recipes."""
     for package, name in (OTHERS | (ON_A_GPU if gpu else {})).items():
-        if not _is_there(package):
+        if not is_there(package):
             yield f"the package {name} is not installed"
     nemo, core = folder("nemo"), folder("megatron.core")
     for place, name in ((nemo, "nemo_toolkit"), (core, "megatron-core")):
         if not place:
-            yield f"the package {name} is not installed" + (", only Megatron-Bridge" if _is_there("megatron.bridge") else "")
+            yield f"the package {name} is not installed" + (", only Megatron-Bridge" if is_there("megatron.bridge") else "")
     if nemo:
         yield from _missing_in_nemo(nemo, recipes)
     if nemo and core:
         yield from _missing_in_megatron(nemo, core)
 
 
-def folder(package: str) -> Path | None:
-    """The folder that `import` would take the package from. The package is not imported, but those around it are."""
-    try:
-        spec = importlib.util.find_spec(package)
-    except ImportError:
-        return None
-    return next((Path(place) for place in spec.submodule_search_locations or ()), None) if spec else None
-
-
-def release(package: Path) -> str:
-    """The version in package_info.py, as NeMo and Megatron-Core have it; "" if there is no such file."""
-    info = package / "package_info.py"
-    text = info.read_text(encoding="utf-8") if info.is_file() else ""
-    parts = [re.search(rf"^{key} = ['\"]?(\w*)", text, re.MULTILINE) for key in ("MAJOR", "MINOR", "PATCH", "PRE_RELEASE")]
-    number = ".".join(part[1] for part in parts[:3] if part)
-    return number + (parts[3][1] if parts[3] else "")
-
-
-def _named(name: str, package: Path) -> str:
-    return " ".join(filter(None, (name, release(package), "in", str(package))))
-
-
 def _missing_in_nemo(nemo: Path, recipes: list[str]) -> Iterator[str]:
     library = nemo / "collections" / "llm"
     if not library.is_dir():
-        yield f"{_named('NeMo', nemo)} has no nemo.collections.llm; versions 2.1 to 2.7 have it"
+        yield f"{named('NeMo', nemo)} has no nemo.collections.llm; versions 2.1 to 2.7 have it"
         return
     for recipe in recipes:
         if not (library / "recipes" / f"{recipe}.py").is_file():
-            yield f"{_named('NeMo', nemo)} has no recipe {recipe}, which this model needs"
+            yield f"{named('NeMo', nemo)} has no recipe {recipe}, which this model needs"
 
 
 def _missing_in_megatron(nemo: Path, core: Path) -> Iterator[str]:
     lacking = dict.fromkeys(name for name in _imported(nemo) if not _has(core, *name))
     if lacking:
         names = ", ".join(f"{module}.{name}" for module, name in list(lacking)[:3]) + (", ..." if len(lacking) > 3 else "")
-        yield f"{_named('NeMo', nemo)} does not fit {_named('Megatron-Core', core)}, which lacks {names}"
+        yield f"{named('NeMo', nemo)} does not fit {named('Megatron-Core', core)}, which lacks {names}"
 
 
 def _imported(nemo: Path) -> Iterator[tuple[str, str]]:
@@ -106,17 +84,3 @@ def _has(core: Path, module: str, name: str) -> bool:
         return True
     file = place.with_suffix(".py") if place.with_suffix(".py").is_file() else place / "__init__.py"
     return file.is_file() and bool(re.search(rf"\b{name}\b", file.read_text(encoding="utf-8", errors="replace")))
-
-
-def _is_there(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ImportError:
-        return False
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
