@@ -6,9 +6,11 @@ The job creates the folders, the image or the virtual environment, and the sourc
 imports the packages that a job needs.
 """
 
+import re
 from importlib.metadata import PackageNotFoundError, requires
 
 from ftgen import __version__
+from ftgen.errors import Problem, SpecError
 from ftgen.files import source_file, source_folder
 from ftgen.plan.plan import Plan, SourcePlan
 from ftgen.plan.resolve import memory_of_a_node, python_of
@@ -27,7 +29,13 @@ from ftgen.units import parse_walltime
 WALLTIME = "02:00:00"  # enough for an image of 20 GB, or 3 GB of packages; submitted again, the job continues
 # Options of sbatch_flags that are about the nodes and tasks of a run. The set-up job has one node and one task.
 OF_SEVERAL_NODES = {"--contiguous", "--segment", "--spread-job", "--switches", "--ntasks-per-socket", "--ntasks-per-core"}
-STACK = ("torch", "lightning", "transformers", "megatron.core", "nemo.collections.llm")
+STACK = {
+    "nemo": ("torch", "lightning", "transformers", "megatron.core", "nemo.collections.llm"),
+    "megatron_bridge": ("torch", "transformers", "megatron.core"),  # compatibility.py makes megatron.bridge importable
+}
+CONSTRAINTS = {"nemo": "constraints.txt", "megatron_bridge": "constraints-bridge.txt"}
+# pip installs these without their own requirements, which do not fit together. See `bridge` in the Makefile of ftgen.
+ALONE = re.compile(r"^(?:megatron-(?:bridge|core)|nvidia-resiliency-ext)==.*$", re.MULTILINE)
 ON_A_GPU = ("transformer_engine.pytorch",)
 OTHER_IMAGE = "set python.image in the site profile to another image: `ftgen list --images` says which fit"
 HINTS = {
@@ -40,10 +48,15 @@ HINTS = {
 
 
 def render_setup(site: Site, name: str, plans: list[Plan]) -> str:
-    """The setup job of a site for the jobs of `plans`. Without plans: for GPUs, and without source trees."""
+    """The setup job of a site for the jobs of `plans`. Without plans: for NeMo on GPUs, and without source trees.
+
+    SpecError: the plans need two environments, or one that ftgen cannot install.
+    """
+    engine = _engine(site, plans)
     on_a_gpu = not plans or any(plan.gpu.name != "cpu" for plan in plans)
     sources: list[SourcePlan] = list(dict.fromkeys(source for plan in plans for source in plan.sources))
-    extra = "gpu" if on_a_gpu else "runtime"
+    extra = "bridge" if engine == "megatron_bridge" else "gpu" if on_a_gpu else "runtime"
+    constraints = source_file(CONSTRAINTS[engine]).rstrip()
     return (
         bash()
         .get_template("setup.sh.j2")
@@ -59,16 +72,31 @@ def render_setup(site: Site, name: str, plans: list[Plan]) -> str:
             stage_path=default_stage_path(site.stage_path),
             sources=sources,
             requirements=requirements(extra),
-            constraints=source_file("constraints.txt").rstrip(),
+            constraints=constraints,
+            alone=ALONE.findall(constraints),
             check=_check(
-                STACK=STACK + (ON_A_GPU if on_a_gpu else ()),
-                RECIPES=sorted({plan.model.nemo_recipe for plan in plans}),
+                engine,
+                STACK=STACK[engine] + (ON_A_GPU if on_a_gpu else ()),
+                RECIPES=sorted({str(getattr(plan.model, f"{engine}_recipe")) for plan in plans}),
                 GPU=on_a_gpu,
                 HINT=HINTS[site.python.kind].format(extra=extra),
             ),
             end_of_file=END_OF_FILE,
         )
     )
+
+
+def _engine(site: Site, plans: list[Plan]) -> str:
+    """The engine of all plans."""
+    engines = sorted({plan.engine for plan in plans}) or ["nemo"]
+    if len(engines) > 1:
+        rule = f"all specs of one set-up must have the same engine, found {' and '.join(engines)}"
+        raise SpecError(Problem(("engine",), rule, "set each engine up with a site profile of its own"))
+    if engines == ["megatron_bridge"] and site.python.kind == "venv" and any(plan.gpu.name != "cpu" for plan in plans):
+        rule = "must not be a virtual environment for Megatron-Bridge on GPUs: no wheel has its Transformer Engine"
+        hint = 'set python.kind = "container", and an image that has Megatron-Bridge 0.6: `ftgen list --images`'
+        raise SpecError(Problem(("site", "python", "kind"), rule, hint))
+    return engines[0]
 
 
 def _check(engine: str, **values: object) -> str:

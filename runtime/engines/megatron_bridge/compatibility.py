@@ -31,9 +31,10 @@ def before_imports(plan: dict[str, Any]) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # with more threads, the tiny model is slower
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # it cannot compile functions that call the stand-ins of torch.cuda
     # It writes the traceback of each optional import that fails, which a reader of the log takes for that of a failure.
-    logging.getLogger("megatron.bridge.utils.import_utils").setLevel(logging.WARNING)
+    logger = logging.getLogger("megatron.bridge.utils.import_utils")
+    logger.addFilter(lambda record: record.levelno >= logging.WARNING)
     if find_spec("transformer_engine") is None:
-        sys.meta_path.insert(0, _Finder)  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _Finder)
 
 
 def after_imports() -> None:

@@ -55,7 +55,7 @@ def stand_in() -> None:
 
 
 def _all_subclasses(kind: type) -> set[Any]:
-    own = set(kind.__subclasses__())
+    own: set[Any] = set(kind.__subclasses__())
     return own.union(*(_all_subclasses(each) for each in own))
 
 
