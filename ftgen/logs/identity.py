@@ -17,7 +17,10 @@ from ftgen.errors import LogError, Problem
 RECIPE_GPU = "h100"
 RECIPE_SEQ_LENGTH = 4096
 
-RECIPE_NAME = re.compile(r"(?P<scheme>lora|sft)_nemo_(?P<model>\w+)_(?P<precision>bf16|fp8|fp32)_(?P<gpus>[1-9]\d{0,8})")
+RECIPE_NAME = re.compile(
+    r"(?P<scheme>lora|sft)_(?P<engine>nemo|megatron_bridge)_(?P<model>\w+)_(?P<precision>bf16|fp8|fp32)_(?P<gpus>[1-9]\d{0,8})"
+)
+FIRST_ENGINE = "nemo"  # of plans of an ftgen that had no other
 # The names of the recipes since 25.05 and of Megatron-Bridge: pretrain_llama3.1_405b_bf16_gpus128_tp4_pp8_mbs1_gbs128
 LONG_NAME = re.compile(
     r"(?P<scheme>pretrain|sft|lora|peft|finetune)_(?P<model>[A-Za-z][A-Za-z0-9.+-]*(?:_[A-Za-z0-9.+-]+)*?)_"
@@ -49,6 +52,7 @@ class Identity(NamedTuple):
     window_steps: int | None = None
     flops_per_sample: float | None = None
     peak_flops: float | None = None  # FLOP/s of one GPU, dense
+    engine: str | None = None  # nemo, megatron_bridge
     assumed: tuple[str, ...] = ()  # which of these come from the experiment's name, or are the recipe's
 
 
@@ -66,6 +70,7 @@ PLAN_KEYS: dict[str, tuple[tuple[str, ...], type, bool]] = {
     "window_steps": (("window_steps",), int, True),
     "flops_per_sample": (("model", "flops_per_sample"), float, True),
     "peak_flops": (("gpu", "peak_flops"), float, True),
+    "engine": (("engine",), str, True),
 }
 RULES = {str: "must be a text", int: "must be a whole number from 1", float: "must be a number above 0"}
 
@@ -88,7 +93,7 @@ def from_plan(text: str | bytes, file: str) -> tuple[Identity, dict[str, Any]]:
     ]
     if problems:
         raise LogError(*problems)
-    return Identity(**values), plan
+    return Identity(**values | {"engine": values["engine"] or FIRST_ENGINE}), plan
 
 
 @lru_cache
@@ -96,7 +101,7 @@ def from_name(experiment: str, global_batch_size: int | None = None) -> Identity
     """What the name of an experiment suggests; what the recipe's own names leave out is the recipe's."""
     named: dict[str, Any]
     if match := RECIPE_NAME.fullmatch(experiment):
-        named = {"gpu": RECIPE_GPU, "gpus": int(match["gpus"]), "seq_length": RECIPE_SEQ_LENGTH}
+        named = {"gpu": RECIPE_GPU, "gpus": int(match["gpus"]), "seq_length": RECIPE_SEQ_LENGTH, "engine": match["engine"]}
     elif match := LONG_NAME.fullmatch(experiment):
         batch, gpu = BATCH.search(match["rest"]), GPU.search(match["rest"])
         named = {"gpu": gpu[1] if gpu else None, "gpus": int(match["gpus"]) if match["gpus"] else None}
@@ -110,7 +115,7 @@ def from_name(experiment: str, global_batch_size: int | None = None) -> Identity
         model=_model_name(match["model"]) if precision else None,  # else nobody knows where the model's name ends
         scheme=SCHEMES.get(match["scheme"], match["scheme"]),
         precision=precision,
-        assumed=tuple(sorted(named)),
+        assumed=tuple(sorted(named.keys() - {"engine"})),
         **({"global_batch_size": global_batch_size} | named),
     )
     return _with_peaks(what)

@@ -43,9 +43,10 @@ WORK = (
     Field(
         "experiment",
         "string",
-        "name of the experiment in the recipe's form {scheme}_nemo_{model}_{precision}_{gpus}",
+        "name of the experiment in the recipe's form {scheme}_{engine}_{model}_{precision}_{gpus}",
         "Experiment",
     ),
+    Field("engine", "string?", "what trained: nemo or megatron_bridge", "Engine"),
     Field("model", "string?", "name of the model in the catalogue", "Model"),
     Field("scheme", "string?", "sft, lora or pretrain", "Scheme"),
     Field("precision", "string?", "bf16, fp8 or fp32", "Precision"),
@@ -56,7 +57,7 @@ WORK = (
     Field(
         "options",
         "strings",
-        "how the plan differs from the recipe: parallelism, micro-batch size, packing, LoRA's targets, optimizations",
+        "how the plan differs from the recipe: parallelism, MBS, engine, packing, LoRA's targets, optimizations",
         "Options",
     ),
 )

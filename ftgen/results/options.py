@@ -17,6 +17,8 @@ SIZES = {
     "CP": ("parallelism", "context_parallel_size"),
 }
 RECIPE_TARGETS = ["linear_qkv"]  # of LoRA
+RECIPE_ENGINE = "nemo"
+ENGINE = "engine "  # begins the option of a run with another engine
 
 
 def options(plan: Mapping[str, Any] | None, environment: Mapping[str, Any] | None = None) -> tuple[str, ...]:
@@ -43,12 +45,23 @@ def sizes(plan: Mapping[str, Any]) -> list[str]:
 
 
 def other_work(plan: Mapping[str, Any]) -> list[str]:
-    """`not packed`, `LoRA on linear_qkv+linear_fc1`: what makes it other work than the recipe's."""
-    found = ["not packed"] if get(plan, ("data", "packed")) is False else []
+    """`engine megatron_bridge`, `not packed`, `LoRA on linear_qkv+linear_fc1`: why it is other work than the recipe's."""
+    found = []
+    if (engine := get(plan, ("engine",)) or RECIPE_ENGINE) != RECIPE_ENGINE:
+        found.append(f"{ENGINE}{engine}")
+        if get(plan, ("fp8_scaling",)) == "delayed":
+            found.append("delayed FP8 scaling")
+    if get(plan, ("data", "packed")) is False:
+        found.append("not packed")
     targets = get(plan, ("lora", "targets"))
     if isinstance(targets, list) and targets != RECIPE_TARGETS:
         found.append(f"LoRA on {'+'.join(map(str, targets))}")
     return found
+
+
+def engine_of(words: Iterable[str]) -> str:
+    """The option that names another engine than the recipe's; "" if there is none."""
+    return next((word for word in words if word.startswith(ENGINE)), "")
 
 
 def is_optimization(word: str) -> bool:

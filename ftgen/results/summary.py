@@ -62,6 +62,7 @@ class Summary(NamedTuple):
     options: tuple[str, ...] = ()  # how the plan differs from the recipe
     tflops_per_gpu: float | None = None  # TFLOP/s, from the step time and the model's FLOPs
     logged_tflops_per_gpu: float | None = None  # TFLOP/s, as the framework logs them: the mean of the window
+    engine: str | None = None  # nemo, megatron_bridge
     assumed: tuple[str, ...] = ()  # keys that the experiment's name suggests and the log does not say
 
     @property
@@ -134,6 +135,7 @@ def judge(run: Run, log: Log, *, window: Window | None = None) -> Summary:
         started=log.started,
         ended=log.ended,
         options=options(log.plan, log.environment),
+        engine=what.engine,
         assumed=what.assumed,
     )
 

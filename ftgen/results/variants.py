@@ -14,7 +14,7 @@ from typing import Any
 
 from ftgen import catalogue
 from ftgen.documents import get
-from ftgen.results.options import off, other_work, sizes
+from ftgen.results.options import RECIPE_ENGINE, off, other_work, sizes
 from ftgen.results.repeats import kind, size
 from ftgen.results.summary import Summary
 
@@ -59,6 +59,7 @@ def _way(plan: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
 def _defaults(plan: Mapping[str, Any]) -> list[str]:
     """What the catalogue puts on for the run's scheme, precision and GPU."""
     what = [str(get(plan, path)) for path in (("scheme",), ("precision",), ("gpu", "name"))]
+    what.append(str(get(plan, ("engine",)) or RECIPE_ENGINE))
     return [name for name, known in catalogue.optimizations().items() if known.is_default(*what)]
 
 
