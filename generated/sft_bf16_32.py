@@ -12,7 +12,7 @@ Written by ftgen 0.1.0 from sft_bf16_32.toml. The job's script runs it. To run i
     missing    print what a job would have to download; exit code 0 if nothing is missing, 1 if something is
     download   download the weights and the data, where there is a network; needs only huggingface_hub
     converted  exit code 0 if the converted checkpoint exists, 1 if not
-    convert    download the weights and the data, and convert the weights to NeMo's format, unless that is done
+    convert    download the weights and the data, and convert the weights to the engine's format, unless that is done
     verify     read every byte of the converted checkpoint; if a byte has changed, rename the checkpoint
     finetune   train; start one process per GPU, with RANK, LOCAL_RANK and WORLD_SIZE (or Slurm's own variables)
 """
@@ -35,12 +35,15 @@ PLAN = json.loads(r"""
   "spec_sha256": "0c2f5640dd0b00809260d3ca7742c01be8eecce681c173b8c65fe6d741678f16",
   "point": {},
   "overrides": {},
+  "engine": "nemo",
   "scheme": "sft",
   "precision": "bf16",
+  "fp8_scaling": null,
   "model": {
     "name": "llama3_8b",
     "hf_id": "meta-llama/Meta-Llama-3-8B",
     "nemo_recipe": "llama3_8b",
+    "megatron_bridge_recipe": "llama.h100.llama3:llama3_8b",
     "num_layers": 32,
     "hidden_size": 4096,
     "ffn_hidden_size": 14336,
@@ -209,8 +212,7 @@ def set_environment() -> None:
 
 def finetune() -> int:
     """Train. With several ranks, each line of an error starts with its rank and host, because many can fail at once."""
-    from runtime import download
-    from runtime.engines.nemo import train
+    from runtime import download, engines
     from runtime.hub import find
     from runtime.job import caches, prefix, ranks
     from runtime.job.errors import JobError
@@ -221,7 +223,7 @@ def finetune() -> int:
         caches.set_places()
         if not download.missing(PLAN):
             find.go_offline()  # on a node without a network, no library must wait for one
-        return train.train(PLAN)
+        return int(engines.module(PLAN, "train").train(PLAN))
     except Exception as error:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
@@ -263,15 +265,16 @@ def main(command: str) -> int:
 
             return download.download(PLAN) if command == "download" else download.tell_missing(PLAN)
         if command in {"converted", "convert", "verify"}:
+            from runtime import engines
             from runtime.data import prepare
-            from runtime.engines.nemo import convert
+            from runtime.weights import checkpoint
 
             if command == "converted":
-                return 0 if convert.converted(PLAN) else 1
+                return 0 if checkpoint.converted(PLAN) else 1
             if command == "verify":
-                return convert.verify(PLAN)
+                return checkpoint.verify(PLAN)
             prepare.download(PLAN)
-            return convert.convert(PLAN)
+            return int(engines.module(PLAN, "convert").convert(PLAN))
     except JobError as error:
         print(f"ftgen: error: {error}", file=sys.stderr, flush=True)
         return 1

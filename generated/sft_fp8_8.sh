@@ -841,14 +841,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from runtime import download
+from runtime import download, engines
 from runtime.data import jsonl
-from runtime.engines.nemo import convert
-from runtime.engines.nemo import packages as nemo_packages
 from runtime.hub import errors, find
 from runtime.hub.token import has_token
 from runtime.job.errors import JobError
 from runtime.job.progress import say
+from runtime.weights import checkpoint
 
 Plan = dict[str, Any]
 DRIVER = Path("/proc/driver/nvidia/gpus")
@@ -856,7 +855,7 @@ DRIVER = Path("/proc/driver/nvidia/gpus")
 
 def check(plan: Plan) -> int:
     """Exit code 0 if the job can start. Otherwise 1, and on stderr an error and a hint for each thing that is missing."""
-    say(f"packages: {nemo_packages.found()}")
+    say("packages: " + engines.module(plan, "packages").found())
     problems = [*_stage_path(), *_packages(plan), *_weights(plan), *_data(plan), *_hub(plan), *_gpus(plan)]
     for problem in problems:
         print(f"ftgen: error: {problem}", file=sys.stderr, flush=True)
@@ -868,7 +867,7 @@ def check(plan: Plan) -> int:
 
 def packages(plan: Plan) -> int:
     """Check only the packages of this Python, which works on a login node too. Exit code 0 if they are right."""
-    say(f"packages: {nemo_packages.found()}")
+    say("packages: " + engines.module(plan, "packages").found())
     problems = list(_packages(plan))
     for problem in problems:
         print(f"ftgen: error: {problem}", file=sys.stderr, flush=True)
@@ -888,24 +887,27 @@ def _stage_path() -> Iterator[JobError]:
 
 def _packages(plan: Plan) -> Iterator[JobError]:
     gpu = plan["gpu"]["name"] != "cpu"
-    for what in nemo_packages.missing([plan["model"]["nemo_recipe"]], gpu=gpu):
-        yield JobError(what, _hint(plan["python"]["kind"], "gpu" if gpu else "runtime"))
+    for what in engines.module(plan, "packages").missing([plan["model"][f"{plan['engine']}_recipe"]], gpu=gpu):
+        yield JobError(what, _hint(plan, "gpu" if gpu else "runtime"))
 
 
-def _hint(kind: str, extra: str) -> str:
+def _hint(plan: Plan, extra: str) -> str:
     """What to do about packages. Nothing can be installed in an image that is read-only."""
+    kind = plan["python"]["kind"]
     if kind in {"container", "apptainer", "singularity"}:
         return "set python.image in the site profile to another image: `ftgen list --images` says which fit"
     if kind == "venv":
         return "submit the script of `ftgen setup` again, which installs them"
+    if plan["engine"] == "megatron_bridge":
+        return f"install Megatron-Bridge for {sys.executable} as `make bridge` does, or set FTGEN_PYTHON to a Python with it"
     return f"install ftgen's extra {extra} for {sys.executable}, or set FTGEN_PYTHON to a Python that has them"
 
 
 def _weights(plan: Plan) -> Iterator[JobError]:
     asked = plan["checkpoint"]
-    if convert.converted(plan):
+    if checkpoint.converted(plan):
         return
-    if asked["source"] == "directory" and not (folder := convert.user_directory(plan)).is_dir():
+    if asked["source"] == "directory" and not (folder := checkpoint.user_directory(plan)).is_dir():
         yield JobError(f"checkpoint.path: the folder {folder} does not exist", "give the path of a Hugging Face checkpoint")
 
 
@@ -1066,6 +1068,7 @@ def index(folder: Path) -> None:
 
 def pack(plan: dict[str, Any], examples: Path, tokenizer: Path, staging: Path) -> None:
     """Tokenize and pack training.jsonl and validation.jsonl into sequences of plan["seq_length"] tokens."""
+    import numpy as np
     from nemo.collections.common.tokenizers import AutoTokenizer
     from nemo.collections.llm.gpt.data.packed_sequence import prepare_packed_sequence_data
 
@@ -1074,6 +1077,7 @@ def pack(plan: dict[str, Any], examples: Path, tokenizer: Path, staging: Path) -
     optional = {"output_metadata_path": staging / "metadata.json", "dataset_kwargs": {"pad_to_max_length": True}}
     with timed(f"packing the data into sequences of {plan['seq_length']} tokens"):
         for name in ("training", "validation"):
+            np.random.seed(plan["seed"])  # NeMo shuffles with NumPy's global generator, and leaves its own `seed` unused
             prepare_packed_sequence_data(
                 input_path=examples / f"{name}.jsonl",
                 output_path=staging / f"{name}.npy",
@@ -1118,14 +1122,17 @@ class Files(NamedTuple):
     """The folders of the data."""
 
     examples: Path  # training.jsonl, validation.jsonl
-    packed: Path | None  # training.npy, validation.npy, metadata.json
+    packed: Path | None  # training.npy, validation.npy, metadata.json; of Megatron-Bridge *.idx.parquet
 
 
-def prepare(plan: Plan, tokenizer: Path) -> Files:
-    """Prepare what does not exist yet. `tokenizer` is the folder of a Hugging Face tokenizer. JobError: faulty data."""
+def prepare(plan: Plan, tokenizer: Path, packing: Any = packing) -> Files:
+    """Prepare what does not exist yet. `tokenizer` is the folder of a Hugging Face tokenizer. JobError: faulty data.
+
+    `packing` has the functions `index` and `pack` of the engine, as packing.py has NeMo's.
+    """
     examples = identity(plan)
     folder = _folder(plan["data"]["kind"], examples)
-    publish.ensure(folder, examples, lambda staging: _build(plan, staging))
+    publish.ensure(folder, examples, lambda staging: _build(plan, staging, packing))
     if not plan["data"]["packed"]:
         return Files(folder, None)
     packed = {
@@ -1135,6 +1142,8 @@ def prepare(plan: Plan, tokenizer: Path) -> Files:
         "seq_length": plan["seq_length"],
         "seed": plan["seed"],
     }
+    if (ranks := plan["parallelism"]["context_parallel_size"]) > 1:
+        packed["context_parallel_size"] = ranks  # examples are padded so that these ranks can share each
     packed_folder = _folder(f"{plan['data']['kind']}-packed-{plan['seq_length']}", packed)
     publish.ensure(packed_folder, packed, lambda staging: packing.pack(plan, folder, tokenizer, staging))
     return Files(folder, packed_folder)
@@ -1163,7 +1172,8 @@ def identity(plan: Plan) -> dict[str, Any]:
     """What identifies the examples: two plans with the same identity use the same folder."""
     kind = plan["data"]["kind"]
     own: dict[str, Any] = _module(kind).identity(plan)
-    return {"kind": f"{kind} examples", "format": FORMAT, "seed": plan["seed"]} | own
+    engine = {} if plan["engine"] == "nemo" else {"engine": plan["engine"]}  # the index of the lines is the engine's
+    return {"kind": f"{kind} examples", "format": FORMAT, "seed": plan["seed"]} | engine | own
 
 
 def _folder(name: str, identity: dict[str, Any]) -> Path:
@@ -1171,7 +1181,7 @@ def _folder(name: str, identity: dict[str, Any]) -> Path:
     return Path(os.environ.get("STAGE_PATH") or Path.cwd(), "data", f"{name}-{short}")
 
 
-def _build(plan: Plan, staging: Path) -> None:
+def _build(plan: Plan, staging: Path, packing: Any) -> None:
     kind = plan["data"]["kind"]
     with timed(f"preparing the data: {kind}"):
         _module(kind).write(plan, staging)
@@ -1384,14 +1394,13 @@ from pathlib import Path
 from typing import Any
 
 from runtime.data import prepare
-from runtime.engines.nemo import convert
 from runtime.guard import manifest
 from runtime.hub import find
 from runtime.hub.fetch import fetch
 from runtime.hub.repository import Repository
 from runtime.hub.transfer import GB
 from runtime.job.progress import say
-from runtime.weights import hub
+from runtime.weights import checkpoint, hub
 
 Plan = dict[str, Any]
 
@@ -1423,18 +1432,18 @@ def missing(plan: Plan) -> list[Repository]:
 
 def _repositories(plan: Plan) -> list[Repository]:
     """What a job of the plan reads from the hub."""
-    from_hub = plan["checkpoint"]["source"] == "hub" and not convert.converted(plan)
+    from_hub = plan["checkpoint"]["source"] == "hub" and not checkpoint.converted(plan)
     return [*([hub.repository(plan)] if from_hub else []), *prepare.repositories(plan)]
 
 
 def _weights(plan: Plan) -> list[str]:
     kind = plan["checkpoint"]["source"]
-    if convert.converted(plan):
-        return [f"weights: the converted checkpoint exists: {convert.directory(plan)}"]
+    if checkpoint.converted(plan):
+        return [f"weights: the converted checkpoint exists: {checkpoint.directory(plan)}"]
     if kind == "random":
         return ["weights: random, the job makes them: nothing to download"]
     if kind == "directory":
-        folder = convert.user_directory(plan)
+        folder = checkpoint.user_directory(plan)
         known = "" if folder.is_dir() else ", which does not exist on this machine"
         return [f"weights: the directory {folder}{known}: nothing to download"]
     return [_fetched("weights", hub.repository(plan), plan)]
@@ -1468,7 +1477,191 @@ END_OF_FTGEN_FILE
 """The training frameworks, one folder each, with the same file names in each.
 
 In: a plan, weights, data. Out: step lines and checkpoints. Start with `nemo/train.py`.
+
+A plan names its engine, and a script carries only the folder of that engine. What the rest of the runtime uses of it:
+
+    convert.convert(plan)           convert the checkpoint; exit code
+    train.train(plan)               train on this rank; exit code
+    packages.found()                what is installed, as a text
+    packages.missing(models, gpu=)  a sentence for each thing that is missing
+
+What both engines need is in the files beside these folders, and in `runtime/weights` and `runtime/data`.
 """
+
+from importlib import import_module
+from typing import Any
+
+
+def module(plan: dict[str, Any], name: str) -> Any:
+    """A module of the plan's engine, such as "convert"."""
+    return import_module(f"runtime.engines.{plan['engine']}.{name}")
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/adapters.py <<'END_OF_FTGEN_FILE' || return
+"""The forward pass of a LoRA adapter, with its scale on the small tensor. Both engines' adapters have the same parts.
+
+In: an adapter. Out: its output.
+"""
+
+from typing import Any
+
+import torch
+
+
+def forward(self: Any, x: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+    """Multiply [tokens, rank] by alpha / rank, instead of the adapter's output [tokens, features].
+
+    The result has the same bits if alpha / rank is a power of two. Requires TP = 1 and no dropout.
+    """
+    x, _ = self.linear_in(x)
+    x, _ = self.linear_out(self.activation(x) * (self.alpha / self.dim))
+    return x
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/installed.py <<'END_OF_FTGEN_FILE' || return
+"""Find the packages that `import` would take, without importing them.
+
+In: sys.path. Out: folders, versions.
+
+It uses no other module of the runtime, because the set-up job contains its text.
+"""
+
+import importlib.util
+import re
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
+from pathlib import Path
+
+
+def folder(package: str) -> Path | None:
+    """The folder that `import` would take the package from. The package is not imported, but those around it are."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except ImportError:
+        return None
+    return next((Path(place) for place in spec.submodule_search_locations or ()), None) if spec else None
+
+
+def release(package: Path) -> str:
+    """The version in package_info.py, as NeMo and Megatron-Core have it; "" if there is no such file."""
+    info = package / "package_info.py"
+    text = info.read_text(encoding="utf-8") if info.is_file() else ""
+    parts = [re.search(rf"^{key} = ['\"]?(\w*)", text, re.MULTILINE) for key in ("MAJOR", "MINOR", "PATCH", "PRE_RELEASE")]
+    number = ".".join(part[1] for part in parts[:3] if part)
+    return number + (parts[3][1] if parts[3] else "")
+
+
+def named(name: str, package: Path) -> str:
+    """The name with its version and its folder."""
+    return " ".join(filter(None, (name, release(package), "in", str(package))))
+
+
+def is_there(package: str) -> bool:
+    """Whether `import` finds the package."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:
+        return False
+
+
+def version(package: str) -> str:
+    """The version of a package, by the name that pip knows; "" if it is not installed."""
+    try:
+        return version_of(package)
+    except PackageNotFoundError:
+        return ""
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/loss_rows.py <<'END_OF_FTGEN_FILE' || return
+"""Compute the LM head and the loss only for tokens that have a loss, in Megatron-Core's GPTModel.
+
+In: the loss mask of a batch, while it is on the CPU. Out: a loss that is zero for all other tokens.
+
+The engines differ only in the step that calls `rows_of` and `give`. Nothing waits for the GPU. Each row of logits is the
+same sum as before, but a GEMM with another number of rows may add in another order.
+"""
+
+from typing import Any
+
+import torch
+
+ROWS = 128  # the number of tokens is rounded up to a multiple, so that few shapes occur
+
+
+def install() -> None:
+    """Make Megatron-Core's GPTModel look for the rows, in this process. Requires TP = PP = CP = 1."""
+    from megatron.core.models.gpt import GPTModel
+
+    GPTModel._postprocess = _postprocess_with(GPTModel._postprocess)
+
+
+def rows_of(loss_mask: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Flat indices into [batch, sequence] of the tokens with a loss, padded, on the GPU; and their number."""
+    rows = loss_mask.flatten().nonzero().flatten()
+    height = max(1, -(-len(rows) // ROWS)) * ROWS
+    padded = torch.zeros(height, dtype=torch.long, pin_memory=torch.cuda.is_available())
+    padded[: len(rows)] = rows
+    return padded.cuda(non_blocking=True), len(rows)
+
+
+def give(model: Any, rows: torch.Tensor, count: int) -> None:
+    """Give the rows of the next forward pass to the GPTModel inside of `model`."""
+    while hasattr(model, "module"):
+        model = model.module
+    model.loss_rows, model.loss_count = rows, count
+
+
+def _postprocess_with(whole: Any) -> Any:
+    def postprocess(self: Any, hidden_states: torch.Tensor, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
+        """Loss [batch, sequence], zero for tokens without a loss, from hidden states [sequence, batch, hidden]."""
+        rows = getattr(self, "loss_rows", None)
+        if labels is None or rows is None or not self.post_process:
+            return whole(self, hidden_states, *args, labels=labels, **kwargs)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        picked = hidden_states.transpose(0, 1).flatten(0, 1).index_select(0, rows).unsqueeze(1)
+        logits, _ = self.output_layer(picked, weight=weight)
+        loss = self.compute_language_model_loss(labels.flatten().index_select(0, rows).unsqueeze(0), logits).flatten()
+        count = self.loss_count
+        return loss.new_zeros(labels.numel()).index_copy(0, rows[:count], loss[:count]).view_as(labels)
+
+    return postprocess
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/needs.py <<'END_OF_FTGEN_FILE' || return
+"""Find out whether the installed packages have what an optimization uses.
+
+In: names, such as "megatron.core.optimizer:OptimizerConfig.lr". Out: the first one that is not there, as a phrase.
+
+A name is module:object.attribute. An attribute may also be the field of a dataclass or, written object(name), the
+parameter of a function or a class. Versions are not looked at: images have versions between two releases.
+"""
+
+import inspect
+from importlib import import_module
+from typing import Any
+
+
+def missing(*names: str) -> str:
+    """What is missing of these names, such as "megatron.core.optimizer has no Muon"; "" if nothing is missing."""
+    return next((phrase for name in names if (phrase := _missing(name))), "")
+
+
+def _missing(name: str) -> str:
+    module, _, path = name.partition(":")
+    path, _, parameter = path.rstrip(")").partition("(")
+    try:
+        found: Any = import_module(module)
+    except ImportError as error:
+        return f"{module} cannot be imported ({error})"
+    for attribute in path.split("."):
+        if not has(found, attribute):
+            return f"{module} has no {path}"
+        found = getattr(found, attribute, None)
+    if parameter and parameter not in inspect.signature(found).parameters:
+        return f"{module}.{path} has no parameter {parameter}"
+    return ""
+
+
+def has(owner: Any, attribute: str) -> bool:
+    """Whether an object has the attribute, or a dataclass the field."""
+    fields = [key for kind in getattr(owner, "__mro__", ()) for key in vars(kind).get("__annotations__", ())]
+    return getattr(owner, attribute, None) is not None or attribute in fields
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/__init__.py <<'END_OF_FTGEN_FILE' || return
 """NeMo 2 with Megatron-Core.
@@ -1548,157 +1741,36 @@ def _without(gone: set[str], function: Any) -> Any:
     return call
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/convert.py <<'END_OF_FTGEN_FILE' || return
-"""Convert a Hugging Face checkpoint to NeMo's format, once for all jobs.
+"""Convert a Hugging Face checkpoint with NeMo's own importer. runtime/weights/checkpoint.py has what both engines share.
 
 In: a plan. Out: $NEMO_HOME/models/<place>/{context,weights}.
 
-checkpoint.source in the plan says where the weights come from: "hub" (downloaded from Hugging Face, unless they are on
-this machine), "directory" (a Hugging Face checkpoint on a disk), "random" (generated). NeMo's own importer converts them.
-The guard publishes the result. If the converted checkpoint exists, this module does not import NeMo.
-
-Environment: NEMO_HOME (default $STAGE_PATH/HF_ckpt), HF_HOME, HF_TOKEN or HF_TOKEN_PATH, HF_HUB_OFFLINE.
+If the converted checkpoint exists, this module does not import NeMo.
 """
 
-import json
-import os
-import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 from runtime.engines.nemo import imports
-from runtime.guard import manifest, publish
-from runtime.hub import fetch, find
-from runtime.job import variables
-from runtime.job.environment import installed
-from runtime.job.errors import JobError
-from runtime.job.progress import say, timed
-from runtime.weights import hub, random_llama
+from runtime.job.progress import timed
+from runtime.weights import checkpoint
+from runtime.weights.checkpoint import converted, directory, source, user_directory, verify
 
-Plan = dict[str, Any]
-ARCHITECTURE = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "vocab_size",
-)
-CONTEXT_BYTES = 64 << 20  # tokenizer, config and manifest: an upper bound
-MARGIN = 1.05  # of the estimate of what is written
+__all__ = ["convert", "converted", "directory", "source", "user_directory", "verify"]
 
 
-def convert(plan: Plan) -> int:
+def convert(plan: dict[str, Any]) -> int:
     """Convert the checkpoint unless that is done; exit code 0. JobError: no access, network or disk space; wrong shape."""
-    begin = time.monotonic()
-    place = directory(plan)
-    if converted(plan):
-        say(f"the converted checkpoint exists: {place} (checked in {time.monotonic() - begin:.1f} s)")
-        return 0
-    publish.ensure(place, source(plan), lambda staging: _build(plan, staging), need_bytes=lambda: _need_bytes(plan))
-    say(f"the converted checkpoint is ready: {place} (after {time.monotonic() - begin:.0f} s)")
-    return 0
+    return checkpoint.convert(plan, _import)
 
 
-def converted(plan: Plan) -> bool:
-    """Whether the plan's converted checkpoint exists and has no flaw. Takes milliseconds."""
-    return manifest.flaw(directory(plan), source(plan)) is None
-
-
-def verify(plan: Plan) -> int:
-    """Read every byte of the checkpoint. Exit code 0 if it is unchanged; otherwise 1, and the checkpoint is renamed."""
-    with timed(f"reading every byte of {directory(plan)}"):
-        flaw = manifest.flaw(directory(plan), source(plan), thorough=True)
-    if flaw:
-        say(f"the checkpoint in {directory(plan)} cannot be used: {flaw}. The next job converts it again")
-        publish.set_aside(directory(plan), source(plan), thorough=True)
-    return 1 if flaw else 0
-
-
-def directory(plan: Plan) -> Path:
-    """Path of the plan's converted checkpoint."""
-    home = os.environ.get("NEMO_HOME") or Path(os.environ.get("STAGE_PATH") or Path.cwd(), "HF_ckpt")
-    return Path(home, "models", plan["checkpoint"]["place"])
-
-
-def source(plan: Plan) -> dict[str, Any]:
-    """What identifies the checkpoint: two plans with the same source use the same checkpoint."""
-    kind = plan["checkpoint"]["source"]
-    identity = {"kind": "nemo checkpoint", "source": kind} | {key: plan["model"][key] for key in ARCHITECTURE}
-    if kind == "hub":
-        return identity | {"hf_id": plan["model"]["hf_id"], "revision": plan["checkpoint"]["revision"]}
-    if kind == "random":
-        return identity | {"seed": plan["seed"]}
-    return identity | {"path": str(user_directory(plan))}
-
-
-def _build(plan: Plan, staging: Path) -> dict[str, Any]:
-    weights, origin = _fetch(plan, staging / "from")
-    _refuse_unfit(plan, weights)
-    find.go_offline()
+def _import(weights: Path, staging: Path) -> dict[str, Any]:
     with timed("importing NeMo"):
         imports.defer()
         from runtime.engines.nemo.importer import import_directory
     with timed(f"converting {weights}"):
-        origin["layers"] = import_directory(weights, staging, staging / "tokenizer")
-    shutil.rmtree(staging / "from", ignore_errors=True)
-    return origin | {name: installed(name) or "" for name in ("nemo_toolkit", "megatron-core", "torch", "transformers")}
-
-
-def _fetch(plan: Plan, scratch: Path) -> tuple[Path, dict[str, Any]]:
-    """A directory in Hugging Face format, and its origin for the manifest."""
-    kind, model = plan["checkpoint"]["source"], plan["model"]
-    if kind == "hub":
-        weights = fetch.fetch(hub.repository(plan), plan["name"])
-        return weights, {"commit": find.commit(weights)}
-    if kind == "random":
-        with timed(f"generating random weights: {model['parameters']:,} parameters"):
-            random_llama.write(plan, scratch)
-        return scratch, {}
-    return user_directory(plan), {}
-
-
-def _need_bytes(plan: Plan) -> int:
-    """Bytes that download and conversion write. Weights have two bytes per parameter, in small models four."""
-    parameters, kind = plan["model"]["parameters"], plan["checkpoint"]["source"]
-    weights = parameters * (2 if parameters >= random_llama.LARGE else 4)
-    if kind == "hub":
-        weights += fetch.bytes_to_download(hub.repository(plan), plan["name"])
-    if kind == "random":
-        weights *= 2
-    return int(weights * MARGIN) + CONTEXT_BYTES
-
-
-def user_directory(plan: Plan) -> Path:
-    """Path of a checkpoint of source "directory"; a relative checkpoint.path is below STAGE_PATH."""
-    path = variables.path_with_values("checkpoint.path", plan["checkpoint"]["path"])
-    return Path(os.environ.get("STAGE_PATH") or Path.cwd(), path)
-
-
-def _refuse_unfit(plan: Plan, weights: Path) -> None:
-    """JobError if a file is missing or the shape is not the model's: the importer would notice late, or never."""
-    names = {
-        "num_layers": "num_hidden_layers",
-        "hidden_size": "hidden_size",
-        "ffn_hidden_size": "intermediate_size",
-        "num_attention_heads": "num_attention_heads",
-        "num_query_groups": "num_key_value_heads",
-        "vocab_size": "vocab_size",
-    }
-    try:
-        config = json.loads((weights / "config.json").read_text())
-        index = weights / "model.safetensors.index.json"
-        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    except (OSError, ValueError) as error:
-        raise JobError(f"{weights} is not a Hugging Face checkpoint: {error}", "set checkpoint.path to one") from error
-    if missing := sorted(shard for shard in shards if not (weights / shard).is_file()):
-        raise JobError(f"{weights}: files are missing: {', '.join(missing)}", "complete the download of *.safetensors")
-    for key, name in names.items():
-        if config.get(name, plan["model"][key]) != plan["model"][key]:
-            raise JobError(
-                f"{weights} has {name} = {config[name]}, but model {plan['model']['name']} has {plan['model'][key]}",
-                "set model to the model of this checkpoint, or checkpoint.path to another checkpoint",
-            )
+        layers = import_directory(weights, staging, staging / "tokenizer")
+    return {"layers": layers} | checkpoint.versions("nemo_toolkit", "megatron-core", "torch", "transformers")
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/cpu.py <<'END_OF_FTGEN_FILE' || return
 """Make NeMo and Megatron-Core run on a machine without a GPU. This is for tests, not for measurements.
@@ -1713,24 +1785,12 @@ checkpoint that was converted on a CPU.
 
 import contextlib
 import functools
-import logging
-import os
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-from torch.overrides import TorchFunctionMode
+from runtime.engines import no_gpu, packed_attention
 
-FUSIONS = (
-    "apply_rope_fusion",
-    "bias_activation_fusion",
-    "bias_dropout_fusion",
-    "cross_entropy_loss_fusion",
-    "gradient_accumulation_fusion",
-    "masked_softmax_fusion",
-    "persist_layer_norm",
-)
 # Names of the norms in Megatron's own layers. Transformer Engine fuses them into the next linear layer.
 NORMS = {
     "model.layers.*.input_layernorm.weight": "decoder.layers.*.input_layernorm.weight",
@@ -1742,36 +1802,25 @@ def plain() -> dict[str, Any]:
     """Settings of a model's config that need no GPU."""
     from nemo.collections.llm.gpt.model.base import local_layer_spec
 
-    return dict.fromkeys(FUSIONS, False) | {"transformer_layer_spec": local_layer_spec}
+    return dict.fromkeys(no_gpu.FUSIONS, False) | {"transformer_layer_spec": local_layer_spec}
 
 
 def stand_in() -> None:
-    """Replace functions of torch.cuda for the rest of this process. A second call does nothing."""
-    if torch.cuda.is_available() or torch.cuda.Stream is _Idle:
+    """Replace functions of torch.cuda and NeMo for the rest of this process. A second call does nothing."""
+    if no_gpu.is_done():
         return
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron requires it, also without a GPU
-    for name, value in _stand_ins().items():
-        setattr(torch.cuda, name, value)
-    torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
-    torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
-    torch.Tensor.cuda = _same
-    torch.nn.Module.cuda = _same
-    import megatron.core.tensor_parallel.random as megatron_random
     from nemo.collections.llm.peft import lora
     from nemo.collections.llm.peft import utils as lora_layers
     from nemo.lightning import megatron_init
     from nemo.lightning.io import pl as nemo_checkpoints
 
-    megatron_random._set_cuda_rng_state = torch.cuda.set_rng_state
-    megatron_random._get_cuda_rng_state = torch.cuda.get_rng_state
     if not getattr(lora, "HAVE_TE", True):  # NeMo 2.1 does not ask
         lora.te = types.SimpleNamespace(Linear=None)  # LoRA tests whether a layer is a te.Linear
         lora_layers.HAVE_TE = False  # NeMo 2.7 sets it to True here though Transformer Engine is not installed
-    megatron_init._set_random_seed = _with_a_device(megatron_init._set_random_seed)
-    nemo_checkpoints._fix_tensors_device = _same  # it moves loaded tensors between GPUs
-    # CPU and GPU share one random generator here. Megatron would warn each time that the CPU's state changes.
-    logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
-    _OnTheCpu().__enter__()  # never exited
+    megatron_init._set_random_seed = no_gpu.with_a_device(megatron_init._set_random_seed)
+    nemo_checkpoints._fix_tensors_device = no_gpu.same  # it moves loaded tensors between GPUs
+    packed_attention.install()
+    no_gpu.stand_in()
 
 
 @contextlib.contextmanager
@@ -1782,74 +1831,9 @@ def plain_import() -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for config in (llama.LlamaConfig, llama.Llama31Config, mistral.MistralConfig7B, qwen2.Qwen2Config):
-            stack.enter_context(_replaced(config, "__init__", _with_defaults(config.__init__, plain())))
-        stack.enter_context(_replaced(io, "apply_transforms", _with_norms(io.apply_transforms)))
+            stack.enter_context(no_gpu.replaced(config, "__init__", _with_defaults(config.__init__, plain())))
+        stack.enter_context(no_gpu.replaced(io, "apply_transforms", _with_norms(io.apply_transforms)))
         yield
-
-
-class _Idle:
-    """Stands in for a CUDA stream or event: every method does nothing."""
-
-    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
-        pass
-
-    def __getattr__(self, _name: str) -> Callable[..., None]:
-        return _nothing
-
-
-class _OnTheCpu(TorchFunctionMode):  # type: ignore[misc]
-    """Creates tensors for "cuda" on the CPU, and leaves tensors on the CPU that are moved to "cuda"."""
-
-    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = "cpu"
-        if isinstance(kwargs.get("pin_memory"), bool):
-            kwargs["pin_memory"] = False
-        if getattr(func, "__name__", "") == "to":
-            args = tuple("cpu" if _is_cuda(value) else value for value in args)
-        return func(*args, **kwargs)
-
-
-def _stand_ins() -> dict[str, Any]:
-    names = ("ByteTensor", "IntTensor", "LongTensor", "HalfTensor", "BFloat16Tensor", "FloatTensor", "DoubleTensor")
-    return {
-        **{name: getattr(torch, name) for name in names},
-        "Event": _Idle,
-        "Stream": _Idle,
-        "current_device": lambda: torch.device("cpu"),
-        "current_stream": _Idle,
-        "get_rng_state": lambda *_args, **_kwargs: torch.get_rng_state(),
-        "manual_seed": _nothing,
-        "set_device": _nothing,
-        "set_rng_state": lambda state, *_args, **_kwargs: torch.set_rng_state(state),
-        "stream": lambda _stream: contextlib.nullcontext(),
-        "synchronize": _nothing,
-        "_lazy_call": _nothing,
-        "_lazy_init": _nothing,
-    }
-
-
-def _nothing(*_args: Any, **_kwargs: Any) -> None:
-    return None
-
-
-def _same(self: Any, *_args: Any, **_kwargs: Any) -> Any:
-    return self
-
-
-def _is_cuda(value: Any) -> bool:
-    return isinstance(value, str | torch.device) and str(value).startswith("cuda")
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 def _with_defaults(init: Callable[..., None], defaults: dict[str, Any]) -> Callable[..., None]:
@@ -1858,16 +1842,6 @@ def _with_defaults(init: Callable[..., None], defaults: dict[str, Any]) -> Calla
         init(self, *args, **(defaults | kwargs))
 
     return with_defaults
-
-
-def _with_a_device(set_random_seed: Callable[[int], None]) -> Callable[[int], None]:
-    """NeMo seeds the generator of the weights only if there is a GPU."""
-
-    def with_a_device(seed: int) -> None:
-        with _replaced(torch.cuda, "device_count", lambda: 1):
-            set_random_seed(seed)
-
-    return with_a_device
 
 
 def _with_norms(apply_transforms: Callable[..., Any]) -> Callable[..., Any]:
@@ -2344,16 +2318,12 @@ END_OF_FTGEN_FILE
 
 In: a recipe. Out: the recipe with the fusion on.
 
-Megatron-Core and NeMo use the fusion only if they can import APEX's extension `fused_weight_gradient_mlp_cuda`. This
-module stands in for that extension. Then the GEMMs of Transformer Engine accumulate into main_grad, and the two
-`wgrad_gemm` functions below do the same for Megatron's LM head.
+runtime/engines/wgrad.py stands in for APEX's extension, without which Megatron-Core and NeMo do not use the fusion.
 """
 
-import sys
 from typing import Any
 
-import torch
-
+from runtime.engines import wgrad
 from runtime.engines.nemo.optimizations import needs
 
 
@@ -2365,23 +2335,13 @@ def missing(recipe: Any, _plan: dict[str, Any]) -> str:
 
 
 def before_imports() -> None:
-    """Make this module importable as the extension, before Megatron-Core looks for it."""
-    sys.modules.setdefault("fused_weight_gradient_mlp_cuda", sys.modules[__name__])
+    """Stand in for APEX's extension."""
+    wgrad.stand_in_for_apex()
 
 
 def apply(recipe: Any, _plan: dict[str, Any]) -> None:
     """Switch the fusion on."""
     recipe.model.config.gradient_accumulation_fusion = True
-
-
-def wgrad_gemm_accum_fp16(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
-    """main_grad [out, in] += grad_outputᵀ [out, n] @ inputs [n, in]; all have the same 16-bit type."""
-    main_grad.addmm_(grad_output.t(), inputs)
-
-
-def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
-    """main_grad [out, in] (float32) += grad_outputᵀ [out, n] @ inputs [n, in]."""
-    main_grad.add_(grad_output.t() @ inputs)
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/loss_tokens_only.py <<'END_OF_FTGEN_FILE' || return
 """Compute the LM head and the loss only for tokens that have a loss.
@@ -2390,8 +2350,7 @@ In: a recipe. Out: the recipe, with steps that pick those tokens.
 
 In a fine-tune, only the tokens of the answers have a loss. For every other token, the stock recipe computes the LM
 head and the cross entropy and multiplies the result by zero. Here the loss mask is read while the batch is still on
-the CPU, so nothing waits for the GPU. Each row of logits is the same sum as before, but a GEMM with another number of
-rows may add in another order.
+the CPU. runtime/engines/loss_rows.py has the rest.
 """
 
 from collections.abc import Iterator
@@ -2399,9 +2358,8 @@ from typing import Any
 
 import torch
 
+from runtime.engines import loss_rows
 from runtime.engines.nemo.optimizations import needs
-
-ROWS = 128  # the number of tokens is rounded up to a multiple, so that few shapes occur
 
 
 def missing(recipe: Any, _plan: dict[str, Any]) -> str:
@@ -2422,11 +2380,9 @@ def apply(recipe: Any, _plan: dict[str, Any]) -> None:
 
 def install(config: Any) -> None:
     """Make the steps of a GPTConfig pick the tokens with a loss. Requires TP = PP = CP = 1."""
-    from megatron.core.models.gpt import GPTModel
-
     config.data_step_fn = data_step
     config.forward_step_fn = forward_step
-    GPTModel._postprocess = _postprocess_with(GPTModel._postprocess)
+    loss_rows.install()
 
 
 def data_step(dataloader_iter: Iterator[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -2434,39 +2390,17 @@ def data_step(dataloader_iter: Iterator[Any], *args: Any, **kwargs: Any) -> dict
     from nemo.collections.llm.gpt.model.base import gpt_data_step
 
     batch = next(dataloader_iter)
-    rows = (batch[0] if isinstance(batch, tuple) else batch)["loss_mask"].flatten().nonzero().flatten()
+    rows, count = loss_rows.rows_of((batch[0] if isinstance(batch, tuple) else batch)["loss_mask"])
     step: dict[str, Any] = gpt_data_step(iter([batch]), *args, **kwargs)
-    height = max(1, -(-len(rows) // ROWS)) * ROWS
-    padded = torch.zeros(height, dtype=torch.long, pin_memory=torch.cuda.is_available())
-    padded[: len(rows)] = rows
-    return step | {"loss_rows": padded.cuda(non_blocking=True), "loss_count": len(rows)}
+    return step | {"loss_rows": rows, "loss_count": count}
 
 
 def forward_step(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """NeMo's forward step, after giving the model the rows with a loss."""
     from nemo.collections.llm.gpt.model.base import gpt_forward_step
 
-    head = model
-    while hasattr(head, "module"):
-        head = head.module
-    head.loss_rows, head.loss_count = batch["loss_rows"], batch["loss_count"]
+    loss_rows.give(model, batch["loss_rows"], batch["loss_count"])
     return gpt_forward_step(model, batch)
-
-
-def _postprocess_with(whole: Any) -> Any:
-    def postprocess(self: Any, hidden_states: torch.Tensor, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
-        """Loss [batch, sequence], zero for tokens without a loss, from hidden states [sequence, batch, hidden]."""
-        rows = getattr(self, "loss_rows", None)
-        if labels is None or rows is None or not self.post_process:
-            return whole(self, hidden_states, *args, labels=labels, **kwargs)
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        picked = hidden_states.transpose(0, 1).flatten(0, 1).index_select(0, rows).unsqueeze(1)
-        logits, _ = self.output_layer(picked, weight=weight)
-        loss = self.compute_language_model_loss(labels.flatten().index_select(0, rows).unsqueeze(0), logits).flatten()
-        count = self.loss_count
-        return loss.new_zeros(labels.numel()).index_copy(0, rows[:count], loss[:count]).view_as(labels)
-
-    return postprocess
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/merge_micro_batches.py <<'END_OF_FTGEN_FILE' || return
 """Run all packs of a step as one micro-batch.
@@ -2554,50 +2488,23 @@ def _weighted(stock: Any) -> Any:
     return forward
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/needs.py <<'END_OF_FTGEN_FILE' || return
-"""Find out whether the installed packages have what an optimization uses.
+"""Find out whether the installed packages and the recipe have what an optimization uses. See runtime/engines/needs.py.
 
-In: names, such as "megatron.core.optimizer:OptimizerConfig.lr". Out: the first one that is not there, as a phrase.
-
-A name is module:object.attribute. An attribute may also be the field of a dataclass or, written object(name), the
-parameter of a function or a class. Versions are not looked at: images have versions between two releases.
+In: names. Out: the first one that is not there, as a phrase.
 """
 
-import inspect
-from importlib import import_module
 from typing import Any
 
+from runtime.engines.needs import has, missing
 
-def missing(*names: str) -> str:
-    """What is missing of these names, such as "megatron.core.optimizer has no Muon"; "" if nothing is missing."""
-    return next((phrase for name in names if (phrase := _missing(name))), "")
+__all__ = ["missing", "missing_in_config"]
 
 
 def missing_in_config(recipe: Any, *fields: str) -> str:
     """What is missing of these fields in the config of the recipe's model, which differs from model to model."""
     config = recipe.model.config.__fn_or_cls__
-    lacking = [field for field in fields if not _has(config, field)]
+    lacking = [field for field in fields if not has(config, field)]
     return f"NeMo's {config.__name__} has no {lacking[0]}" if lacking else ""
-
-
-def _missing(name: str) -> str:
-    module, _, path = name.partition(":")
-    path, _, parameter = path.rstrip(")").partition("(")
-    try:
-        found: Any = import_module(module)
-    except ImportError as error:
-        return f"{module} cannot be imported ({error})"
-    for attribute in path.split("."):
-        if not _has(found, attribute):
-            return f"{module} has no {path}"
-        found = getattr(found, attribute, None)
-    if parameter and parameter not in inspect.signature(found).parameters:
-        return f"{module}.{path} has no parameter {parameter}"
-    return ""
-
-
-def _has(owner: Any, attribute: str) -> bool:
-    fields = [key for kind in getattr(owner, "__mro__", ()) for key in vars(kind).get("__annotations__", ())]
-    return getattr(owner, attribute, None) is not None or attribute in fields
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/op_fuser.py <<'END_OF_FTGEN_FILE' || return
 """Use Transformer Engine's op fuser for the MLP and the LoRA adapters. It rounds differently.
@@ -2670,8 +2577,7 @@ In: a recipe, which stays as it is. Out: NeMo's adapter class, changed for this 
 
 from typing import Any
 
-import torch
-
+from runtime.engines import adapters
 from runtime.engines.nemo.optimizations import needs
 
 
@@ -2681,23 +2587,10 @@ def missing(_recipe: Any, _plan: dict[str, Any]) -> str:
 
 
 def apply(_recipe: Any, _plan: dict[str, Any]) -> None:
-    """Scale the small tensor in this process."""
-    scale_small_tensor()
-
-
-def scale_small_tensor() -> None:
-    """Multiply [tokens, rank] by alpha / rank, instead of the adapter's output [tokens, features].
-
-    The result has the same bits if alpha / rank is a power of two. Requires TP = 1 and no dropout.
-    """
+    """Scale the small tensor in this process. Requires TP = 1 and no dropout."""
     from nemo.collections.llm.peft.utils import ParallelLinearAdapter
 
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        x, _ = self.linear_in(x)
-        x, _ = self.linear_out(self.activation(x) * (self.alpha / self.dim))
-        return x
-
-    ParallelLinearAdapter.forward = forward
+    ParallelLinearAdapter.forward = adapters.forward
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/short_padding.py <<'END_OF_FTGEN_FILE' || return
 """Cut the padding of each pack into several short sequences.
@@ -2709,17 +2602,14 @@ examples, it is much longer than any example. With padded cu_seqlens, the kernel
 were that long. This optimization cuts the padding into sequences that are no longer than the longest example.
 """
 
-import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from runtime.engines import padding
 from runtime.engines.nemo.optimizations import needs
 from runtime.engines.nemo.optimizations.packs import ChangedStep, cu_seqlens, ends_of
-
-MULTIPLE = 64  # tokens in a tile of the attention kernel; the longest sequence is rounded up to a multiple
 
 
 def missing(recipe: Any, _plan: dict[str, Any]) -> str:
@@ -2736,9 +2626,7 @@ def apply(recipe: Any, _plan: dict[str, Any]) -> None:
 
 def install(data: Any, config: Any) -> None:
     """Change the data step of a GPTConfig. The packs' metadata has the length of the longest example."""
-    metadata = json.loads(Path(data.packed_sequence_specs.packed_metadata_path).read_text())
-    longest = max(split["dataset_max_seqlen"] for split in metadata)
-    limit = -(-longest // MULTIPLE) * MULTIPLE
+    limit = padding.longest_sequence(Path(data.packed_sequence_specs.packed_metadata_path))
     config.data_step_fn = ChangedStep(config.data_step_fn, lambda batch: cut_padding(batch, limit))
 
 
@@ -2748,12 +2636,7 @@ def cut_padding(batch: dict[str, Any], longest: int) -> dict[str, Any]:
     cu_seqlens [1, n] always gets as many entries as the longest possible padding needs, because CUDA graphs need a
     fixed shape.
     """
-    ends = ends_of(batch)[0]
-    cut = [0]
-    for begin, end in pairwise(ends):
-        cut += [*range(begin + longest, end, longest), end]
-    count = len(ends) + ends[-1] // longest
-    cut += [ends[-1]] * (count - len(cut))
+    cut = padding.cut(ends_of(batch)[0], longest)
     return batch | cu_seqlens(cut) | {"max_seqlen": torch.tensor([[longest]], dtype=torch.int32)}
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/skip_nan_check.py <<'END_OF_FTGEN_FILE' || return
@@ -2828,19 +2711,14 @@ def _without_transposes(cast: Any) -> Any:
     return cast_rows
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/switch.py <<'END_OF_FTGEN_FILE' || return
-"""Switch on the optimizations that the plan selects.
+"""Switch on the optimizations that the plan selects, in NeMo's recipe. See runtime/engines/switching.py.
 
 In: a recipe and a plan. Out: the recipe, changed.
-
-Each optimization is a file of this folder with two functions: `missing(recipe, plan)` says what the installed packages
-lack for it, `apply(recipe, plan)` switches it on. If it is off, the stock recipe stays as it is. The catalogue's
-optimizations.toml describes the measured effect and the numerics of each.
 """
 
-from importlib import import_module
 from typing import Any
 
-from runtime.job.progress import say
+from runtime.engines import switching
 
 Plan = dict[str, Any]
 BEFORE_IMPORTS = ("fused_wgrad_accumulation",)  # Megatron-Core decides about these while it is imported
@@ -2850,31 +2728,17 @@ def before_imports(plan: Plan) -> None:
     """Prepare those optimizations that need it before NeMo and Megatron-Core are imported."""
     for name in BEFORE_IMPORTS:
         if plan["optimizations"][name]:
-            _module(name).before_imports()
+            switching.module(str(__package__), name).before_imports()
 
 
 def unavailable(recipe: Any, plan: Plan) -> dict[str, str]:
     """Those optimizations of the plan that the installed packages cannot do, and what they lack."""
-    lacking = {name: _module(name).missing(recipe, plan) for name in _selected(plan)}
-    return {name: phrase for name, phrase in lacking.items() if phrase}
+    return switching.unavailable(str(__package__), recipe, plan)
 
 
 def apply(recipe: Any, plan: Plan, off: dict[str, str]) -> None:
     """Apply every optimization of the plan, except those that are `unavailable`."""
-    on = [name for name in _selected(plan) if name not in off]
-    say(f"optimizations: {', '.join(on) or 'none, the stock recipe'}")
-    for name, lacking in off.items():
-        say(f"warning: the optimization {name} is off: {lacking}")
-    for name in on:
-        _module(name).apply(recipe, plan)
-
-
-def _selected(plan: Plan) -> list[str]:
-    return [name for name, is_on in plan["optimizations"].items() if is_on]
-
-
-def _module(name: str) -> Any:
-    return import_module(f"{__package__}.{name}")
+    switching.apply(str(__package__), recipe, plan, off)
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/packages.py <<'END_OF_FTGEN_FILE' || return
 """Find out whether the installed packages can convert and train, without importing them.
@@ -2883,15 +2747,15 @@ In: sys.path. Out: what is found, and a sentence for each thing that is missing.
 
 `import nemo` takes half a minute. This module finds the packages that `import` would take, and reads their files: so
 sources that come first on sys.path count, and versions of packages do not. NeMo and Megatron-Core fit together if
-Megatron-Core has every name that NeMo imports from it. It uses no other module of the runtime, because the set-up job
-contains its text.
+Megatron-Core has every name that NeMo imports from it. It uses no other module of the runtime but installed.py, because the
+set-up job contains the text of both.
 """
 
-import importlib.util
 import re
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from runtime.engines.installed import folder, is_there, named, version
 
 # Packages, by the names that pip knows.
 OTHERS = {
@@ -2912,63 +2776,41 @@ COMMENT = re.compile(r"#.*")
 def found() -> str:
     """What is there, such as "NeMo 2.7.3 in /opt/NeMo/nemo, PyTorch 2.9.0"."""
     places = (("NeMo", folder("nemo")), ("Megatron-Core", folder("megatron.core")))
-    there = [_named(name, place) for name, place in places if place]
-    others = (("Transformer Engine", _version("transformer-engine")), ("PyTorch", _version("torch")))
+    there = [named(name, place) for name, place in places if place]
+    others = (("Transformer Engine", version("transformer-engine")), ("PyTorch", version("torch")))
     return ", ".join(there + [f"{name} {number}" for name, number in others if number]) or "no NeMo and no PyTorch"
 
 
 def missing(recipes: list[str], *, gpu: bool) -> Iterator[str]:
     """A sentence for each thing that is missing. `recipes`: modules in nemo.collections.llm.recipes."""
     for package, name in (OTHERS | (ON_A_GPU if gpu else {})).items():
-        if not _is_there(package):
+        if not is_there(package):
             yield f"the package {name} is not installed"
     nemo, core = folder("nemo"), folder("megatron.core")
     for place, name in ((nemo, "nemo_toolkit"), (core, "megatron-core")):
         if not place:
-            yield f"the package {name} is not installed" + (", only Megatron-Bridge" if _is_there("megatron.bridge") else "")
+            yield f"the package {name} is not installed" + (", only Megatron-Bridge" if is_there("megatron.bridge") else "")
     if nemo:
         yield from _missing_in_nemo(nemo, recipes)
     if nemo and core:
         yield from _missing_in_megatron(nemo, core)
 
 
-def folder(package: str) -> Path | None:
-    """The folder that `import` would take the package from. The package is not imported, but those around it are."""
-    try:
-        spec = importlib.util.find_spec(package)
-    except ImportError:
-        return None
-    return next((Path(place) for place in spec.submodule_search_locations or ()), None) if spec else None
-
-
-def release(package: Path) -> str:
-    """The version in package_info.py, as NeMo and Megatron-Core have it; "" if there is no such file."""
-    info = package / "package_info.py"
-    text = info.read_text(encoding="utf-8") if info.is_file() else ""
-    parts = [re.search(rf"^{key} = ['\"]?(\w*)", text, re.MULTILINE) for key in ("MAJOR", "MINOR", "PATCH", "PRE_RELEASE")]
-    number = ".".join(part[1] for part in parts[:3] if part)
-    return number + (parts[3][1] if parts[3] else "")
-
-
-def _named(name: str, package: Path) -> str:
-    return " ".join(filter(None, (name, release(package), "in", str(package))))
-
-
 def _missing_in_nemo(nemo: Path, recipes: list[str]) -> Iterator[str]:
     library = nemo / "collections" / "llm"
     if not library.is_dir():
-        yield f"{_named('NeMo', nemo)} has no nemo.collections.llm; versions 2.1 to 2.7 have it"
+        yield f"{named('NeMo', nemo)} has no nemo.collections.llm; versions 2.1 to 2.7 have it"
         return
     for recipe in recipes:
         if not (library / "recipes" / f"{recipe}.py").is_file():
-            yield f"{_named('NeMo', nemo)} has no recipe {recipe}, which this model needs"
+            yield f"{named('NeMo', nemo)} has no recipe {recipe}, which this model needs"
 
 
 def _missing_in_megatron(nemo: Path, core: Path) -> Iterator[str]:
     lacking = dict.fromkeys(name for name in _imported(nemo) if not _has(core, *name))
     if lacking:
         names = ", ".join(f"{module}.{name}" for module, name in list(lacking)[:3]) + (", ..." if len(lacking) > 3 else "")
-        yield f"{_named('NeMo', nemo)} does not fit {_named('Megatron-Core', core)}, which lacks {names}"
+        yield f"{named('NeMo', nemo)} does not fit {named('Megatron-Core', core)}, which lacks {names}"
 
 
 def _imported(nemo: Path) -> Iterator[tuple[str, str]]:
@@ -2985,20 +2827,46 @@ def _has(core: Path, module: str, name: str) -> bool:
         return True
     file = place.with_suffix(".py") if place.with_suffix(".py").is_file() else place / "__init__.py"
     return file.is_file() and bool(re.search(rf"\b{name}\b", file.read_text(encoding="utf-8", errors="replace")))
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/profiling.py <<'END_OF_FTGEN_FILE' || return
+"""Profile steps of a NeMo training, with a Lightning callback.
+
+In: a recipe and a plan. Out: the recipe with the callback.
+
+This module imports Lightning, so only a training imports it.
+"""
+
+from typing import Any
+
+import nemo_run as run
+from lightning.pytorch.callbacks import Callback
+
+from runtime.job import profile
+from runtime.job.profiler import Profiler
+
+Plan = dict[str, Any]
 
 
-def _is_there(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ImportError:
-        return False
+def add(recipe: Any, plan: Plan) -> None:
+    """Add the callback, if the plan profiles this rank."""
+    if profile.wanted(plan):
+        callback = run.Config(ProfileSteps, *profile.arguments(plan))
+        recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), callback]
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
+class ProfileSteps(Callback):  # type: ignore[misc]
+    """Tells the profiler which step begins and ends."""
+
+    def __init__(self, tool: str, first_step: int, last_step: int, file: str) -> None:
+        self.profiler = Profiler(tool, first_step, last_step, file)
+
+    def on_train_batch_start(self, trainer: Any, *_args: Any) -> None:
+        """Before a step."""
+        self.profiler.before_step(trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Any, *_args: Any) -> None:
+        """After a step, which Lightning has already counted."""
+        self.profiler.after_step(trainer.global_step - 1)
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/recipe.py <<'END_OF_FTGEN_FILE' || return
 """Build NeMo's own fine-tuning recipe, with the numbers of the plan.
@@ -3204,15 +3072,14 @@ Environment: RANK, LOCAL_RANK, WORLD_SIZE, NODE_RANK, MASTER_ADDR, MASTER_PORT (
 """
 
 import os
-import socket
-from pathlib import Path
 from typing import Any
 
 from runtime.data.prepare import prepare
 from runtime.engines.nemo import compatibility, convert, imports
 from runtime.engines.nemo.optimizations import switch
-from runtime.job import environment, profile
+from runtime.job import environment, profile, ranks
 from runtime.job.errors import JobError
+from runtime.job.places import run_directory
 from runtime.job.progress import say, timed
 from runtime.weights import read_ahead
 
@@ -3221,7 +3088,7 @@ Plan = dict[str, Any]
 
 def train(plan: Plan) -> int:
     """Train plan["max_steps"] steps; exit code 0. JobError: no checkpoint, no GPU, a wrong WORLD_SIZE, faulty data."""
-    _set_ranks(plan)
+    ranks.set_defaults(plan)
     profile.enter(plan)
     weights = convert.directory(plan)
     if not convert.converted(plan):
@@ -3234,7 +3101,7 @@ def train(plan: Plan) -> int:
         import fiddle
         import torch
 
-        from runtime.engines.nemo import recipe
+        from runtime.engines.nemo import profiling, recipe
 
         compatibility.after_imports()
     if plan["gpu"]["name"] == "cpu":
@@ -3243,12 +3110,12 @@ def train(plan: Plan) -> int:
         cpu.stand_in()
     elif not torch.cuda.is_available():
         raise JobError("PyTorch finds no GPU in this process", 'see nvidia-smi; gpu = "cpu" in the spec needs no GPU')
-    off = switch.unavailable(recipe.stock(plan, _log_directory()), plan)
+    off = switch.unavailable(recipe.stock(plan, run_directory()), plan)
     environment.tell(plan, off)
     files = prepare(plan, weights / "context" / "nemo_tokenizer")
-    recipe_of_run = recipe.build(plan, weights, files, _log_directory())
+    recipe_of_run = recipe.build(plan, weights, files, run_directory())
     switch.apply(recipe_of_run, plan, off)
-    profile.add(recipe_of_run, plan)
+    profiling.add(recipe_of_run, plan)
     training = fiddle.build(recipe_of_run)
     say(f"training: {plan['experiment']}, {plan['max_steps']} steps")
     training()
@@ -3257,37 +3124,296 @@ def train(plan: Plan) -> int:
     return 0
 
 
-def _set_ranks(plan: Plan) -> None:
-    """Set defaults for a single process, and GROUP_RANK, which is PyTorch's name for NODE_RANK."""
-    env = os.environ
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in alone.items():
-        env.setdefault(name, value)
-    if "MASTER_PORT" not in env:
-        env["MASTER_PORT"] = str(_free_port())
-    env["GROUP_RANK"] = env["NODE_RANK"]
-    if int(env["WORLD_SIZE"]) != plan["gpus"]:
-        raise JobError(
-            f"{env['WORLD_SIZE']} processes train, but the plan has {plan['gpus']} GPUs",
-            "start one process per GPU, as the job's script does",
-        )
-
-
 def _set_variables(plan: Plan) -> None:
     """Set the variables that NeMo and Lightning read when they are imported or built."""
     os.environ["PL_GLOBAL_SEED"] = str(plan["seed"])
     if plan["gpu"]["name"] != "cpu":
         os.environ.setdefault("NEMO_LOG_MEMORY_USAGE", "1")
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/no_gpu.py <<'END_OF_FTGEN_FILE' || return
+"""Stand in for torch.cuda on a machine without a GPU. This is for tests, not for measurements.
+
+In: a process that has not used Megatron-Core yet. Out: torch.cuda is changed for this process.
+
+The functions of torch.cuda that Megatron-Core always calls do nothing here, and tensors for "cuda" are on the CPU. Each
+engine's cpu.py adds what its framework needs.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+# Settings of a model's config that need fused kernels.
+FUSIONS = (
+    "apply_rope_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "cross_entropy_loss_fusion",
+    "gradient_accumulation_fusion",
+    "masked_softmax_fusion",
+    "persist_layer_norm",
+)
 
 
-def _log_directory() -> Path:
-    return Path(os.environ.get("FTGEN_RUN_DIR") or Path(os.environ.get("STAGE_PATH") or Path.cwd(), "logs"))
+def is_done() -> bool:
+    """Whether there is nothing to stand in for: there is a GPU, or `stand_in` was called before."""
+    return torch.cuda.is_available() or torch.cuda.Stream is _Idle
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def stand_in() -> None:
+    """Replace functions of torch.cuda for the rest of this process. Call it once."""
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron requires it, also without a GPU
+    for name, value in _stand_ins().items():
+        setattr(torch.cuda, name, value)
+    torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
+    torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
+    torch.Tensor.cuda = same
+    torch.nn.Module.cuda = same
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    megatron_random._set_cuda_rng_state = torch.cuda.set_rng_state
+    megatron_random._get_cuda_rng_state = torch.cuda.get_rng_state
+    # CPU and GPU share one random generator here. Megatron would warn each time that the CPU's state changes.
+    logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
+    _OnTheCpu().__enter__()  # never exited
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """In this block, the attribute has another value."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def with_a_device(set_random_seed: Callable[[int], None]) -> Callable[[int], None]:
+    """A function that seeds the generator of the weights only if there is a GPU, as if there were one."""
+
+    def with_a_device(seed: int) -> None:
+        with replaced(torch.cuda, "device_count", lambda: 1):
+            set_random_seed(seed)
+
+    return with_a_device
+
+
+class _Idle:
+    """Stands in for a CUDA stream or event: every method does nothing."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, _name: str) -> Callable[..., None]:
+        return nothing
+
+
+class _OnTheCpu(TorchFunctionMode):  # type: ignore[misc]
+    """Creates tensors for "cuda" on the CPU, and leaves tensors on the CPU that are moved to "cuda"."""
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        if isinstance(kwargs.get("pin_memory"), bool):
+            kwargs["pin_memory"] = False
+        if getattr(func, "__name__", "") == "to":
+            args = tuple("cpu" if _is_cuda(value) else value for value in args)
+        return func(*args, **kwargs)
+
+
+def _stand_ins() -> dict[str, Any]:
+    names = ("ByteTensor", "IntTensor", "LongTensor", "HalfTensor", "BFloat16Tensor", "FloatTensor", "DoubleTensor")
+    return {
+        **{name: getattr(torch, name) for name in names},
+        "Event": _Idle,
+        "Stream": _Idle,
+        "current_device": lambda: torch.device("cpu"),
+        "current_stream": _Idle,
+        "get_rng_state": lambda *_args, **_kwargs: torch.get_rng_state(),
+        "manual_seed": nothing,
+        "set_device": nothing,
+        "set_rng_state": lambda state, *_args, **_kwargs: torch.set_rng_state(state),
+        "stream": lambda _stream: contextlib.nullcontext(),
+        "synchronize": nothing,
+        "_lazy_call": nothing,
+        "_lazy_init": nothing,
+    }
+
+
+def nothing(*_args: Any, **_kwargs: Any) -> None:
+    """Do nothing."""
+
+
+def decorates_nothing(function: Any) -> Any:
+    """The function itself, as a decorator."""
+    return function
+
+
+def same(self: Any, *_args: Any, **_kwargs: Any) -> Any:
+    """The object itself."""
+    return self
+
+
+def _is_cuda(value: Any) -> bool:
+    return isinstance(value, str | torch.device) and str(value).startswith("cuda")
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/packed_attention.py <<'END_OF_FTGEN_FILE' || return
+"""Let Megatron-Core's own attention take packed sequences, on a CPU. Its kernel for them needs a GPU.
+
+In: Megatron-Core. Out: its DotProductAttention, changed for this process.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+
+def install() -> None:
+    """Compute the attention of each packed sequence by itself."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    stock = DotProductAttention.forward
+
+    def forward(
+        self: Any, query: Any, key: Any, value: Any, *args: Any, packed_seq_params: Any = None, **kwargs: Any
+    ) -> Any:
+        """Attention of query [tokens, heads, size] or [tokens, 1, heads, size]; Megatron-Core's own if nothing is packed."""
+        if packed_seq_params is None:
+            return stock(self, query, key, value, *args, **kwargs)
+        ends = packed_seq_params.cu_seqlens_q.flatten().tolist()
+        return attention(query, key, value, ends, self.softmax_scale)
+
+    DotProductAttention.forward = forward
+
+
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: list[int], scale: float) -> torch.Tensor:
+    """Causal attention within each sequence: [tokens, heads * size], or [tokens, 1, heads * size] if query has a batch."""
+    has_batch = query.dim() == 4
+    q, k, v = ((each.squeeze(1) if has_batch else each).transpose(0, 1) for each in (query, key, value))
+    groups = q.shape[0] // k.shape[0]
+    k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    parts = [attend(q[:, b:e], k[:, b:e], v[:, b:e], is_causal=True, scale=scale) for b, e in pairwise(ends) if e > b]
+    whole = torch.cat(parts, 1).transpose(0, 1).flatten(1)
+    return whole.unsqueeze(1) if has_batch else whole
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/padding.py <<'END_OF_FTGEN_FILE' || return
+"""Cut the padding of a pack into several short sequences.
+
+In: the boundaries of a pack's sequences. Out: boundaries with more of them.
+
+For attention and rotary embedding, the padding at the end of a pack is one more sequence. In a pack with few examples, it is
+much longer than any example. The engines differ in the tensors that have the boundaries.
+"""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+MULTIPLE = 64  # tokens in a tile of the attention kernel; the longest sequence is rounded up to a multiple
+
+
+def longest_sequence(metadata: Path) -> int:
+    """The length of the longest example in the packs' metadata, rounded up."""
+    longest = max(split["dataset_max_seqlen"] for split in json.loads(metadata.read_text()))
+    return -(-int(longest) // MULTIPLE) * MULTIPLE
+
+
+def cut(ends: list[int], longest: int) -> list[int]:
+    """The boundaries with no sequence longer than `longest` tokens. No example is longer: only padding is cut.
+
+    There are always as many as the longest possible padding needs, because CUDA graphs need a fixed shape.
+    """
+    short = [0]
+    for begin, end in pairwise(ends):
+        short += [*range(begin + longest, end, longest), end]
+    count = len(ends) + ends[-1] // longest
+    return short + [ends[-1]] * (count - len(short))
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/switching.py <<'END_OF_FTGEN_FILE' || return
+"""Switch on the optimizations that the plan selects.
+
+In: an engine's package of optimizations, a recipe and a plan. Out: the recipe, changed.
+
+Each optimization is a file of the package with two functions: `missing(recipe, plan)` says what the installed packages
+lack for it, `apply(recipe, plan)` switches it on. If it is off, the stock recipe stays as it is. The catalogue's
+optimizations.toml describes the measured effect and the numerics of each.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from runtime.job.progress import say
+
+Plan = dict[str, Any]
+
+
+def unavailable(package: str, recipe: Any, plan: Plan) -> dict[str, str]:
+    """Those optimizations of the plan that the installed packages cannot do, and what they lack."""
+    lacking = {name: module(package, name).missing(recipe, plan) for name in _selected(plan)}
+    return {name: phrase for name, phrase in lacking.items() if phrase}
+
+
+def apply(package: str, recipe: Any, plan: Plan, off: dict[str, str]) -> None:
+    """Apply every optimization of the plan, except those that are `unavailable`."""
+    on = [name for name in _selected(plan) if name not in off]
+    say(f"optimizations: {', '.join(on) or 'none, the stock recipe'}")
+    for name, lacking in off.items():
+        say(f"warning: the optimization {name} is off: {lacking}")
+    for name in on:
+        module(package, name).apply(recipe, plan)
+
+
+def module(package: str, name: str) -> Any:
+    """The module of an optimization."""
+    return import_module(f"{package}.{name}")
+
+
+def _selected(plan: Plan) -> list[str]:
+    return [name for name, is_on in plan["optimizations"].items() if is_on]
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/wgrad.py <<'END_OF_FTGEN_FILE' || return
+"""Stand in for APEX's extension that accumulates weight gradients in the GEMM that computes them.
+
+In: a process that has not imported Megatron-Core. Out: `fused_weight_gradient_mlp_cuda` can be imported.
+
+Megatron-Core, NeMo and Megatron-Bridge use the fusion only if they can import the extension. With the stand-in, the GEMMs
+of Transformer Engine accumulate into main_grad, and the two functions below do the same for Megatron's LM head.
+"""
+
+import sys
+
+import torch
+
+EXTENSION = "fused_weight_gradient_mlp_cuda"
+
+
+def stand_in_for_apex() -> None:
+    """Make this module importable as the extension, before Megatron-Core looks for it."""
+    sys.modules.setdefault(EXTENSION, sys.modules[__name__])
+
+
+def is_stand_in() -> bool:
+    """Whether this module stands in for the extension."""
+    return sys.modules.get(EXTENSION) is sys.modules[__name__]
+
+
+def wgrad_gemm_accum_fp16(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+    """main_grad [out, in] += grad_outputᵀ [out, n] @ inputs [n, in]; all have the same 16-bit type."""
+    main_grad.addmm_(grad_output.t(), inputs)
+
+
+def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+    """main_grad [out, in] (float32) += grad_outputᵀ [out, n] @ inputs [n, in]."""
+    main_grad.add_(grad_output.t() @ inputs)
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/guard/__init__.py <<'END_OF_FTGEN_FILE' || return
 """Build a folder once, however many jobs and ranks need it, and publish it only when it is complete.
@@ -4594,9 +4720,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "nemo_toolkit", "megatron-core", "transformer-engine", "lightning", "transformers", "numpy")
+PACKAGES = (
+    "torch",
+    "nemo_toolkit",
+    "megatron-bridge",
+    "megatron-core",
+    "transformer-engine",
+    "lightning",
+    "transformers",
+    "numpy",
+)
 # Where a package that is imported has its version: sources that a spec adds have no other.
-IMPORTED = {"nemo_toolkit": "nemo", "megatron-core": "megatron.core"}
+IMPORTED = {"nemo_toolkit": "nemo", "megatron-core": "megatron.core", "megatron-bridge": "megatron.bridge"}
 DRIVER = Path("/sys/module/nvidia/version")
 JOB = {"job": "SLURM_JOB_ID", "nodes": "SLURM_JOB_NODELIST", "partition": "SLURM_JOB_PARTITION"}
 
@@ -4672,6 +4807,22 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         yield error
         error = error.__cause__ or error.__context__
 END_OF_FTGEN_FILE
+    cat >"$1"/runtime/job/places.py <<'END_OF_FTGEN_FILE' || return
+"""Say where a job writes.
+
+In: the environment. Out: paths.
+
+Environment: FTGEN_RUN_DIR, which the job's script sets; STAGE_PATH.
+"""
+
+import os
+from pathlib import Path
+
+
+def run_directory() -> Path:
+    """The folder of this run's log."""
+    return Path(os.environ.get("FTGEN_RUN_DIR") or Path(os.environ.get("STAGE_PATH") or Path.cwd(), "logs"))
+END_OF_FTGEN_FILE
     cat >"$1"/runtime/job/prefix.py <<'END_OF_FTGEN_FILE' || return
 """Start a task of the training again with a command in front of it, such as numactl.
 
@@ -4730,6 +4881,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.job.errors import JobError
+from runtime.job.places import run_directory
 from runtime.job.progress import say
 
 Plan = dict[str, Any]
@@ -4743,9 +4895,8 @@ def wanted(plan: Plan) -> bool:
 
 def file(plan: Plan) -> Path:
     """Path of this rank's profile, without the suffix."""
-    run = os.environ.get("FTGEN_RUN_DIR") or Path(os.environ.get("STAGE_PATH") or Path.cwd(), "logs")
     steps = f"steps_{plan['profile']['first_step']}-{plan['profile']['last_step']}"
-    return Path(run, "profile", f"{steps}_rank_{os.environ.get('RANK', '0')}")
+    return Path(run_directory(), "profile", f"{steps}_rank_{os.environ.get('RANK', '0')}")
 
 
 def enter(plan: Plan) -> None:
@@ -4764,49 +4915,37 @@ def enter(plan: Plan) -> None:
     os.execv(nsys, command)  # noqa: S606 - the profiler replaces this process
 
 
-def add(recipe: Any, plan: Plan) -> None:
-    """Add a callback to the recipe that starts and stops the profiler."""
-    if not wanted(plan):
-        return
-    import nemo_run as run
-
+def arguments(plan: Plan) -> tuple[str, int, int, str]:
+    """The arguments of `runtime.job.profiler.Profiler`."""
     asked = plan["profile"]
-    callback = run.Config(_callback(), asked["tool"], asked["first_step"], asked["last_step"], str(file(plan)))
-    recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), callback]
-
-
-def _callback() -> Any:
-    from runtime.job.profiler import Profiler
-
-    return Profiler
+    return asked["tool"], asked["first_step"], asked["last_step"], str(file(plan))
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/job/profiler.py <<'END_OF_FTGEN_FILE' || return
-"""The Lightning callback that starts and stops the profiler.
+"""Start and stop the profiler between two steps. The engine calls it, with the number of the step.
 
 In: the tool, the first and the last step, a file. Out: the profile that the tool writes.
 
-This module imports torch and Lightning, so only a profiled training imports it.
+This module imports torch, so only a profiled training imports it.
 """
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback
 
 from runtime.job.progress import say
 
 
-class Profiler(Callback):  # type: ignore[misc]
+class Profiler:
     """Profile from the start of `first_step` to the end of `last_step`, counted from 0."""
 
     def __init__(self, tool: str, first_step: int, last_step: int, file: str) -> None:
         self.tool, self.first_step, self.last_step, self.file = tool, first_step, last_step, Path(file)
         self.profile: Any = None
 
-    def on_train_batch_start(self, trainer: Any, *_args: Any) -> None:
+    def before_step(self, step: int) -> None:
         """Start the profiler before `first_step`."""
-        if trainer.global_step != self.first_step:
+        if step != self.first_step:
             return
         if self.tool == "nsys":
             torch.cuda.synchronize()
@@ -4818,9 +4957,9 @@ class Profiler(Callback):  # type: ignore[misc]
         self.profile = torch.profiler.profile(activities=activities, record_shapes=True)
         self.profile.start()
 
-    def on_train_batch_end(self, trainer: Any, *_args: Any) -> None:
+    def after_step(self, step: int) -> None:
         """Stop the profiler after `last_step`."""
-        if trainer.global_step != self.last_step + 1:  # Lightning has already counted this step
+        if step != self.last_step:
             return
         if self.tool == "nsys":
             torch.cuda.synchronize()
@@ -4873,6 +5012,7 @@ the job's nodes in the order of their ranks; SLURMD_NODENAME; CUDA_VISIBLE_DEVIC
 
 import os
 import re
+import socket
 from typing import Any
 
 from runtime.job.errors import JobError
@@ -4920,6 +5060,22 @@ def be_a_rank(plan: Plan) -> None:
     env.setdefault("LOCAL_WORLD_SIZE", str(min(int(env.get("WORLD_SIZE", "1")), plan["gpus_per_node"])))
 
 
+def set_defaults(plan: Plan) -> None:
+    """Set defaults for a single process, and GROUP_RANK, PyTorch's name for NODE_RANK. JobError: a wrong WORLD_SIZE."""
+    env = os.environ
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
+        env.setdefault(name, value)
+    if "MASTER_PORT" not in env:
+        env["MASTER_PORT"] = str(_free_port())
+    env["GROUP_RANK"] = env["NODE_RANK"]
+    if int(env["WORLD_SIZE"]) != plan["gpus"]:
+        raise JobError(
+            f"{env['WORLD_SIZE']} processes train, but the plan has {plan['gpus']} GPUs",
+            "start one process per GPU, as the job's script does",
+        )
+
+
 def _refuse_a_wrong_place(plan: Plan) -> None:
     rank, local_rank, node_rank = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "NODE_RANK"))
     node, local = divmod(rank, plan["gpus_per_node"])
@@ -4940,6 +5096,12 @@ def _refuse_too_few_gpus(plan: Plan) -> None:
     if count < plan["gpus_per_node"]:
         what = f"this rank can use only {count} of its node's {plan['gpus_per_node']} GPUs (CUDA_VISIBLE_DEVICES={visible})"
         raise JobError(what, HINT_GPUS)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/job/sharing.py <<'END_OF_FTGEN_FILE' || return
 """Let a group share what jobs make: folders and files below a STAGE_PATH that the group may write.
@@ -5133,6 +5295,164 @@ END_OF_FTGEN_FILE
 
 In: a plan. Out: a repository, or a folder with safetensors. Start with `hub.py`.
 """
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/weights/checkpoint.py <<'END_OF_FTGEN_FILE' || return
+"""Convert a Hugging Face checkpoint to the format of the plan's engine, once for all jobs.
+
+In: a plan, and the engine's importer. Out: $NEMO_HOME/models/<place>/{context,weights}.
+
+checkpoint.source in the plan says where the weights come from: "hub" (downloaded from Hugging Face, unless they are on
+this machine), "directory" (a Hugging Face checkpoint on a disk), "random" (generated). The engine's importer converts them.
+The guard publishes the result. Each engine has its own format, so the engine is part of the checkpoint's identity.
+
+Environment: NEMO_HOME (default $STAGE_PATH/HF_ckpt), HF_HOME, HF_TOKEN or HF_TOKEN_PATH, HF_HUB_OFFLINE.
+"""
+
+import functools
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from runtime.guard import manifest, publish
+from runtime.hub import fetch, find
+from runtime.job import variables
+from runtime.job.environment import installed
+from runtime.job.errors import JobError
+from runtime.job.progress import say, timed
+from runtime.weights import hub, random_llama
+
+Plan = dict[str, Any]
+# Converts a Hugging Face directory (first path) into the checkpoint (second path). Returns facts for the manifest.
+Importer = Callable[[Path, Path], dict[str, Any]]
+ARCHITECTURE = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "vocab_size",
+)
+CONTEXT_BYTES = 64 << 20  # tokenizer, config and manifest: an upper bound
+MARGIN = 1.05  # of the estimate of what is written
+
+
+def convert(plan: Plan, importer: Importer) -> int:
+    """Convert the checkpoint unless that is done; exit code 0. JobError: no access, network or disk space; wrong shape."""
+    begin = time.monotonic()
+    place = directory(plan)
+    if converted(plan):
+        say(f"the converted checkpoint exists: {place} (checked in {time.monotonic() - begin:.1f} s)")
+        return 0
+    build = functools.partial(_build, plan, importer)
+    publish.ensure(place, source(plan), build, need_bytes=lambda: _need_bytes(plan))
+    say(f"the converted checkpoint is ready: {place} (after {time.monotonic() - begin:.0f} s)")
+    return 0
+
+
+def converted(plan: Plan) -> bool:
+    """Whether the plan's converted checkpoint exists and has no flaw. Takes milliseconds."""
+    return manifest.flaw(directory(plan), source(plan)) is None
+
+
+def verify(plan: Plan) -> int:
+    """Read every byte of the checkpoint. Exit code 0 if it is unchanged; otherwise 1, and the checkpoint is renamed."""
+    with timed(f"reading every byte of {directory(plan)}"):
+        flaw = manifest.flaw(directory(plan), source(plan), thorough=True)
+    if flaw:
+        say(f"the checkpoint in {directory(plan)} cannot be used: {flaw}. The next job converts it again")
+        publish.set_aside(directory(plan), source(plan), thorough=True)
+    return 1 if flaw else 0
+
+
+def directory(plan: Plan) -> Path:
+    """Path of the plan's converted checkpoint."""
+    home = os.environ.get("NEMO_HOME") or Path(os.environ.get("STAGE_PATH") or Path.cwd(), "HF_ckpt")
+    return Path(home, "models", plan["checkpoint"]["place"])
+
+
+def source(plan: Plan) -> dict[str, Any]:
+    """What identifies the checkpoint: two plans with the same source use the same checkpoint."""
+    kind = plan["checkpoint"]["source"]
+    identity = {"kind": f"{plan['engine']} checkpoint", "source": kind} | {key: plan["model"][key] for key in ARCHITECTURE}
+    if kind == "hub":
+        return identity | {"hf_id": plan["model"]["hf_id"], "revision": plan["checkpoint"]["revision"]}
+    if kind == "random":
+        return identity | {"seed": plan["seed"]}
+    return identity | {"path": str(user_directory(plan))}
+
+
+def _build(plan: Plan, importer: Importer, staging: Path) -> dict[str, Any]:
+    weights, origin = _fetch(plan, staging / "from")
+    _refuse_unfit(plan, weights)
+    find.go_offline()
+    origin |= importer(weights, staging)
+    shutil.rmtree(staging / "from", ignore_errors=True)
+    return origin
+
+
+def _fetch(plan: Plan, scratch: Path) -> tuple[Path, dict[str, Any]]:
+    """A directory in Hugging Face format, and its origin for the manifest."""
+    kind, model = plan["checkpoint"]["source"], plan["model"]
+    if kind == "hub":
+        weights = fetch.fetch(hub.repository(plan), plan["name"])
+        return weights, {"commit": find.commit(weights)}
+    if kind == "random":
+        with timed(f"generating random weights: {model['parameters']:,} parameters"):
+            random_llama.write(plan, scratch)
+        return scratch, {}
+    return user_directory(plan), {}
+
+
+def _need_bytes(plan: Plan) -> int:
+    """Bytes that download and conversion write. Weights have two bytes per parameter, in small models four."""
+    parameters, kind = plan["model"]["parameters"], plan["checkpoint"]["source"]
+    weights = parameters * (2 if parameters >= random_llama.LARGE else 4)
+    if kind == "hub":
+        weights += fetch.bytes_to_download(hub.repository(plan), plan["name"])
+    if kind == "random":
+        weights *= 2
+    return int(weights * MARGIN) + CONTEXT_BYTES
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of these packages, for the manifest; "" for one that is not installed."""
+    return {name: installed(name) or "" for name in packages}
+
+
+def user_directory(plan: Plan) -> Path:
+    """Path of a checkpoint of source "directory"; a relative checkpoint.path is below STAGE_PATH."""
+    path = variables.path_with_values("checkpoint.path", plan["checkpoint"]["path"])
+    return Path(os.environ.get("STAGE_PATH") or Path.cwd(), path)
+
+
+def _refuse_unfit(plan: Plan, weights: Path) -> None:
+    """JobError if a file is missing or the shape is not the model's: the importer would notice late, or never."""
+    names = {
+        "num_layers": "num_hidden_layers",
+        "hidden_size": "hidden_size",
+        "ffn_hidden_size": "intermediate_size",
+        "num_attention_heads": "num_attention_heads",
+        "num_query_groups": "num_key_value_heads",
+        "vocab_size": "vocab_size",
+    }
+    try:
+        config = json.loads((weights / "config.json").read_text())
+        index = weights / "model.safetensors.index.json"
+        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    except (OSError, ValueError) as error:
+        raise JobError(f"{weights} is not a Hugging Face checkpoint: {error}", "set checkpoint.path to one") from error
+    if missing := sorted(shard for shard in shards if not (weights / shard).is_file()):
+        raise JobError(f"{weights}: files are missing: {', '.join(missing)}", "complete the download of *.safetensors")
+    for key, name in names.items():
+        if config.get(name, plan["model"][key]) != plan["model"][key]:
+            raise JobError(
+                f"{weights} has {name} = {config[name]}, but model {plan['model']['name']} has {plan['model'][key]}",
+                "set model to the model of this checkpoint, or checkpoint.path to another checkpoint",
+            )
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/weights/hub.py <<'END_OF_FTGEN_FILE' || return
 """Name the repository of a model's weights, and the files of it that the importer reads.
@@ -5373,7 +5693,7 @@ Written by ftgen 0.1.0 from sft_fp8_8.toml. The job's script runs it. To run it 
     missing    print what a job would have to download; exit code 0 if nothing is missing, 1 if something is
     download   download the weights and the data, where there is a network; needs only huggingface_hub
     converted  exit code 0 if the converted checkpoint exists, 1 if not
-    convert    download the weights and the data, and convert the weights to NeMo's format, unless that is done
+    convert    download the weights and the data, and convert the weights to the engine's format, unless that is done
     verify     read every byte of the converted checkpoint; if a byte has changed, rename the checkpoint
     finetune   train; start one process per GPU, with RANK, LOCAL_RANK and WORLD_SIZE (or Slurm's own variables)
 """
@@ -5396,12 +5716,15 @@ PLAN = json.loads(r"""
   "spec_sha256": "bae07fbec50a7d93e252755d1a15f42e5636549c1f3e0421e94d63ef0f537871",
   "point": {},
   "overrides": {},
+  "engine": "nemo",
   "scheme": "sft",
   "precision": "fp8",
+  "fp8_scaling": "delayed",
   "model": {
     "name": "llama3_8b",
     "hf_id": "meta-llama/Meta-Llama-3-8B",
     "nemo_recipe": "llama3_8b",
+    "megatron_bridge_recipe": "llama.h100.llama3:llama3_8b",
     "num_layers": 32,
     "hidden_size": 4096,
     "ffn_hidden_size": 14336,
@@ -5570,8 +5893,7 @@ def set_environment() -> None:
 
 def finetune() -> int:
     """Train. With several ranks, each line of an error starts with its rank and host, because many can fail at once."""
-    from runtime import download
-    from runtime.engines.nemo import train
+    from runtime import download, engines
     from runtime.hub import find
     from runtime.job import caches, prefix, ranks
     from runtime.job.errors import JobError
@@ -5582,7 +5904,7 @@ def finetune() -> int:
         caches.set_places()
         if not download.missing(PLAN):
             find.go_offline()  # on a node without a network, no library must wait for one
-        return train.train(PLAN)
+        return int(engines.module(PLAN, "train").train(PLAN))
     except Exception as error:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
@@ -5624,15 +5946,16 @@ def main(command: str) -> int:
 
             return download.download(PLAN) if command == "download" else download.tell_missing(PLAN)
         if command in {"converted", "convert", "verify"}:
+            from runtime import engines
             from runtime.data import prepare
-            from runtime.engines.nemo import convert
+            from runtime.weights import checkpoint
 
             if command == "converted":
-                return 0 if convert.converted(PLAN) else 1
+                return 0 if checkpoint.converted(PLAN) else 1
             if command == "verify":
-                return convert.verify(PLAN)
+                return checkpoint.verify(PLAN)
             prepare.download(PLAN)
-            return convert.convert(PLAN)
+            return int(engines.module(PLAN, "convert").convert(PLAN))
     except JobError as error:
         print(f"ftgen: error: {error}", file=sys.stderr, flush=True)
         return 1
