@@ -113,12 +113,13 @@ def _catalogue() -> str:
         "\n## Images\n",
         "NVIDIA's NeMo images, and the packages that ftgen installs. [Choose and import an image](../how-to/images.md) says "
         "what was tested. – means not known, or not inside.\n",
-        "| `nvcr.io/nvidia/nemo:` | works | NeMo | Megatron-Core | Transformer Engine | tested | without | source |",
-        "|---|---|---|---|---|---|---|---|",
+        "| `nvcr.io/nvidia/nemo:` | engines that work | NeMo | Megatron-Bridge | Megatron-Core | Transformer Engine | tested | without | source |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for image in catalogue.images().values():
-        versions = " | ".join(found or "–" for found in (image.nemo, image.megatron_core, image.transformer_engine))
-        fits = "yes" if image.fits else "no"
+        known = (image.nemo, image.megatron_bridge, image.megatron_core, image.transformer_engine)
+        versions = " | ".join(found or "–" for found in known)
+        fits = ", ".join(image.fits) or "none"
         lines.append(f"| `{image.name}` | {fits} | {versions} | {image.tested} | {image.lacks or '–'} | {image.source} |")
     return "\n".join(lines) + "\n"
 

@@ -20,21 +20,26 @@ class Image(NamedTuple):
 
     name: str  # tag of nvcr.io/nvidia/nemo
     title: str
-    engine: str  # nemo, megatron_bridge
-    fits: bool
+    engines: tuple[str, ...]  # inside: nemo, megatron_bridge
+    fits: tuple[str, ...]  # the engines with which ftgen runs in it
     source: str
     nemo: str | None = None  # versions; None: not known, or not inside
+    megatron_bridge: str | None = None
     megatron_core: str | None = None
     transformer_engine: str | None = None
     tested: str = "not run"  # where ftgen ran with these versions
-    lacks: str = ""  # what does not work with them
+    lacks: str = ""  # what does not work with NeMo
+    bridge_lacks: str = ""  # why Megatron-Bridge does not fit
 
 
 @cache
 def images() -> dict[str, Image]:
     """Every image, by tag; ftgen's own set of packages is "ftgen"."""
     tables = tomli.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-    return {name: Image(name=name, **table) for name, table in tables.items()}
+    return {
+        name: Image(name=name, **{**table, "engines": tuple(table["engines"]), "fits": tuple(table["fits"])})
+        for name, table in tables.items()
+    }
 
 
 def image_named(text: str) -> Image | None:
@@ -43,14 +48,15 @@ def image_named(text: str) -> Image | None:
     return images().get(tags[-1]) if tags else None
 
 
-def why_unfit(text: str) -> tuple[str, str] | None:
-    """Why ftgen does not run in an image of this name, and the nearest image that fits; None if it may run."""
+def why_unfit(text: str, engine: str = "nemo") -> tuple[str, str] | None:
+    """Why the engine does not run in an image of this name, and the nearest image that fits; None if it may run."""
     image = image_named(text)
-    if not image or image.fits:
+    if not image or engine in image.fits:
         return None
-    fitting = [name for name, each in images().items() if each.fits and name[0].isdigit()]
+    fitting = [name for name, each in images().items() if engine in each.fits and name[0].isdigit()]
     nearest = min(fitting, key=lambda name: abs(_months(name) - _months(image.name)))
-    why = f"must have the packages that a job needs: {NEMO_IMAGE}:{image.name} lacks {image.lacks}"
+    lacks = image.lacks if engine == "nemo" else image.bridge_lacks or "Megatron-Bridge 0.6"
+    why = f"must have the packages that a job needs: {NEMO_IMAGE}:{image.name} lacks {lacks}"
     return why, f"{NEMO_IMAGE}:{nearest}"
 
 

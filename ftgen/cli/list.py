@@ -30,9 +30,11 @@ def command(specs: tuple[Path, ...], site: Path | None, overrides: tuple[str, ..
 def _images() -> Sequence[Sequence[str]]:
     from ftgen import catalogue
 
-    rows: list[tuple[str, ...]] = [("image", "fits", "NeMo", "Megatron-Core", "Transformer Engine", "tested", "without")]
+    versions = ("NeMo", "Megatron-Bridge", "Megatron-Core", "Transformer Engine")
+    rows: list[tuple[str, ...]] = [("image", "fits", *versions, "tested", "without")]
     for image in catalogue.images().values():
         name = image.name if image.name == "ftgen" else f"{catalogue.NEMO_IMAGE}:{image.name}"
-        versions = (version or "–" for version in (image.nemo, image.megatron_core, image.transformer_engine))
-        rows.append((name, "yes" if image.fits else "no", *versions, image.tested, image.lacks or "–"))
+        found = (image.nemo, image.megatron_bridge, image.megatron_core, image.transformer_engine)
+        fits = ", ".join(image.fits) or "no"
+        rows.append((name, fits, *(version or "–" for version in found), image.tested, image.lacks or "–"))
     return rows

@@ -45,7 +45,7 @@ def broken_rules(spec: Spec, site: Site, model: Model | None, gpu: Gpu | None) -
         *_profile(spec),
         *_rest(spec, site),
         *_slurm(spec, site, nodes),
-        *site_problems(site, nodes),
+        *site_problems(site, nodes, spec.engine),
         *flag_problems(site),
     ]
     if model is None:

@@ -17,11 +17,11 @@ PLACEHOLDER = r"\{(?:rank|local_rank|node_rank)(?://[1-9][0-9]*)?\}"
 MEMORY_KEYS = ("mem", "mem_per_cpu", "mem_per_gpu")
 
 
-def site_problems(site: Site, nodes: int) -> Iterator[Problem]:
-    """Every broken rule of a site profile, for a run on `nodes` nodes."""
+def site_problems(site: Site, nodes: int, engine: str) -> Iterator[Problem]:
+    """Every broken rule of a site profile, for a run of the engine on `nodes` nodes."""
     yield from _python(site)
     yield from _images(site)
-    yield from _unfit_images(site)
+    yield from _unfit_images(site, engine)
     yield from _memory(site)
     yield from _resources(site, nodes)
     yield from _commands(site)
@@ -60,12 +60,12 @@ def _images(site: Site) -> Iterator[Problem]:
         yield Problem(("site", "python", "image_from"), rule, "set python.image to a file that ftgen setup can write")
 
 
-def _unfit_images(site: Site) -> Iterator[Problem]:
-    """Images that are called after one without NeMo. An image may have been changed, so the user has the last word."""
+def _unfit_images(site: Site, engine: str) -> Iterator[Problem]:
+    """Images that are called after one without the engine. An image may have been changed, so the user has the last word."""
     if site.python.image_fits or site.python.kind not in IN_AN_IMAGE:
         return
     for key in ("image", "image_from"):
-        if unfit := catalogue.why_unfit(getattr(site.python, key) or ""):
+        if unfit := catalogue.why_unfit(getattr(site.python, key) or "", engine):
             rule, nearest = unfit
             own = "if this is an image of your own that has them, set python.image_fits = true"
             yield Problem(("site", "python", key), rule, f"use {nearest}; {own}")

@@ -57,7 +57,16 @@ def test_the_script_carries_the_entrypoint_and_the_runtime_unchanged(ftgen, tmp_
     compile_case(ftgen, CASES / "recipe", tmp_path)
     subprocess.run(["bash", tmp_path / "spec.sh", "--unpack", tmp_path / "unpacked"], check=True)
     assert (tmp_path / "unpacked/spec.py").read_bytes() == (tmp_path / "spec.py").read_bytes()
-    assert texts(tmp_path / "unpacked/runtime") == texts(ROOT / "runtime")
+    ours, other = texts(ROOT / "runtime"), "engines/megatron_bridge/"
+    assert texts(tmp_path / "unpacked/runtime") == {path: text for path, text in ours.items() if not path.startswith(other)}
+
+
+def test_a_script_carries_only_the_files_of_its_engine(ftgen, tmp_path):
+    done = ftgen("compile", "specs/quickstart.toml", "--set", "engine=megatron_bridge", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    subprocess.run(["bash", tmp_path / "quickstart.sh", "--unpack", tmp_path / "unpacked"], check=True)
+    engines = {path.name for path in (tmp_path / "unpacked/runtime/engines").iterdir() if path.is_dir()}
+    assert engines == {"megatron_bridge"}
 
 
 def test_values_come_back_unchanged_from_bash(ftgen, tmp_path):
