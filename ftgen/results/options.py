@@ -46,17 +46,20 @@ def sizes(plan: Mapping[str, Any]) -> list[str]:
 
 def other_work(plan: Mapping[str, Any]) -> list[str]:
     """`engine megatron_bridge`, `not packed`, `LoRA on linear_qkv+linear_fc1`: why it is other work than the recipe's."""
-    found = []
-    if (engine := get(plan, ("engine",)) or RECIPE_ENGINE) != RECIPE_ENGINE:
-        found.append(f"{ENGINE}{engine}")
-        if get(plan, ("fp8_scaling",)) == "delayed":
-            found.append("delayed FP8 scaling")
+    found = list(option_of_engine(get(plan, ("engine",))))
+    if found and get(plan, ("fp8_scaling",)) == "delayed":
+        found.append("delayed FP8 scaling")
     if get(plan, ("data", "packed")) is False:
         found.append("not packed")
     targets = get(plan, ("lora", "targets"))
     if isinstance(targets, list) and targets != RECIPE_TARGETS:
         found.append(f"LoRA on {'+'.join(map(str, targets))}")
     return found
+
+
+def option_of_engine(engine: str | None) -> tuple[str, ...]:
+    """`engine megatron_bridge`; nothing for the recipe's engine, or an unknown one."""
+    return () if engine in (None, RECIPE_ENGINE) else (f"{ENGINE}{engine}",)
 
 
 def engine_of(words: Iterable[str]) -> str:

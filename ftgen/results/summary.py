@@ -16,7 +16,7 @@ from ftgen.logs.log import Log
 from ftgen.logs.many import Progress, read_all
 from ftgen.logs.read import read_log
 from ftgen.results.interval import Logged, logged
-from ftgen.results.options import off, options, other_work
+from ftgen.results.options import off, option_of_engine, options, other_work
 from ftgen.results.verdict import planned_steps, verdict_of
 from ftgen.results.warnings import logged_tflops, warnings
 from ftgen.results.window import RECIPE_WINDOW, Window, checked, count, timed
@@ -134,7 +134,7 @@ def judge(run: Run, log: Log, *, window: Window | None = None) -> Summary:
         restarts=log.earlier_logs + log.attempts - 1,
         started=log.started,
         ended=log.ended,
-        options=options(log.plan, log.environment),
+        options=options(log.plan, log.environment) if log.plan else option_of_engine(what.engine),
         engine=what.engine,
         assumed=what.assumed,
     )

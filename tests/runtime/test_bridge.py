@@ -276,3 +276,29 @@ def test_a_users_file_is_trained_on(stage: Stage) -> None:
     data = {"kind": "jsonl", "path": "run/mine.jsonl"}
     own = train(stage, bridge_plan(data=data, max_steps=8, optimizer={"learning_rate": 1e-2, "warmup_steps": 1}))
     assert own.losses[-1] < own.losses[0] - 1  # one sentence, forty times
+
+
+FAMILIES = """
+import sys
+from pathlib import Path
+from runtime.engines.megatron_bridge import compatibility
+compatibility.before_imports({"gpu": {"name": "cpu"}})
+from runtime.engines.megatron_bridge import importer
+from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from runtime.weights import random_llama
+folder = Path(sys.argv[1])
+shape = dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False)
+for name, config, model in (("mistral", MistralConfig, MistralForCausalLM), ("qwen2", Qwen2Config, Qwen2ForCausalLM)):
+    model(config(**shape)).save_pretrained(folder / name)
+    random_llama._write_tokenizer(512, 256, folder / name)
+    importer.import_directory(folder / name, folder / f"{name}_megatron")
+"""
+
+
+def test_a_mistral_and_a_qwen_are_converted(stage: Stage, tmp_path: Path) -> None:
+    command = [stage.python, "-c", FAMILIES, tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("mistral", "qwen2"):
+        assert list((tmp_path / f"{name}_megatron/iter_0000000").glob("*.distcp"))
