@@ -4772,7 +4772,7 @@ def _gpu() -> dict[str, Any]:
 def installed(package: str) -> str | None:
     """The version of a package: of the one that is imported, if it is. None if it is not installed."""
     if found := getattr(sys.modules.get(IMPORTED.get(package, "")), "__version__", None):
-        return str(found)
+        return str(found).partition("+")[0]  # behind it is the commit of whatever repository the job was started in
     try:
         return version(package)
     except PackageNotFoundError:
