@@ -113,8 +113,8 @@ def _catalogue() -> str:
         "\n## Images\n",
         "NVIDIA's NeMo images, and the packages that ftgen installs. [Choose and import an image](../how-to/images.md) says "
         "what was tested. – means not known, or not inside.\n",
-        "| `nvcr.io/nvidia/nemo:` | engines that work | NeMo | Megatron-Bridge | Megatron-Core | Transformer Engine | tested "
-        "| without | source |",
+        "| `nvcr.io/nvidia/nemo:` | engines that work | NeMo | Megatron-Bridge | Megatron-Core | Transformer Engine "
+        "| tested | without | source |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for image in catalogue.images().values():
