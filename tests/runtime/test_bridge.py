@@ -195,22 +195,45 @@ def test_both_engines_learn_the_same(
     assert mine.losses[-1] < mine.losses[0]
 
 
+PACK = """
+import json, sys
+from pathlib import Path
+from runtime.engines.megatron_bridge import compatibility
+plan, examples, tokenizer, folder = json.loads(sys.argv[1]), *map(Path, sys.argv[2:])
+compatibility.before_imports(plan)
+from runtime.engines.megatron_bridge import packing
+packing.pack(plan, examples, tokenizer, folder)
+"""
+
+
 def test_both_engines_make_the_same_packs(stage: Stage, nemo: Stage, sft: Run, tmp_path: Path) -> None:
-    """All of NeMo's but the last value of each loss mask, which neither engine reads."""
+    """All of NeMo's but the last value of each loss mask, which neither engine reads.
+
+    The tokenizer adds a special token to each text, as Llama's does, if it is asked to.
+    """
     import numpy
     import pyarrow.parquet
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
 
     from runtime.data import packing
 
-    (parquet,) = stage.path.glob("data/*/training.idx.parquet")
-    made = pyarrow.parquet.read_table(parquet).to_pylist()
-    context = place(stage, bridge_plan()) / "context"
+    context = shutil.copytree(place(stage, bridge_plan()) / "context", tmp_path / "context")
+    tokenizer = Tokenizer.from_file(str(context / "tokenizer.json"))
+    begin = "<|begin_of_text|>"
+    tokenizer.post_processor = TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, 0)])
+    tokenizer.save(str(context / "tokenizer.json"))
     folders = [file.parent for file in stage.path.glob("data/*/training.jsonl")]
-    (examples,) = [each for each in folders if "engine" in json.loads((each / "manifest.json").read_text())["source"]]
+    examples = next(each for each in folders if "engine" in json.loads((each / "manifest.json").read_text())["source"])
+    command = [PYTHON, "-c", PACK, json.dumps(bridge_plan()), examples, context, tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = pyarrow.parquet.read_table(tmp_path / "training.idx.parquet").to_pylist()
     packing.pack(plan(**RUN), examples, context, tmp_path)
     theirs = numpy.load(tmp_path / "training.npy", allow_pickle=True)
     assert [pack["input_ids"] for pack in made] == [pack["input_ids"] for pack in theirs]
     assert [pack["seq_start_id"] for pack in made] == [pack["seq_start_id"] for pack in theirs]
+    assert 0 not in {token for pack in made for token in pack["input_ids"]}
     assert "packing the data into sequences of 512 tokens: done" in sft.output
 
 

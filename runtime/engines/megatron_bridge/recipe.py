@@ -60,6 +60,9 @@ def build(plan: Plan, weights: Path, files: Files) -> Recipe:
     config.checkpoint.save = config.checkpoint.load = config.checkpoint.save_interval = None
     config.checkpoint.async_save = False
     config.tokenizer.tokenizer_model = str(weights / "context")
+    # Otherwise Megatron-Bridge adds the tokenizer's special tokens to each part of an example: Llama's <|begin_of_text|>
+    # would be before the input, and again before the output.
+    config.tokenizer.tokenizer_hf_no_include_special_tokens = True
     if plan["gpu"]["name"] == "cpu":
         _for_the_cpu(config)
     return Recipe(config)
