@@ -82,7 +82,7 @@ def test_the_check_finds_nothing_missing(run: Run) -> None:
 def test_the_tiny_model_is_converted(run: Run) -> None:
     status, output = run.outputs["convert"]
     assert status == 0, output
-    assert {path.name for path in run.stage.place.iterdir()} == {"context", "weights", "manifest.json"}
+    assert {path.name for path in run.stage.place.iterdir()} == {"context", "weights", "hugging_face", "manifest.json"}
 
 
 def test_every_weight_is_trained_with_the_same_losses(run: Run) -> None:

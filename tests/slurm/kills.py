@@ -184,6 +184,9 @@ def table(times: int, words: list[str], log: Callable[[str], object]) -> str:
     rows = ["| where it was killed | times tried | steps made again | largest difference of a loss |", "|---|---|---|---|"]
     folder = Path(tempfile.mkdtemp(prefix="ftgen-kills-"))
     folder.chmod(0o755)
+    # the nodes have mounts of their own: they see the small disk only below a mount that is shared
+    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    subprocess.run(["mount", "--make-shared", folder], check=True)
     (folder / "slurm").mkdir()
     cluster = Cluster(folder / "slurm")
     cluster.up()
@@ -206,6 +209,7 @@ def table(times: int, words: list[str], log: Callable[[str], object]) -> str:
             log(rows[-1])
     finally:
         cluster.down()
+        subprocess.run(["umount", "--lazy", folder], check=True)
         shutil.rmtree(folder, ignore_errors=True)
     return "\n".join(rows) + "\n"
 
