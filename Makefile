@@ -1,6 +1,7 @@
 # make run    a fine-tune from nothing to its result table, on this machine's CPU
+# make run-finetune    the same from a file of conversations to an exported model that answers; killed in the middle
 # make test   every test; make check is the part of it that only reads the code
-# make quick  the tests that need no NeMo, Slurm, browser or LaTeX, and neither build nor install the package: a minute
+# make quick  the tests that need no NeMo, Slurm, browser, LaTeX or build, with fewer random examples: two minutes
 # make docs   the documentation, as a site in site/
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,12 +9,16 @@ bin := $(VENV)/bin
 installed := $(VENV)/.installed
 # Two workers: pytest-xdist keeps the tests of a group on one of them, see tests/conftest.py.
 pytest := $(bin)/pytest -n 2 --dist loadgroup
+# Other versions of NeMo and Megatron-Core, each in an environment on top of $(VENV): tests/runtime/test_versions.py
+sets := $(patsubst tests/runtime/sets/%.txt,.venv-sets/%/.installed,$(wildcard tests/runtime/sets/*.txt))
+# The second engine, in an environment of its own, with its own constraints
+bridge := .venv-bridge/.installed
 light := not runtime and not slurm and not tex and not browser and not slow
 
-.PHONY: run test quick check coverage docs pytest install compile clean
+.PHONY: run run-finetune test quick check coverage docs pytest install sets bridge compile clean
 .DEFAULT_GOAL := help
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^# make/make/p' Makefile
 
 run: $(installed)
 	@echo "1/3 compile specs/quickstart.toml"
@@ -23,32 +28,58 @@ run: $(installed)
 	@echo "3/3 ftgen tabulate logs/"
 	$(bin)/ftgen tabulate logs/
 
+run-finetune: $(installed)
+	PATH="$(abspath $(bin)):$$PATH" $(bin)/python -W ignore examples/finetune.py
+
 test: check docs pytest
 
 # Each tool speaks only when it has found something.
 check: $(installed)
-	@$(bin)/ruff check --quiet ftgen runtime tests docs bench
-	@$(bin)/ruff format --quiet --check ftgen runtime tests docs bench
+	@$(bin)/ruff check --quiet ftgen runtime tests docs bench examples
+	@$(bin)/ruff format --quiet --check ftgen runtime tests docs bench examples
 	@$(bin)/mypy --no-error-summary
 	@found=$$($(bin)/lint-imports 2>&1) || { echo "$$found"; exit 1; }
-	@$(bin)/ftgen compile $(filter-out specs/quickstart.toml,$(wildcard specs/*.toml)) --check
+	@$(bin)/ftgen compile $(filter-out specs/quickstart%,$(wildcard specs/*.toml)) --check
 	@$(bin)/shellcheck generated/*.sh
+	@$(bin)/hadolint docs/how-to/Containerfile
 	@RUST_LOG=error $(bin)/taplo lint specs/*.toml specs/sites/*.toml
 
 coverage: $(installed)
 	$(pytest) -q -m "$(light)" --cov --cov-report=term-missing:skip-covered
 
 quick: $(installed)
-	$(pytest) -q -m "$(light)"
+	$(pytest) -q -m "$(light)" --hypothesis-profile=quick
 
-pytest: $(installed)
+pytest: $(installed) $(sets) $(bridge)
 	$(pytest)
+
+sets: $(sets)
+.venv-sets/%/.installed: tests/runtime/sets/%.txt $(installed)
+	rm -rf $(@D)
+	$(bin)/python -m venv --without-pip $(@D)
+	$(bin)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$$(echo $(@D)/lib/python3*/site-packages)/under.pth"
+	$(bin)/python -m pip --python $(@D) install --disable-pip-version-check --progress-bar off --quiet --no-deps -r $<
+	touch $@
+
+# Megatron-Core is built from its source, because its wheels are for Python 3.12 alone. The wheel of nvidia-resiliency-ext asks for
+# a newer glibc than its Python needs.
+bridge: $(bridge)
+.venv-bridge/.installed: pip = .venv-bridge/bin/python -m pip install --disable-pip-version-check --progress-bar off --quiet
+.venv-bridge/.installed: pyproject.toml constraints-bridge.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	@echo "installing Megatron-Bridge, Megatron-Core and torch into $(@D): some minutes, about 3 GB"
+	$(pip) -c constraints-bridge.txt -e '.[bridge]'
+	$(pip) --no-deps --ignore-requires-python --no-build-isolation $$(grep '^megatron-[bc]' constraints-bridge.txt)
+	$(pip) --no-deps --only-binary=:all: --platform manylinux_2_39_x86_64 --target "$$(echo $(@D)/lib/python3*/site-packages)" \
+		$$(grep '^nvidia-resiliency-ext' constraints-bridge.txt)
+	touch $@
 
 docs: $(installed)
 	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs --quiet build --strict
 
 compile: $(installed)
-	$(bin)/ftgen compile $(filter-out specs/quickstart.toml,$(wildcard specs/*.toml))
+	$(bin)/ftgen compile $(filter-out specs/quickstart%,$(wildcard specs/*.toml))
 
 install: $(installed)
 $(installed): pyproject.toml constraints.txt
@@ -59,4 +90,4 @@ $(installed): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) site logs HF_ckpt data generated/quickstart.*
+	rm -rf $(VENV) .venv-sets .venv-bridge site logs HF_ckpt data generated/quickstart.*

@@ -50,9 +50,9 @@ for log in sorted(Path(sys.argv[1]).rglob("log-*.out")):
 # ftgen's process: what `ftgen tabulate` does, but for printing the table
 FTGEN = """
 import sys
-from ftgen.logs.find import find_folders
+from ftgen.logs.find import runs_below
 from ftgen.results.summary import summarize_all
-for summary in summarize_all(find_folders(sys.argv[1:])):
+for summary in summarize_all(runs_below(sys.argv[1:])):
     print(summary.step_time_s)
 """
 

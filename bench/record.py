@@ -61,10 +61,11 @@ def load(entrypoint: Path, random: bool = False) -> Any:
     spec.loader.exec_module(module)
     module.find_runtime()
     module.set_environment()
-    module.set_ranks()
     from runtime.engines.nemo import convert
     from runtime.engines.nemo.optimizations import switch
+    from runtime.job import ranks
 
+    ranks.be_a_rank(module.PLAN)
     switch.before_imports(module.PLAN)
     if random:
         convert.converted = lambda plan: True  # noqa: ARG005 - train.py calls it by this name

@@ -27,6 +27,7 @@ from ftgen.results.summary import judge
 HERE = Path(__file__).parent
 VARIANTS = {"stock": ["--set", "optimizations.preset=stock"], "ftgen": []}
 PACKAGES = ("torch", "nemo_toolkit", "megatron-core", "transformer-engine", "lightning")
+ENERGY = ("joules_per_token", "gpu_power_w", "sm_clock_mhz", "throttled", "throttle_reasons", "max_temperature_c")
 WORKING = 50  # percent of the time
 CLOCKS = ("clocks.sm", "power.draw", "temperature.gpu", "utilization.gpu")
 
@@ -110,6 +111,7 @@ def described(run: Run, stage: Path) -> dict[str, Any]:
         "tokens_per_s_per_gpu": summary.tokens_per_s and summary.gpus and summary.tokens_per_s / summary.gpus,
         "mfu": summary.mfu,
         "peak_memory_gib": summary.peak_memory_gib,
+        **{key: getattr(summary, key) for key in ENERGY},
         "published_step_time_s": summary.published_step_time_s,
         "step_times_s": [step.time_s for step in steps],
         "losses": [step.loss for step in steps],

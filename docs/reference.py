@@ -91,7 +91,7 @@ def _site() -> str:
 def _catalogue() -> str:
     lines = [
         "# Catalogue\n",
-        "The catalogue lists the models and GPUs that `model` and `gpu` of a spec can name. "
+        "The catalogue lists the models and GPUs that `model` and `gpu` of a spec can name, and images. "
         "A [user catalogue](../how-to/own-model.md) adds others.\n",
         "## Models\n",
         "The FLOPs are those of one sequence of 4096 tokens in SFT, forward and backward "
@@ -109,6 +109,19 @@ def _catalogue() -> str:
     for gpu in catalogue.gpus().values():
         peaks = ", ".join(f"{precision} {format_flops(gpu.peak_flops(precision))}" for precision in gpu.precisions)
         lines.append(f"| `{gpu.name}` | {gpu.title} | {gpu.memory_gib:g} GiB | {peaks} | {gpu.source} |")
+    lines += [
+        "\n## Images\n",
+        "NVIDIA's NeMo images, and the packages that ftgen installs. [Choose and import an image](../how-to/images.md) says "
+        "what was tested. – means not known, or not inside.\n",
+        "| `nvcr.io/nvidia/nemo:` | engines that work | NeMo | Megatron-Bridge | Megatron-Core | Transformer Engine "
+        "| tested | without | source |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for image in catalogue.images().values():
+        known = (image.nemo, image.megatron_bridge, image.megatron_core, image.transformer_engine)
+        versions = " | ".join(found or "–" for found in known)
+        fits = ", ".join(image.fits) or "none"
+        lines.append(f"| `{image.name}` | {fits} | {versions} | {image.tested} | {image.lacks or '–'} | {image.source} |")
     return "\n".join(lines) + "\n"
 
 

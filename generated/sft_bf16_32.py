@@ -5,14 +5,18 @@ In: the plan below and one command. Out: an exit code.
 
 Written by ftgen 0.1.0 from sft_bf16_32.toml. The job's script runs it. To run it by hand:
 
-    STAGE_PATH=/shared/folder python3 sft_bf16_32.py check|packages|converted|convert|verify|finetune
+    STAGE_PATH=/shared/folder python3 sft_bf16_32.py COMMAND
 
     check      print an error for each thing that is missing
     packages   check only the packages of this Python
+    missing    print what a job would have to download; exit code 0 if nothing is missing, 1 if something is
+    download   download the weights and the data, where there is a network; needs only huggingface_hub
+    data       prepare the training data, and show its counts and an example with the text that the loss counts
     converted  exit code 0 if the converted checkpoint exists, 1 if not
-    convert    download the weights and convert them to NeMo's format, unless that is done
+    convert    download the weights and the data, and convert the weights to the engine's format, unless that is done
     verify     read every byte of the converted checkpoint; if a byte has changed, rename the checkpoint
     finetune   train; start one process per GPU, with RANK, LOCAL_RANK and WORLD_SIZE (or Slurm's own variables)
+    export     export a trained checkpoint to Hugging Face format; `export FOLDER`: that of a run or of a checkpoint
 """
 
 import json
@@ -33,12 +37,15 @@ PLAN = json.loads(r"""
   "spec_sha256": "0c2f5640dd0b00809260d3ca7742c01be8eecce681c173b8c65fe6d741678f16",
   "point": {},
   "overrides": {},
+  "engine": "nemo",
   "scheme": "sft",
   "precision": "bf16",
+  "fp8_scaling": null,
   "model": {
     "name": "llama3_8b",
     "hf_id": "meta-llama/Meta-Llama-3-8B",
     "nemo_recipe": "llama3_8b",
+    "megatron_bridge_recipe": "llama.h100.llama3:llama3_8b",
     "num_layers": 32,
     "hidden_size": 4096,
     "ffn_hidden_size": 14336,
@@ -71,6 +78,7 @@ PLAN = json.loads(r"""
   "nodes": 4,
   "gpus_per_node": 8,
   "max_steps": 100,
+  "epochs": null,
   "global_batch_size": 128,
   "micro_batch_size": 1,
   "seq_length": 4096,
@@ -86,8 +94,21 @@ PLAN = json.loads(r"""
   "data": {
     "kind": "squad",
     "path": null,
+    "dataset": null,
+    "revision": null,
+    "config": null,
+    "split": "train",
+    "columns": {
+      "messages": null,
+      "tools": null,
+      "prompt": null,
+      "completion": null
+    },
     "examples": 14000,
-    "packed": true
+    "packed": true,
+    "chat_template": null,
+    "too_long": "truncate",
+    "order": "recipe"
   },
   "optimizer": {
     "learning_rate": 5e-06,
@@ -120,6 +141,8 @@ PLAN = json.loads(r"""
   "sources": [],
   "stage_path": null,
   "modules": [],
+  "setup_lines": [],
+  "prefix": [],
   "python": {
     "kind": "none",
     "path": null,
@@ -127,8 +150,22 @@ PLAN = json.loads(r"""
     "image_from": null,
     "mounts": [],
     "writable": false,
-    "mount_home": false
+    "mount_home": false,
+    "container_name": false,
+    "container_env": []
   },
+  "node_check": {
+    "on": true,
+    "bad": "warn",
+    "expected": {
+      "driver_name": "H100",
+      "peak_bf16_tflops": 989,
+      "memory_gb_per_s": 3350,
+      "nvlinks": 18,
+      "nvlink_gb_per_s": 450
+    }
+  },
+  "telemetry": true,
   "slurm": {
     "partition": null,
     "account": null,
@@ -137,13 +174,21 @@ PLAN = json.loads(r"""
     "constraint": null,
     "gpu_request": "none",
     "gpu_type": null,
-    "mpi": "pmix",
+    "gres": [],
+    "segment": null,
+    "mpi": "none",
     "exclusive": true,
+    "cpus_per_gpu": null,
     "mem": "0",
+    "mem_per_cpu": null,
+    "mem_per_gpu": null,
     "requeue": null,
     "end_before_limit_s": 120,
     "convert": "job",
     "convert_flags": [],
+    "job_name_prefix": null,
+    "output_folder": null,
+    "master_addr": null,
     "sbatch_flags": [],
     "srun_flags": [],
     "walltime_s": 1800,
@@ -176,33 +221,37 @@ def find_sources() -> None:
 
 def set_environment() -> None:
     """Set the plan's variables again: in a container, those of the image override those of the script."""
+    from runtime.job import variables
+
     env = os.environ
     stage = env.setdefault("STAGE_PATH", str(Path.cwd()))
     env.setdefault("FTGEN_RUN_DIR", str(Path(stage, "logs", "by_hand", PLAN["experiment"])))
-    hugging_face = Path(env.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    env.setdefault("HF_TOKEN_PATH", str(hugging_face / "token"))
+    user_home = env.get("HF_HOME") or f"{env.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    user_cache = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or f"{user_home}/hub"
+    env.setdefault("HF_TOKEN_PATH", str(Path(user_home, "token").expanduser()))
+    env.setdefault("FTGEN_HUB_CACHE", user_cache)
     env["NEMO_HOME"] = env["HF_HOME"] = str(Path(stage, "HF_ckpt"))
     env["NEMORUN_HOME"] = str(Path(stage, "logs"))
-    env.update(PLAN["environment"])
-
-
-def set_ranks() -> None:
-    """Copy Slurm's ranks to the variables that PyTorch reads. They override what a shell or an image has set."""
-    names = {"RANK": "PROCID", "LOCAL_RANK": "LOCALID", "NODE_RANK": "NODEID", "WORLD_SIZE": "STEP_NUM_TASKS"}
-    if all(f"SLURM_{slurm}" in os.environ for slurm in names.values()):
-        os.environ.update({name: os.environ[f"SLURM_{slurm}"] for name, slurm in names.items()})
-        os.environ["LOCAL_WORLD_SIZE"] = str(PLAN["gpus_per_node"])
-    tasks = int(os.environ.get("WORLD_SIZE", "1"))
-    os.environ.setdefault("LOCAL_WORLD_SIZE", str(min(tasks, PLAN["gpus_per_node"])))
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if f"FTGEN_{name}" in env:
+            env[name] = env[f"FTGEN_{name}"]
+    variables.set_variables(PLAN["environment"])
 
 
 def finetune() -> int:
     """Train. With several ranks, each line of an error starts with its rank and host, because many can fail at once."""
-    from runtime.engines.nemo import train
+    from runtime import download, engines
+    from runtime.hub import find
+    from runtime.job import caches, prefix, ranks
     from runtime.job.errors import JobError
 
     try:
-        return train.train(PLAN)
+        ranks.be_a_rank(PLAN)
+        prefix.enter(PLAN)
+        caches.set_places()
+        if not download.missing(PLAN):
+            find.go_offline()  # on a node without a network, no library must wait for one
+        return int(engines.module(PLAN, "train").train(PLAN))
     except Exception as error:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
@@ -212,17 +261,25 @@ def finetune() -> int:
         return 1
 
 
-def main(command: str) -> int:
+def main(command: str, argument: str = "") -> int:
     """Run one command; returns its exit code."""
+    if sys.version_info < (3, 10):
+        what = f"{sys.executable} is Python {sys.version.split()[0]}, but 3.10 or newer is needed"
+        sys.exit(f"ftgen: error: {what}\n  hint: export FTGEN_PYTHON=<a newer interpreter>")
     find_runtime()
     set_environment()
-    find_sources()
+    if command not in {"missing", "download"}:
+        find_sources()
+    from runtime.job import ranks, sharing, watchdog
     from runtime.job.errors import JobError
 
+    sharing.share_new_files(Path(os.environ["STAGE_PATH"]))
+    watchdog.begin(command)
     try:
         if command == "finetune":
-            set_ranks()
             return finetune()
+        # every other command is one process, also in a job or a session of several tasks
+        ranks.be_alone()
         if command == "check":
             from runtime import check
 
@@ -231,12 +288,29 @@ def main(command: str) -> int:
             from runtime import check
 
             return check.packages(PLAN)
+        if command in {"missing", "download"}:
+            from runtime import download
+
+            return download.download(PLAN) if command == "download" else download.tell_missing(PLAN)
+        if command == "data":
+            from runtime import show_data
+
+            return show_data.show(PLAN)
         if command in {"converted", "convert", "verify"}:
-            from runtime.engines.nemo import convert
+            from runtime import engines
+            from runtime.data import prepare
+            from runtime.weights import checkpoint
 
             if command == "converted":
-                return 0 if convert.converted(PLAN) else 1
-            return convert.convert(PLAN) if command == "convert" else convert.verify(PLAN)
+                return 0 if checkpoint.converted(PLAN) else 1
+            if command == "verify":
+                return checkpoint.verify(PLAN)
+            prepare.download(PLAN)
+            return int(engines.module(PLAN, "convert").convert(PLAN))
+        if command == "export":
+            from runtime.export import export
+
+            return export.export(PLAN, argument)
     except JobError as error:
         print(f"ftgen: error: {error}", file=sys.stderr, flush=True)
         return 1
@@ -245,4 +319,4 @@ def main(command: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1] if len(sys.argv) == 2 else ""))
+    sys.exit(main(*sys.argv[1:]) if 2 <= len(sys.argv) <= 3 else main(""))

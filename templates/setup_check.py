@@ -2,7 +2,9 @@ import importlib
 import sys
 
 sys.path[:0] = sys.argv[1:]
-failed = []
+failed = list(missing(RECIPES, gpu=GPU))
+for what in failed:
+    print(f"ftgen: error: {what}", flush=True)
 for name in STACK:
     try:
         module = importlib.import_module(name)
@@ -13,4 +15,5 @@ for name in STACK:
         place = next(iter(getattr(module, "__path__", [])), getattr(module, "__file__", ""))
         print(f"ftgen: {name} {getattr(module, '__version__', '?')} in {place}", flush=True)
 if failed:
+    print(f"  hint: {HINT}", flush=True)
     sys.exit(1)

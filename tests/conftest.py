@@ -19,9 +19,13 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 # The same examples each time; `pytest tests/test_properties.py --hypothesis-profile=long` looks further, and elsewhere.
-hypothesis.settings.register_profile("here", deadline=None, derandomize=True, max_examples=120, database=None)
+# A busy machine makes examples slowly: that is no failure.
+BUSY = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile(
+    "here", deadline=None, derandomize=True, max_examples=120, database=None, suppress_health_check=BUSY
+)
 hypothesis.settings.register_profile("long", deadline=None, max_examples=2000, print_blob=True)
-hypothesis.settings.register_profile("quick", hypothesis.settings.get_profile("here"), phases=[hypothesis.Phase.generate])
+hypothesis.settings.register_profile("quick", hypothesis.settings.get_profile("here"), max_examples=10)  # make quick
 hypothesis.settings.load_profile("here")
 
 
@@ -35,6 +39,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if group := _group(item):
             item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Fail if the groups are not kept, as with a pytest that pytest-xdist does not know."""
+    if hasattr(session.config, "workerinput") and session.config.getoption("loadgroup", False):
+        lost = [item.nodeid for item in session.items if (group := _group(item)) and not item.nodeid.endswith(f"@{group}")]
+        if lost:
+            raise pytest.UsageError(f"pytest-xdist does not keep the groups of these tests: {lost[:3]}")
 
 
 def _group(item: pytest.Item) -> str | None:

@@ -20,7 +20,8 @@ PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "```console" in
 BLOCK = re.compile(
     r'^(?P<indent> *)```(?P<kind>console|toml)(?: title="(?P<title>[^"]*)")?\n(?P<text>.*?)^ *```$', re.M | re.S
 )
-ELSEWHERE = {"on the cluster", "where the registry is", "once"}  # tests/cli/test_package.py installs the package
+# tests/cli/test_package.py installs the package, tests/runtime/test_show_data.py shows data
+ELSEWHERE = {"on the cluster", "where the registry is", "once", "where the packages of the job are"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT / "docs")))

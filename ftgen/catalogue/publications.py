@@ -69,6 +69,7 @@ class Publication(NamedTuple):
     source: str  # where it was published
     results: tuple[Published, ...] = ()
     times_to_train: tuple[TimeToTrain, ...] = ()
+    engine: str = ""  # of ftgen's engines; empty: another one, or not said
     data: str = ""
     packed: bool | None = None  # whether several examples share a sequence
     lora_targets: tuple[str, ...] = ()  # by Megatron's names; empty: not said

@@ -1,6 +1,6 @@
-"""Reads the catalogue: models, GPUs and optimizations.
+"""Reads the catalogue: models, GPUs, optimizations and kinds of lines in logs.
 
-In: the TOML files of this folder, or a table (`Mapping[str, Any]`). Out: a `Model`, `Gpu` or `Optimization`.
+In: the TOML files of this folder, or a table (`Mapping[str, Any]`). Out: a `Model`, `Gpu`, `Optimization` or `RunLine`.
 """
 
 from collections.abc import Mapping
@@ -43,6 +43,7 @@ class Model(NamedTuple):
     max_position_embeddings: int  # tokens
     rope_theta: float
     source: str
+    megatron_bridge_recipe: str | None = None  # module in megatron.bridge.recipes and name of the model; None: it has none
     kv_channels: int | None = None  # width of an attention head; None: hidden_size / num_attention_heads
     tied_embeddings: bool = False  # LM head and embedding have the same weights
     qkv_bias: bool = False  # queries, keys and values have a bias
@@ -91,6 +92,12 @@ class Gpu(NamedTuple):
     precisions: tuple[str, ...]
     peak_tflops: Mapping[str, float]  # dense peaks, by precision
     source: str
+    gpus_per_node: int = 8  # the usual number; a spec or a site profile can set another
+    driver_name: str | None = None  # a word in the name that nvidia-smi prints
+    # What the check of a node compares with: gemm_tflops (BF16, measured), memory_gb_per_s and nvlink_gb_per_s (one
+    # direction, published), nvlinks. A GPU is compared only with what is there.
+    expected: Mapping[str, float] | None = None
+    expected_source: str = ""
 
     def peak_flops(self, precision: str) -> float | None:
         """Dense peak in FLOP/s; None if the catalogue has no peak for the precision."""
@@ -99,18 +106,30 @@ class Gpu(NamedTuple):
 
 
 class Optimization(NamedTuple):
-    """A change to NeMo's stock recipe: what it does, and for which runs it is on by default."""
+    """A change to the engine's stock recipe: what it does, and for which runs it is on by default."""
 
     name: str
     title: str
     numerics: str  # compared with the stock recipe: "identical", "reordered", "rounded"
-    default: Mapping[str, list[str]]  # lists schemes, precisions, gpus: on if all three have the value of the run
+    default: Mapping[str, list[str]]  # lists schemes, precisions, gpus and engines: on if all have the value of the run
     why: str
+    engines: tuple[str, ...] = ("nemo",)  # the engines that can have it
+    lacks: str = ""  # why the other engine cannot have it
 
-    def is_default(self, scheme: str, precision: str, gpu: str) -> bool:
-        """Whether it is on by default in such a run."""
-        named = (("schemes", scheme), ("precisions", precision), ("gpus", gpu))
-        return all(value in self.default[key] for key, value in named)
+    def is_default(self, scheme: str, precision: str, gpu: str, engine: str) -> bool:
+        """Whether it is on by default in such a run. Without a list of engines, only with NeMo: it was measured there."""
+        named = (("schemes", scheme), ("precisions", precision), ("gpus", gpu), ("engines", engine))
+        return all(value in self.default.get(key, ["nemo"]) for key, value in named)
+
+
+class RunLine(NamedTuple):
+    """A kind of line in a log, which tells how the run ended or what it was. `run_lines.toml` says what each field is."""
+
+    kind: str
+    words: tuple[bytes, ...]
+    pattern: bytes
+    between_steps: bool = False
+    every: bool = False
 
 
 class UserCatalogue(NamedTuple):
@@ -149,4 +168,17 @@ def gpu_from(name: str, table: Mapping[str, Any]) -> Gpu:
 @cache
 def optimizations() -> dict[str, Optimization]:
     """Every optimization, by name."""
-    return {name: Optimization(name=name, **table) for name, table in _read("optimizations").items()}
+    tables = _read("optimizations")
+    return {
+        name: Optimization(name=name, **{**table, "engines": tuple(table.get("engines", ("nemo",)))})
+        for name, table in tables.items()
+    }
+
+
+@cache
+def run_lines() -> dict[str, RunLine]:
+    """Every kind of line, by name, in the order in which they are looked for."""
+    return {
+        kind: RunLine(kind, tuple(map(str.encode, table.pop("words"))), table.pop("pattern").encode(), **table)
+        for kind, table in _read("run_lines").items()
+    }

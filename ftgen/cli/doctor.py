@@ -11,18 +11,30 @@ from ftgen.cli.options import optional_specs_argument, site_option
 @click.command("doctor")
 @optional_specs_argument
 @site_option
-def command(specs: tuple[Path, ...], site: Path | None) -> None:
+@click.option(
+    "--download",
+    is_flag=True,
+    help="Check nothing, but download the weights and the data of each SPEC, so that jobs need no network.",
+)
+def command(specs: tuple[Path, ...], site: Path | None, download: bool) -> None:
     """Check on a login node whether jobs will run here.
 
-    Checks the jobs of each SPEC; without SPEC, a job of one node. Submits nothing.
+    Checks the jobs of each SPEC; without SPEC, a job of one node. Submits no batch job; where pyxis runs the image, srun
+    starts one task in it.
     """
+    from ftgen.cluster import hub
     from ftgen.cluster.doctor import examine
     from ftgen.plan.experiments import load_all, load_site
     from ftgen.spec.site import Site
 
+    if download and not specs:
+        raise click.UsageError("--download needs a SPEC: its weights and data are downloaded")
+    plans = [each.plan for each in load_all(specs, site, ())]
+    if download:
+        sys.exit(hub.download(plans))
     failed = False
     profile = load_site(site) if site else Site()
-    for finding in examine(profile, [each.plan for each in load_all(specs, site, ())]):
+    for finding in examine(profile, plans):
         failed |= finding.verdict == "FAIL"
         click.echo(finding)
     if failed:

@@ -33,14 +33,14 @@ def add(logs: tuple[Path, ...], history: Path | None) -> None:
 
     A run that is there already is replaced if its log has changed.
     """
-    from ftgen.logs.find import find_folders
+    from ftgen.logs.find import runs_below
     from ftgen.results.record import records
     from ftgen.show.progress import reading
 
     file = read_history(history)
-    folders = find_folders(logs, warn)
+    runs = runs_below(logs, warn)
     with reading() as (found, read):
-        made = records(map(found, folders), progress=read)
+        made = records(map(found, runs), progress=read)
     added = file.add(made)
     click.echo(f"{file.path}: {added.new} new, {added.changed} changed, {added.same} unchanged")
 

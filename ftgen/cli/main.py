@@ -12,7 +12,23 @@ import click
 
 from ftgen import __version__
 from ftgen.cli import compile as compile_
-from ftgen.cli import doctor, history, import_env, plan, published, report, schema, setup, tabulate, watch
+from ftgen.cli import (
+    data,
+    diff,
+    doctor,
+    history,
+    import_env,
+    plan,
+    published,
+    report,
+    rerun,
+    schema,
+    seal,
+    setup,
+    tabulate,
+    verify,
+    watch,
+)
 from ftgen.cli import list as list_
 from ftgen.errors import UserError
 
@@ -20,9 +36,10 @@ from ftgen.errors import UserError
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 SECTIONS = {
-    "Describe an experiment": (plan, list_, schema, import_env),
+    "Describe an experiment": (plan, data, list_, schema, import_env),
     "Compile and submit": (setup, doctor, compile_),
     "Read results": (watch, tabulate, report, history, published),
+    "Share runs": (seal, verify, rerun, diff),
 }
 
 

@@ -55,6 +55,9 @@ baseline_option = click.option(
     metavar="published|FILE.json",
     help="Compare each run with the published figures or with a file of earlier results.",
 )
+across_engines_option = click.option(
+    "--across-engines", is_flag=True, help="Compare each run with the baseline's runs of the other engine."
+)
 history_option = click.option("--history", type=FILE, help="File of the history. Default: $STAGE_PATH/ftgen.sqlite.")
 tolerance_option = click.option(
     "--tolerance",
@@ -74,14 +77,16 @@ def usage_errors() -> Iterator[None]:
         raise click.UsageError(str(error)) from None
 
 
-def read_baseline_option(name: str | None, tolerance: str) -> Baseline | None:
-    """The baseline that --baseline names, with --tolerance; None without --baseline."""
+def read_baseline_option(name: str | None, tolerance: str, *, across_engines: bool = False) -> Baseline | None:
+    """The baseline that --baseline names, with --tolerance and --across-engines; None without --baseline."""
     from ftgen.results.baseline import read_baseline
-    from ftgen.results.compare import read_tolerance
+    from ftgen.results.compare import PUBLISHED, read_tolerance
 
     with usage_errors():
         allowed = read_tolerance(tolerance)
-    return read_baseline(name, allowed) if name else None
+        if across_engines and (not name or name == PUBLISHED):
+            raise click.UsageError("--across-engines requires --baseline with a file of results")
+    return read_baseline(name, allowed, across_engines=across_engines) if name else None
 
 
 def read_window_option(text: str | None) -> Window | None:
@@ -94,14 +99,14 @@ def read_window_option(text: str | None) -> Window | None:
 
 def read_summaries(logs: tuple[Path, ...], window: str | None) -> list[Summary]:
     """A summary of every run in LOGS. Stderr gets a progress bar on a terminal, and a line for each file that is skipped."""
-    from ftgen.logs.find import find_folders
+    from ftgen.logs.find import runs_below
     from ftgen.results.summary import summarize_all
     from ftgen.show.progress import reading
 
     steps = read_window_option(window)
-    folders = find_folders(logs, warn)
+    runs = runs_below(logs, warn)
     with reading() as (found, read):
-        return summarize_all(map(found, folders), window=steps, progress=read)
+        return summarize_all(map(found, runs), window=steps, progress=read)
 
 
 def warn(text: str) -> None:

@@ -10,6 +10,7 @@ import click
 
 from ftgen.cli.options import (
     FILE,
+    across_engines_option,
     history_option,
     logs_argument,
     read_baseline_option,
@@ -49,6 +50,7 @@ FORMATS = "terminal, markdown, csv, json, html, latex"
     metavar="published|history[:best|:last]|FILE.json",
     help="Compare each run with the published figures, with the history, or with a file of earlier results.",
 )
+@across_engines_option
 @history_option
 @tolerance_option
 @click.option("--fail-on", default="", metavar="WORD,...", help=f"Exit with code 1 if a run is one of these: {FAIL_ON}.")
@@ -62,6 +64,7 @@ def command(
     sort: str,
     group: bool,
     baseline: str | None,
+    across_engines: bool,
     history: Path | None,
     tolerance: str,
     fail_on: str,
@@ -83,10 +86,13 @@ def command(
         words = read_words(fail_on, compared=baseline is not None)
         view = View((), None, flat, read_keys(columns), read_keys(sort), group)
         view.check()
-    if baseline and is_history(baseline):
+    if baseline and is_history(baseline) and not across_engines:
         view = _beside_history(view, baseline, history, tolerance, logs, window)
     else:
-        view = view._replace(baseline=read_baseline_option(baseline, tolerance), runs=read_summaries(logs, window))
+        if baseline and is_history(baseline):
+            raise click.UsageError("--across-engines requires --baseline with a file of results, not the history")
+        chosen = read_baseline_option(baseline, tolerance, across_engines=across_engines)
+        view = view._replace(baseline=chosen, runs=read_summaries(logs, window))
     if output is None:
         click.echo(formats.render(format_, view), nl=False)
     else:

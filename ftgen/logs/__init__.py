@@ -1,4 +1,4 @@
 """Finding and reading logs.
 
-In: paths. Out: a `Run` for each run, and what its log says. Start with `find.py`, then `read.py`.
+In: paths. Out: a `Run` for each run, and a `Log` of what its log says. Read `find.py` first, then `read.py` and `feed.py`.
 """

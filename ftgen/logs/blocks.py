@@ -1,6 +1,6 @@
 """The bytes of a log. In: the path of a file, plain or compressed by gzip or zstd. Out: blocks of whole lines.
 
-Offsets count decompressed bytes. What a terminal would not show is removed: colours, and the carriage returns of bars.
+`shown` removes from a block what a terminal would not show: colours, and the carriage returns of bars.
 """
 
 import os
@@ -9,15 +9,12 @@ import stat
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 BLOCK = 1 << 20  # bytes
 PACKED_BLOCK = 1 << 16  # bytes of compressed data
 LONGEST_LINE = 1 << 24  # bytes: a longer line is cut
-KNOWN_BY = 4096  # bytes at the beginning, and before a place, by which a file is recognized
 PACKED = (GZIP, ZSTD) = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")  # the first bytes: RFC 1952, RFC 8878
 DOCKER = re.compile(rb'(?m)^\{"log":"(.*?)(?:\\[rn])*","(?:stream|time|attrs)":.*\}\n')  # its json-file driver
 ESCAPE = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(?:\x07|\x1b\\))")  # ECMA-48: CSI, OSC
@@ -27,114 +24,56 @@ class LogFileError(Exception):
     """Why a log cannot be read to its end. What comes before has been read."""
 
 
-@dataclass
-class Block:
-    """Some lines of a log."""
-
-    offset: int
-    raw: bytes
-
-    @cached_property
-    def rows(self) -> int:
-        """How many lines end in the block."""
-        return self.raw.count(b"\n")
-
-    @property
-    def text(self) -> bytes:
-        """The lines as a terminal shows them, each ended by one newline."""
-        text = self.raw
-        if b"\x1b" in text:
-            text = ESCAPE.sub(b"", text)
-        if b"\r" in text:
-            text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        if text.startswith(b'{"log":"'):
-            text = DOCKER.sub(lambda match: match[1].replace(b'\\"', b'"') + b"\n", text)
-        return text
+def shown(raw: bytes) -> bytes:
+    """The lines as a terminal shows them, each ended by a newline. A `\\r\\n` ends a line that is no row of the file."""
+    text = ESCAPE.sub(b"", raw) if b"\x1b" in raw else raw
+    if b"\r" in text:
+        text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\r\n")
+    if text.startswith(b'{"log":"'):
+        text = DOCKER.sub(lambda match: match[1].replace(b'\\"', b'"') + b"\n", text)
+    return text
 
 
-class Place(NamedTuple):
-    """How far a file has been read, and what it is recognized by."""
-
-    offset: int = 0
-    first: bytes = b""  # of the file
-    last: bytes = b""  # before the offset
-    file: tuple[int, int] = (0, 0)  # device and inode
-
-    def is_in(self, path: str | Path) -> bool:
-        """Whether the file up to here is still what it was, by its identity and some bytes; LogFileError."""
-        with closing(_open(path)) as file:
-            first = file.read(len(self.first))
-            file.seek(self.offset - len(self.last))
-            return (first, file.read(len(self.last)), _identity(file)) == (self.first, self.last, self.file)
-
-    def after(self, path: str | Path, raw: bytes) -> "Place":
-        """The place behind `raw`, which was read at this one; LogFileError."""
-        with closing(_open(path)) as file:
-            return Place(
-                self.offset + len(raw),
-                (self.first + raw)[:KNOWN_BY] if len(self.first) < KNOWN_BY else self.first,
-                (self.last + raw)[-KNOWN_BY:],
-                _identity(file),
-            )
+def rows(text: bytes) -> int:
+    """How many rows of the file end in a text that is `shown`."""
+    newlines = len(text) - len(text.replace(b"\n", b""))  # a third of the time that count(b"\n") takes
+    return newlines - text.count(b"\r")
 
 
-def is_packed(path: str | Path) -> bool:
-    """Whether the file is compressed, by its first bytes; LogFileError if it cannot be read."""
+def stands_in(path: str | Path, offset: int, first: bytes, last: bytes) -> tuple[int, int] | None:
+    """Device and inode of the file, if it begins with `first` and has `last` before the offset; LogFileError."""
     with closing(_open(path)) as file:
-        return file.read(4).startswith(PACKED)
+        status = os.fstat(file.fileno())
+        there = file.read(len(first))
+        file.seek(offset - len(last))
+        return (status.st_dev, status.st_ino) if (there, file.read(len(last))) == (first, last) else None
 
 
-def blocks(path: str | Path, start: int = 0) -> Iterator[Block]:
+def blocks(path: str | Path, start: int = 0) -> Iterator[bytes]:
     """The lines from the one that begins at `start`, in blocks; LogFileError behind what could be read.
 
-    A block ends where a line does, unless that line is very long or has no end.
+    A block ends where a line does, unless that line is very long or has no end. A compressed file is read from its start.
     """
-    offset, rest = start, b""
+    rest = b""
     try:
         for piece in _pieces(path, start):
-            raw = rest + piece if rest else piece
-            end = line_end(raw) or (len(raw) if len(raw) >= LONGEST_LINE else 0)
+            end = line_end(piece) or (len(piece) if len(rest) + len(piece) >= LONGEST_LINE else 0)
             if end:
-                yield Block(offset, raw[:end])
-            offset, rest = offset + end, raw[end:]
-        if rest:
-            yield Block(offset, rest)
+                yield b"".join((rest, memoryview(piece)[:end]))  # copied once
+                rest = piece[end:]
+            else:
+                rest += piece
     except EOFError:
         raise LogFileError("the log is cut off: its compressed data has no end") from None
     except OSError as error:
         raise LogFileError(f"the log cannot be read: {error.strerror or error}") from None
-
-
-def beginning(path: str | Path, size: int) -> bytes:
-    """About the first `size` bytes, decompressed; LogFileError."""
-    found = b""
-    try:
-        for piece in _pieces(path, 0):
-            found += piece
-            if len(found) >= size:
-                break
-    except (EOFError, OSError):
-        pass  # what could be read
-    return found[:size]
-
-
-def end_of(path: str | Path, size: int) -> bytes:
-    """The last `size` bytes of a file that is not compressed; nothing of one that is; LogFileError."""
-    with closing(_open(path)) as file:
-        if file.read(4).startswith(PACKED):
-            return b""
-        file.seek(max(0, file.seek(0, os.SEEK_END) - size))
-        return file.read(size)
+    if rest:
+        yield rest
 
 
 def line_end(raw: bytes) -> int:
     """Where the last line ends that has an end; 0 for nowhere."""
     return max(raw.rfind(b"\n"), raw.rfind(b"\r")) + 1
-
-
-def _identity(file: IO[bytes]) -> tuple[int, int]:
-    status = os.fstat(file.fileno())
-    return status.st_dev, status.st_ino
 
 
 def _open(path: str | Path) -> IO[bytes]:
@@ -151,12 +90,14 @@ def _open(path: str | Path) -> IO[bytes]:
 
 
 def _pieces(path: str | Path, start: int) -> Iterator[bytes]:
-    """The bytes of the file from `start`, decompressed; EOFError where compressed data is cut off."""
+    """The bytes of the file from `start`, or all that are compressed in it; EOFError where compressed data is cut off."""
     with closing(_open(path)) as file:
         first = file.read(4)
-        file.seek(start)
-        if first.startswith(PACKED):
-            yield from _unpacked(file, *(_zstd() if first.startswith(ZSTD) else (_gzip, zlib.error)))
+        file.seek(0 if first.startswith(PACKED) else start)
+        if first.startswith(GZIP):
+            yield from _unpacked(file, lambda: zlib.decompressobj(zlib.MAX_WBITS | 16), zlib.error)
+        elif first.startswith(ZSTD):
+            yield from _unpacked(file, *_zstd())
         else:
             # making room for a whole block takes longer than reading a short log
             size = min(BLOCK, os.fstat(file.fileno()).st_size + 1)
@@ -175,10 +116,6 @@ def _unpacked(file: IO[bytes], new: Callable[[], Any], damage: type[Exception]) 
         unused = frame.unused_data
     if not frame.eof:
         raise EOFError
-
-
-def _gzip() -> Any:
-    return zlib.decompressobj(zlib.MAX_WBITS | 16)
 
 
 def _zstd() -> tuple[Callable[[], Any], type[Exception]]:

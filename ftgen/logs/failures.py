@@ -1,56 +1,37 @@
 """Lines that say how a run ended, or what it was. In: text. Out: a `Told` for each, with its kind, rank and place.
 
-A log may have gigabytes of other text. One word is looked for at a time, which is fast; patterns are for text that has one.
+The kinds are in ftgen/catalogue/run_lines.toml. A log may have gigabytes of other text: words are looked for first, which is
+fast, and patterns only in text that has one.
 """
 
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# Each kind of line: the words that it is found by, and its pattern.
-KINDS: dict[str, tuple[tuple[bytes, ...], bytes]] = {
-    "plan": ((b"ftgen plan: {",), rb"ftgen plan: \{"),
-    "environment": ((b"ftgen environment: {",), rb"ftgen environment: \{"),
-    "error": ((b"ftgen: error: ",), rb"ftgen: error: "),
-    "exit": ((b"ftgen: exit status ",), rb"ftgen: exit status (\d{1,9})"),
-    "job exit": ((b"job exited with code ",), rb"job exited with code (\d{1,9})"),
-    "task exit": ((b"Exited with exit code ",), rb"Exited with exit code [1-9]"),
-    "task killed": (
-        (b"srun: error: ",),
-        rb"srun: error: [^\n]{1,200}?: (?:Killed|Segmentation fault|Aborted|Bus error|Terminated|Out Of Memory)|"
-        rb"srun: error: Node failure on [^\n]",
-    ),
-    "stopped": (
-        (b"`Trainer.fit` stopped: `",),
-        rb"`Trainer\.fit` stopped: `(?:max_steps=(\d{1,9})|max_epochs=\d{1,9})` reached",
-    ),
-    "exited": ((b"[exiting program at iteration ",), rb"\[exiting program at iteration +(\d{1,9})\]"),
-    "done": ((b"[after training is done]",), rb"\[after training is done\]"),
-    "not finite": ((b"found NaN in", b"found Inf in"), rb"found NaN in|found Inf in"),
-    "out of memory": ((b"OutOfMemoryError", b"CUDA out of memory"), rb"OutOfMemoryError|CUDA out of memory"),
-    "host memory": ((b"oom_kill event", b"oom-kill event"), rb"oom[-_]kill event"),
-    "collective": (
-        (b"Watchdog caught collective", b"watchdog thread terminated"),
-        rb"Watchdog caught collective operation timeout|watchdog thread terminated with exception",
-    ),
-    # a limit, a node, somebody with more rights; or by hand, or because another task had failed
-    "cancelled": ((b"*** STEP ", b"*** JOB "), rb"\*\*\* (?:STEP|JOB) [^\n]{1,200}? DUE TO "),
-    "killed": ((b"*** STEP ", b"*** JOB "), rb"\*\*\* (?:STEP|JOB) [^\n]{1,200}? CANCELLED"),
-    "traceback": ((b"Traceback (most recent call",), rb"Traceback \(most recent call last\)"),
-}
-# What is looked for between step lines too: it tells of the run as a whole, or must be mentioned though the run went on.
-ANYWHERE = ("plan", "environment", "stopped", "not finite", "out of memory", "cancelled", "killed", "traceback")
-REPEATED = frozenset({"plan", "exit", "job exit", "stopped"})  # of these every line is told, of others the first
+from ftgen.catalogue import run_lines
+
 # The line that ends a traceback, behind srun's, torch's and our own labels.
 EXCEPTION = re.compile(
     rb"(?m)^(?:[^\n]{0,255}?(?:\d: |\]:? ?|/\d{1,6} |\| ))?"
-    rb"((?:\w{1,80}\.){0,20}\w{0,80}(?:Error|Exception|Interrupt|Exit|Expired)(?::[^\n]*)?)$"
+    rb"((?:\w{1,80}\.){0,20}\w{0,80}(?:Error|Exception|Interrupt|Exit|Expired)(?::[^\n]*)?)\r?$"
 )
-RANK = re.compile(rb"\[rank ?(\d{1,6})(?:\]| on )|\[default(\d{1,6})\]|^ *(\d{1,6}): |^[^\s/]{1,120}/(\d{1,6}) ")
+# The labels of torch, torchrun and srun; of torchx and NeMo-Run, unless it is a date: `trainer/3 `, `12/31 `.
+RANK = re.compile(
+    rb"\[rank ?(\d{1,6})(?:\]| on )|\[default(\d{1,6})\]|^ *(\d{1,6}): |^(?=\S*[A-Za-z_])[^\s/]{1,120}/(\d{1,6}) "
+)
+JSON = frozenset({"plan", "environment", "node"})
 LONGEST_JSON = 1 << 20  # bytes
 LONGEST_TRACEBACK = 1 << 16  # bytes
 LONGEST_NOTE = 200  # bytes kept of a line, on each side of the words
-RARE = b"{`*"  # looking for one byte takes a tenth of the time that looking for a word takes
+
+KINDS = run_lines()
+EVERY = frozenset(kind for kind, line in KINDS.items() if line.every)  # of others the first line is told
+WORDS = tuple(dict.fromkeys(word for line in KINDS.values() for word in line.words))
+WORDS_BETWEEN_STEPS = tuple(dict.fromkeys(word for line in KINDS.values() if line.between_steps for word in line.words))
+PATTERN = re.compile(b"|".join(b"(?P<%s>%s)" % (kind.replace(" ", "_").encode(), KINDS[kind].pattern) for kind in KINDS))
+
+# Bytes of the words that are rare between step lines, the rarest first. To look for a byte takes a tenth of the time.
+RARE = [bytes([byte]) for byte in b"*{EOCD`(I"]
 
 
 class Told(NamedTuple):
@@ -58,43 +39,35 @@ class Told(NamedTuple):
 
     kind: str
     note: str
-    line: bytes  # what is kept of it, as it stands in the log
     number: int | None = None  # an exit status, or the steps that training says it made
     rank: int | None = None  # whose line it is, by the label of srun, torch or ftgen
-    json: bytes = b""  # of the kinds plan and environment
+    json: bytes = b""  # of the kinds in JSON
     file: str = ""  # another file than the log
     row: int | None = None  # the line's number in the file, from 1
     steps_before: int = 0  # step lines before it
+    at: int = 0  # where in the text that was searched
 
 
-def _searched(kinds: tuple[str, ...]) -> tuple[tuple[tuple[bytes, bytes], ...], "re.Pattern[bytes]"]:
-    """Words to look for, each behind a rare byte in it or nothing; and the pattern of all the kinds."""
-    words = dict.fromkeys(word for kind in kinds for word in KINDS[kind][0])
-    guarded = tuple((next((bytes([byte]) for byte in RARE if byte in word), b""), word) for word in words)
-    return guarded, re.compile(b"|".join(KINDS[kind][1] for kind in kinds))
+def has_words(text: bytes, words: tuple[bytes, ...] = WORDS) -> bool:
+    """Whether one of the words is in the text."""
+    for word in words:
+        rare = next((byte for byte in RARE if byte in word), b"")
+        if rare in text and text.rfind(word) >= 0:  # rfind() takes half the time of find()
+            return True
+    return False
 
 
-PATTERNS = {kind: re.compile(pattern) for kind, (_, pattern) in KINDS.items()}
-ALL, SOME = _searched(tuple(KINDS)), _searched(ANYWHERE)
-
-
-def find(text: bytes, *, anywhere: bool = False) -> Iterator[Told]:
-    """The first line of each kind in the text, in the text's order; of REPEATED kinds every line.
-
-    `anywhere`: only of the kinds that are looked for between step lines too.
-    """
-    guarded, pattern = SOME if anywhere else ALL
-    if not any(rare in text and word in text for rare, word in guarded):
-        return
+def find(text: bytes) -> Iterator[Told]:
+    """The first line of each kind in the text, in the text's order; of kinds in EVERY each line."""
     seen: set[str] = set()
-    for match in pattern.finditer(text):
-        kind = next(kind for kind in KINDS if PATTERNS[kind].match(text, match.start()))
-        if kind in seen and kind not in REPEATED:
+    for match in PATTERN.finditer(text) if has_words(text) else ():
+        kind = str(match.lastgroup).replace("_", " ")
+        if kind in seen and kind not in EVERY:
             continue
-        number = next((int(digits) for digits in match.groups() if digits), None)
+        number = next((int(group) for group in match.groups() if group and group.isdigit()), None)
         line = _line(text, match.start(), LONGEST_NOTE, before=LONGEST_NOTE)
-        json = _line(text, match.end() - 1, LONGEST_JSON) if kind in {"plan", "environment"} else b""
-        yield Told(kind, _decoded(line), line, number, _rank(line), json)
+        json = _line(text, match.end() - 1, LONGEST_JSON) if kind in JSON else b""
+        yield Told(kind, _decoded(line), number, rank_of(line), json, at=match.start())
         seen = set() if kind == "plan" else seen | {kind}  # a plan begins another attempt
         if kind == "traceback" and (told := exception(text, match.end(), LONGEST_TRACEBACK)):
             yield told
@@ -102,7 +75,7 @@ def find(text: bytes, *, anywhere: bool = False) -> Iterator[Told]:
 
 def start(line: bytes) -> int:
     """Where something is told in a line that another process printed into."""
-    found = ALL[1].search(line)
+    found = PATTERN.search(line)
     return found.start() if found else 0
 
 
@@ -111,11 +84,11 @@ def exception(text: bytes, start: int, most: int) -> Told | None:
     found = EXCEPTION.search(text, start, start + most)
     if not found:
         return None
-    line = found.group()[:LONGEST_NOTE]
-    return Told("exception", _decoded(found.group(1)), line, None, _rank(line))
+    return Told("exception", _decoded(found.group(1)), rank=rank_of(found.group()[:LONGEST_NOTE]), at=found.start())
 
 
-def _rank(line: bytes) -> int | None:
+def rank_of(line: bytes) -> int | None:
+    """Whose line it is, by its label; None if it has none."""
     label = RANK.search(line)
     return next((int(digits) for digits in label.groups() if digits), None) if label else None
 

@@ -1,4 +1,4 @@
-"""Where runs are. In: directories and files. Out: the `Folder`s with logs in them, and a `Run` for each run there.
+"""Where runs are. In: directories and files. Out: a `Run` for each run there.
 
 A file is a log by its name, as the recipe and NeMo-Run name logs; by being asked for; or because step lines are in it,
 which a look at its beginning and its end shows.
@@ -13,18 +13,22 @@ from typing import NamedTuple
 
 from ftgen.errors import LogError, Problem
 from ftgen.logs import identity
-from ftgen.logs.look import Look, look_at
+from ftgen.logs.look import HINTS, LOG, TEXT, look_at
 
 # log-<account>.<experiment>_<id>_<restart>.out; NeMo-Run writes log-<account>-<partition>.<experiment>_…
 LOG_NAME = re.compile(r"log-(?P<stem>.*)_(?P<id>\d{1,18})_(?P<restart>\d{1,9})\.out(?:\.gz|\.zst)?", re.DOTALL)
 JOB_ID = re.compile(r"(?P<name>.*?)[-_.](?P<id>\d{2,18}(?:_\d{1,9})?)")  # slurm-1234, llama3-8b_joe_124, an array's 77_3
 PLAN = "plan.json"
+TELEMETRY = re.compile(r"telemetry\..+\.jsonl", re.DOTALL)  # of a node, as runtime/node/telemetry.py names it
 # Files that are no logs, by their names: what is written beside logs, and what takes long to look at.
 NO_LOGS = re.compile(
     r"\..*|sbatch_.*|submit-.*|convert-.*|.*\.(?:err|json|jsonl|toml|ya?ml|py|sh|html?|md|csv|tex|png|svg|npy|npz|pt|bin|idx|"
     r"safetensors|distcp|nemo|model|sqsh|sif|whl|nsys-rep|sqlite)",
     re.DOTALL,
 )
+
+# Files that may belong to a log beside them.
+BESIDE = re.compile(rf"plan\.json|sbatch_.*|stderr.*|.*\.err|{TELEMETRY.pattern}", re.DOTALL)
 
 Tell = Callable[[str], object]  # what is called with each thing that was passed over, and why
 
@@ -39,20 +43,8 @@ class Run(NamedTuple):
     earlier: tuple[str, ...]  # logs of the restarts before it, oldest first
     plan: Path | None
     beside: tuple[Path, ...] = ()  # the batch script's own log, and what was written to stderr
-    size: int = 0  # bytes of the log
-
-
-class Folder(NamedTuple):
-    """A directory with logs in it. Paths are strings: in large trees the others cost more than all the rest."""
-
-    path: str
-    logs: dict[str, int]  # bytes, by name
-    others: list[str]  # names of what may belong to them
-
-    @property
-    def size(self) -> int:
-        """Bytes of all the logs."""
-        return sum(self.logs.values())
+    size: int = 0  # bytes of all its logs
+    telemetry: tuple[Path, ...] = ()  # power and clocks, a file of each node
 
 
 def find_runs(paths: Iterable[str | Path], tell: Tell = lambda _: None) -> list[Run]:
@@ -60,7 +52,7 @@ def find_runs(paths: Iterable[str | Path], tell: Tell = lambda _: None) -> list[
 
     Links to directories are followed in `paths` only. LogError: a path that is not there, or no run at all.
     """
-    return sorted((run for folder in find_folders(paths, tell) for run in runs_in(folder)), key=order)
+    return sorted(runs_below(paths, tell), key=order)
 
 
 def order(run: Run) -> tuple[str, int, str, str]:
@@ -68,116 +60,70 @@ def order(run: Run) -> tuple[str, int, str, str]:
     return run.experiment, len(run.run_id), run.run_id, run.log
 
 
-def find_folders(paths: Iterable[str | Path], tell: Tell = lambda _: None) -> Iterator[Folder]:
-    """The directories that the runs are in, as they are found; each log once. LogError as `find_runs`."""
+def runs_below(paths: Iterable[str | Path], tell: Tell = lambda _: None) -> Iterator[Run]:
+    """The runs as they are found; each log once. LogError as `find_runs`."""
     tops = [os.fspath(Path(path)) for path in paths]
-    missing = [Problem((), f"there is no {top}") for top in tops if not os.path.lexists(top)]
-    if missing:
+    if missing := [Problem((), f"there is no {top}") for top in tops if not os.path.lexists(top)]:
         raise LogError(*missing)
     seen: set[tuple[int, int]] = set()
-    none, left_out = True, [0]
-    for path, names, others in _folders(tops, tell, left_out):
-        within = _within(path)
-        logs = {name: size for name in names if (size := _size(within + name, seen, tell)) is not None}
-        if logs:
-            none = False
-            yield Folder(path, logs, others)
-    looked = f"{left_out[0]} other file{'' if left_out[0] == 1 else 's'} without step lines"
+    none, left_out = True, 0
+    for folder, names, others, texts in _folders(tops, tell):
+        left_out += texts
+        logs = {name: size for name in names if (size := _size(_join(folder, name), seen, tell)) is not None}
+        none = none and not logs
+        yield from _runs_in(folder, logs, others)
+    looked = f"{left_out} other file{'' if left_out == 1 else 's'} without step lines"
     if none:
-        where = ", ".join(tops) or "no directory"
-        what = (
-            f"no run found below {where}: no file has step lines or the name log-<account>.<experiment>_<id>_<restart>.out"
-        )
-        raise LogError(
-            Problem((), f"{what} ({looked})" if left_out[0] else what, "runs keep their logs in $STAGE_PATH/logs")
-        )
-    if left_out[0]:
+        what = f"no run found below {', '.join(tops) or 'no directory'}"
+        what += ": no file has step lines or the name log-<account>.<experiment>_<id>_<restart>.out"
+        what += f" ({looked})" if left_out else ""
+        raise LogError(Problem((), what, "runs keep their logs in $STAGE_PATH/logs"))
+    if left_out:
         tell(f"left out: {looked}")
 
 
-def runs_in(folder: Folder) -> Iterator[Run]:
-    """The runs of one directory; the highest restart of each is its log. A compressed copy of a log is left out."""
-    restarts: dict[tuple[str, str], dict[int, tuple[str, int]]] = {}
-    for name, size in sorted(folder.logs.items()):
-        match = LOG_NAME.fullmatch(name)
-        if match:
-            key, restart = (match["stem"], match["id"]), int(match["restart"])
-        else:
-            key, restart = (name.removesuffix(".gz").removesuffix(".zst"), ""), 0
-        restarts.setdefault(key, {}).setdefault(restart, (name, size))
-    place = _within(folder.path)
-    # if several runs' logs are in one directory, a plan beside them belongs to one of them at most
-    plan = Path(place + PLAN) if PLAN in folder.others and len(restarts) == 1 else None
-    for (stem, run_id), found in restarts.items():
-        *before, newest = sorted(found)
-        name, size = found[newest]
-        earlier = tuple(place + found[restart][0] for restart in before)
-        experiment, number = (_experiment(folder.path, stem), run_id) if run_id else _by_path(folder.path, stem)
-        array = re.search(rf"{re.escape(experiment)}_(\d{{1,18}})$", stem) if run_id else None
-        number = f"{array[1]}_{number}" if array else number
-        beside = tuple(Path(place + other) for other in folder.others if _belongs(other, name, number))
-        yield Run(experiment, number, place + name, newest, earlier, plan, beside, size)
+Found = tuple[str, list[str], list[str], int]  # a directory, names of logs and of what may belong to them, texts left out
 
 
-def _belongs(other: str, log: str, run_id: str) -> bool:
-    """Whether another file is of the same run: the batch script's log, or what was written to stderr."""
-    stem = log.partition(".out")[0] if ".out" in log else Path(log).stem
-    of_stderr = {f"{stem}.err", stem.replace("stdout", "stderr") + ".log", stem.replace("stdout", "stderr") + ".txt"}
-    return other not in {PLAN, log} and (bool(run_id and other.endswith(f"_{run_id}.out")) or other in of_stderr)
-
-
-def _folders(tops: list[str], tell: Tell, left_out: list[int]) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Directories, with the names of the logs there, and of what may belong to them."""
+def _folders(tops: list[str], tell: Tell) -> Iterator[Found]:
     asked: dict[str, list[str]] = {}
     for top in tops:
         if os.path.isdir(top):  # noqa: PTH112
-            yield from _below(top, tell, left_out)
+            yield from _below(top, tell)
         else:
-            path, name = os.path.split(top)
-            names = asked.setdefault(path, [])
-            names += [name] if name not in names else []
-    for path, logs in asked.items():  # these count whatever they are called
-        looks = ((name, look_at(_within(path) + name)) for name in logs)
-        if wrong := [Problem((), f"{_within(path)}{name} is {look.value}", look.hint) for name, look in looks if look.hint]:
+            folder, name = os.path.split(top)
+            asked.setdefault(folder, []).append(name)
+    for folder, logs in asked.items():  # these count whatever they are called
+        looks = {_join(folder, name): look_at(_join(folder, name)) for name in logs}
+        if wrong := [Problem((), f"{path} is {look}", HINTS[look]) for path, look in looks.items() if look in HINTS]:
             raise LogError(*wrong)
-        beside = sorted(os.listdir(path or "."))  # noqa: PTH208
-        yield path, logs, [name for name in beside if name not in logs and _may_belong(name)]
+        beside = sorted(os.listdir(folder or "."))  # noqa: PTH208
+        yield folder, logs, [name for name in beside if name not in logs and BESIDE.fullmatch(name)], 0
 
 
-def _below(top: str, tell: Tell, left_out: list[int]) -> Iterator[tuple[str, list[str], list[str]]]:
-    """The directories with logs in and below one."""
-    for path, folders, files in os.walk(top, onerror=lambda error: tell(_unreadable(error))):
+def _below(top: str, tell: Tell) -> Iterator[Found]:
+    """The directories in and below one."""
+    for folder, folders, files in os.walk(top, onerror=lambda error: tell(_unreadable(error))):
         folders.sort()
-        within = _within(path)
-        logs, others = [], [name for name in files if _may_belong(name)]
-        for name in files:
-            if LOG_NAME.fullmatch(name):
-                logs.append(name)
-            elif name not in others and not NO_LOGS.fullmatch(name):
-                look = look_at(within + name)
-                if look is Look.LOG:
-                    logs.append(name)
-                elif look.hint:
-                    tell(f"{within}{name} is {look.value} and is left out: {look.hint}")
-                elif look is Look.TEXT:
-                    left_out[0] += 1
+        others = [name for name in files if BESIDE.fullmatch(name)]
+        looks = dict.fromkeys(filter(LOG_NAME.fullmatch, files), LOG)
+        unknown = (name for name in files if not (name in looks or BESIDE.fullmatch(name) or NO_LOGS.fullmatch(name)))
+        looks |= {name: look_at(_join(folder, name)) for name in unknown}
+        for name, look in looks.items():
+            if look in HINTS:
+                tell(f"{_join(folder, name)} is {look} and is left out: {HINTS[look]}")
+        logs = [name for name, look in looks.items() if look == LOG]
         if not logs:  # then the batch script's own log may be the run's
-            logs = [name for name in others if name.startswith("sbatch_") and look_at(within + name) is Look.LOG]
-        if logs:
-            yield path, logs, others
-
-
-def _may_belong(name: str) -> bool:
-    return name == PLAN or name.startswith(("sbatch_", "stderr")) or name.endswith(".err")
-
-
-def _within(path: str) -> str:
-    """What stands before the names in a directory; os.path.join takes four times as long."""
-    return "" if path in {"", "."} else path if path[-1] == os.sep else path + os.sep
+            logs = [name for name in others if name.startswith("sbatch_") and look_at(_join(folder, name)) == LOG]
+        yield folder, logs, others, list(looks.values()).count(TEXT)
 
 
 def _unreadable(error: OSError) -> str:
     return f"{error.filename}: cannot be read: {error.strerror}: runs in it are not counted"
+
+
+def _join(folder: str, name: str) -> str:
+    return os.path.join("" if folder == "." else folder, name)  # noqa: PTH118
 
 
 def _size(path: str, seen: set[tuple[int, int]], tell: Tell) -> int | None:
@@ -187,42 +133,73 @@ def _size(path: str, seen: set[tuple[int, int]], tell: Tell) -> int | None:
     except OSError as error:  # a link to nowhere, or gone by now
         tell(f"{path}: passed over: {error.strerror}")
         return None
+    place = (status.st_dev, status.st_ino)
     if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
         tell(f"{path}: passed over: it is not a file")
-        return None
-    place = (status.st_dev, status.st_ino)
-    if place in seen:
-        return None
-    seen.add(place)
-    return status.st_size
+    elif place not in seen:
+        seen.add(place)
+        return status.st_size
+    return None
 
 
-def _experiment(folder: str, stem: str) -> str:
-    """The directory's name where the file's ends with it, as the layout has it; else what looks like an experiment."""
+def _runs_in(folder: str, logs: dict[str, int], others: list[str]) -> Iterator[Run]:
+    """The runs of one directory; the highest restart of each is its log. A compressed copy of a log is left out."""
+    restarts: dict[tuple[str, str], dict[int, str]] = {}
+    for name in sorted(logs):
+        match = LOG_NAME.fullmatch(name)
+        key = (match["stem"], match["id"]) if match else (name.removesuffix(".gz").removesuffix(".zst"), "")
+        restarts.setdefault(key, {}).setdefault(int(match["restart"]) if match else 0, name)
+    # if several runs' logs are in one directory, a plan beside them belongs to one of them at most
+    plan = Path(_join(folder, PLAN)) if PLAN in others and len(restarts) == 1 else None
+    for (stem, run_id), found in restarts.items():
+        *earlier, (restart, name) = sorted(found.items())
+        experiment, number = _names(folder, stem, run_id) if run_id else _names_by_path(folder, stem)
+        yield Run(
+            experiment,
+            number,
+            _join(folder, name),
+            restart,
+            tuple(_join(folder, before) for _, before in earlier),
+            plan,
+            tuple(Path(_join(folder, other)) for other in others if _belongs(other, name, number)),
+            sum(logs[each] for each in found.values()),
+            tuple(Path(_join(folder, other)) for other in sorted(others) if plan and TELEMETRY.fullmatch(other)),
+        )
+
+
+def _belongs(other: str, log: str, run_id: str) -> bool:
+    """Whether another file is of the same run: the batch script's log, or what was written to stderr."""
+    stem = log.partition(".out")[0] if ".out" in log else Path(log).stem
+    stderr = stem.replace("stdout", "stderr")
+    of_run = bool(run_id) and other.endswith(f"_{run_id}.out")
+    return other not in {PLAN, log} and (of_run or other in {f"{stem}.err", f"{stderr}.log", f"{stderr}.txt"})
+
+
+def _names(folder: str, stem: str, run_id: str) -> tuple[str, str]:
+    """Experiment and job id of a log as the recipe names it; behind the experiment may stand an array's index.
+
+    The experiment is the directory's name where the file's ends with it, else what looks like an experiment.
+    """
     directory = folder.rpartition(os.sep)[2]
-    numbered = re.compile(rf"(?:.*\.)?{re.escape(directory)}(?:_\d+)?", re.DOTALL)  # an array's index stands behind it
-    if directory and numbered.fullmatch(stem):
-        return directory
-    return _named((stem, *reversed(Path(folder).parts))) or stem.partition(".")[2] or stem
+    alone = re.sub(r"_\d+$", "", stem)
+    of_directory = directory and any(f".{name}".endswith(f".{directory}") for name in (stem, alone))
+    experiment = directory if of_directory else _named(folder, stem) or stem.partition(".")[2] or stem
+    array = stem.rpartition(f"{experiment}_")[2]
+    return experiment, f"{array}_{run_id}" if array != stem and array.isdecimal() else run_id
 
 
-def _named(names: Iterable[str]) -> str:
-    """The first name that looks like an experiment's."""
-    for name in names:
-        for pattern in (identity.RECIPE_NAME, identity.LONG_NAME):
-            if match := pattern.search(name):
-                return match.group()
-    return ""
-
-
-def _by_path(folder: str, name: str) -> tuple[str, str]:
+def _names_by_path(folder: str, name: str) -> tuple[str, str]:
     """Experiment and job id of a log with a name of its own: `slurm-llama-1234.out`, `a/stdout.txt`."""
     stem = name if name.startswith(".") else name.rpartition(".")[0] or name
     job = JOB_ID.fullmatch(stem)
     base, run_id = (job["name"], job["id"]) if job else (stem, "")
-    named = _named((stem, *reversed(Path(folder).parts)))
-    if named:
-        return named, run_id
-    if not identity.is_name(base) and not run_id:  # every run's log has this name: the path tells which it is
-        return "/".join((*Path(folder).parts[-2:], stem)).lstrip("/"), run_id
-    return base, run_id
+    if not (named := _named(folder, stem)) and not identity.is_name(base) and not run_id:
+        return "/".join((*Path(folder).parts[-2:], stem)).lstrip("/"), run_id  # every run's log has this name
+    return named or base, run_id
+
+
+def _named(folder: str, stem: str) -> str:
+    """The first that looks like an experiment's name: in the file's name, or the directory nearest to it."""
+    patterns = (identity.RECIPE_NAME, identity.LONG_NAME)
+    found = (pattern.search(name) for name in (stem, *reversed(Path(folder).parts)) for pattern in patterns)
+    return next((match.group() for match in found if match), "")

@@ -17,7 +17,10 @@ from ftgen.errors import LogError, Problem
 RECIPE_GPU = "h100"
 RECIPE_SEQ_LENGTH = 4096
 
-RECIPE_NAME = re.compile(r"(?P<scheme>lora|sft)_nemo_(?P<model>\w+)_(?P<precision>bf16|fp8|fp32)_(?P<gpus>[1-9]\d{0,8})")
+RECIPE_NAME = re.compile(
+    r"(?P<scheme>lora|sft)_(?P<engine>nemo|megatron_bridge)_(?P<model>\w+)_(?P<precision>bf16|fp8|fp32)_(?P<gpus>[1-9]\d{0,8})"
+)
+FIRST_ENGINE = "nemo"  # of plans of an ftgen that had no other
 # The names of the recipes since 25.05 and of Megatron-Bridge: pretrain_llama3.1_405b_bf16_gpus128_tp4_pp8_mbs1_gbs128
 LONG_NAME = re.compile(
     r"(?P<scheme>pretrain|sft|lora|peft|finetune)_(?P<model>[A-Za-z][A-Za-z0-9.+-]*(?:_[A-Za-z0-9.+-]+)*?)_"
@@ -49,25 +52,27 @@ class Identity(NamedTuple):
     window_steps: int | None = None
     flops_per_sample: float | None = None
     peak_flops: float | None = None  # FLOP/s of one GPU, dense
+    engine: str | None = None  # nemo, megatron_bridge
     assumed: tuple[str, ...] = ()  # which of these come from the experiment's name, or are the recipe's
 
 
-# Identity's field: key of the plan, its type, whether it may be null or absent
-PLAN_KEYS: dict[str, tuple[tuple[str, ...], type, bool]] = {
-    "experiment": (("experiment",), str, False),
-    "model": (("model", "name"), str, False),
-    "scheme": (("scheme",), str, False),
-    "precision": (("precision",), str, False),
-    "gpu": (("gpu", "name"), str, False),
-    "gpus": (("gpus",), int, False),
-    "global_batch_size": (("global_batch_size",), int, False),
-    "seq_length": (("seq_length",), int, False),
-    "max_steps": (("max_steps",), int, False),
-    "window_steps": (("window_steps",), int, True),
-    "flops_per_sample": (("model", "flops_per_sample"), float, True),
-    "peak_flops": (("gpu", "peak_flops"), float, True),
+# Identity's field: key of the plan, and its type.
+PLAN_KEYS: dict[str, tuple[tuple[str, ...], type]] = {
+    "model": (("model", "name"), str),
+    "gpu": (("gpu", "name"), str),
+    **{key: ((key,), str) for key in ("experiment", "scheme", "precision", "engine")},
+    **{key: ((key,), int) for key in ("gpus", "global_batch_size", "seq_length", "max_steps", "window_steps")},
+    "flops_per_sample": (("model", "flops_per_sample"), float),
+    "peak_flops": (("gpu", "peak_flops"), float),
 }
+OPTIONAL = {"max_steps", "window_steps", "flops_per_sample", "peak_flops", "engine"}  # a plan with epochs has no max_steps
 RULES = {str: "must be a text", int: "must be a whole number from 1", float: "must be a number above 0"}
+# What a framework prints of its settings before the steps: Identity's key, a word, and the pattern of the value behind it.
+SETTINGS = (
+    ("seq_length", b"seq_length", re.compile(rb"\bseq_length\b[ .:='\"]{1,80}(\d{2,8})\b")),
+    ("gpus", b"world_size", re.compile(rb"\bworld_size\b[ .:='\"]{1,80}(\d{1,7})\b")),
+    ("gpu", b"NVIDIA ", re.compile(rb"\bNVIDIA (?:[A-Za-z]{1,20} )?((?:GB|GH|A|B|H|L|V)\d{2,3})\b")),
+)
 
 
 def from_plan(text: str | bytes, file: str) -> tuple[Identity, dict[str, Any]]:
@@ -80,50 +85,38 @@ def from_plan(text: str | bytes, file: str) -> tuple[Identity, dict[str, Any]]:
         raise LogError(Problem((), f"the plan is no JSON: {error}", file=file)) from None
     if not isinstance(plan, dict):
         raise LogError(Problem((), "the plan must be a JSON object", file=file))
-    values = {field: get(plan, path) for field, (path, _, _) in PLAN_KEYS.items()}
+    values = {field: get(plan, path) for field, (path, _) in PLAN_KEYS.items()}
     problems = [
-        Problem(path, f"{RULES[kind]}, found {_short(values[field])}", file=file)
-        for field, (path, kind, optional) in PLAN_KEYS.items()
-        if not (_fits(values[field], kind) or (optional and values[field] is None))
+        Problem(PLAN_KEYS[field][0], f"{RULES[kind]}, found {_short(value)}", file=file)
+        for field, value in values.items()
+        if not (_fits(value, kind := PLAN_KEYS[field][1]) or (field in OPTIONAL and value is None))
     ]
     if problems:
         raise LogError(*problems)
-    return Identity(**values), plan
+    return Identity(**values | {"engine": values["engine"] or FIRST_ENGINE}), plan
 
 
 @lru_cache
 def from_name(experiment: str, global_batch_size: int | None = None) -> Identity:
     """What the name of an experiment suggests; what the recipe's own names leave out is the recipe's."""
+    named: dict[str, Any]
     if match := RECIPE_NAME.fullmatch(experiment):
-        what = Identity(
-            experiment,
-            model=match["model"],
-            scheme=match["scheme"],
-            precision=match["precision"],
-            gpu=RECIPE_GPU,
-            gpus=int(match["gpus"]),
-            global_batch_size=global_batch_size,
-            seq_length=RECIPE_SEQ_LENGTH,
-            assumed=("gpu", "gpus", "seq_length"),
-        )
-        return _with_peaks(what)
-    match = LONG_NAME.fullmatch(experiment)
-    if not match:
+        named = {"gpu": RECIPE_GPU, "gpus": int(match["gpus"]), "seq_length": RECIPE_SEQ_LENGTH, "engine": match["engine"]}
+    elif match := LONG_NAME.fullmatch(experiment):
+        batch, gpu = BATCH.search(match["rest"]), GPU.search(match["rest"])
+        named = {"gpu": gpu[1] if gpu else None, "gpus": int(match["gpus"]) if match["gpus"] else None}
+        named["global_batch_size"] = int(batch[1] or batch[2]) if batch and global_batch_size is None else None
+    else:
         return Identity(experiment, global_batch_size=global_batch_size)
+    named = {key: value for key, value in named.items() if value is not None}
     precision = match["precision"] if match["precision"] in PRECISIONS else None
-    batch, gpu = BATCH.search(match["rest"]), GPU.search(match["rest"])
-    named = {"gpus": int(match["gpus"]) if match["gpus"] else None, "gpu": gpu[1] if gpu else None}
-    if batch and global_batch_size is None:
-        global_batch_size = named["global_batch_size"] = int(batch[1] or batch[2])
     what = Identity(
         experiment,
         model=_model_name(match["model"]) if precision else None,  # else nobody knows where the model's name ends
         scheme=SCHEMES.get(match["scheme"], match["scheme"]),
         precision=precision,
-        gpu=gpu[1] if gpu else None,
-        gpus=int(match["gpus"]) if match["gpus"] else None,
-        global_batch_size=global_batch_size,
-        assumed=tuple(sorted(key for key, value in named.items() if value is not None)),
+        assumed=tuple(sorted(named.keys() - {"engine"})),
+        **({"global_batch_size": global_batch_size} | named),
     )
     return _with_peaks(what)
 
@@ -136,6 +129,21 @@ def from_log(experiment: str, global_batch_size: int | None, said: Mapping[str, 
     known = {key: value if key == "gpu" else int(value) for key, value in said.items()}
     assumed = tuple(key for key in what.assumed if key not in known)
     return _with_peaks(what._replace(**known, assumed=assumed))  # type: ignore[arg-type]
+
+
+def settings_in(text: bytes) -> dict[str, str]:
+    """The sequence length, the number of GPUs and the kind of GPU, as far as a framework's text has them."""
+    found = ((key, pattern.search(text)) for key, word, pattern in SETTINGS if word in text)
+    return {key: match[1].decode().lower() for key, match in found if match}
+
+
+def document(text: bytes) -> dict[str, Any] | None:
+    """What the JSON object in the text says; None for any other text."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def is_name(experiment: str) -> bool:
@@ -161,9 +169,8 @@ def _with_peaks(what: Identity) -> Identity:
 def _fits(value: Any, kind: type) -> bool:
     if kind is str:
         return isinstance(value, str) and value != ""
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
-        return False
-    return (1 if kind is int else 1e-30) <= value <= MOST  # NaN is not, either
+    is_number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    return is_number and (1 if kind is int else 1e-30) <= value <= MOST  # NaN is not, either
 
 
 def _short(value: Any) -> str:

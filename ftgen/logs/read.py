@@ -1,20 +1,25 @@
-"""Reading a log. In: a `Run`. Out: the `Log` of its newest restart, read a block at a time."""
+"""Reading a log. In: a `Run`. Out: the `Log` of its newest restart, read a block at a time.
 
-import json
+`read_log` reads a log once; a `Growing` reads one that is still being written, again and again.
+"""
+
 import re
 from collections.abc import Iterable, Mapping
-from datetime import datetime
+from copy import copy
 from pathlib import Path
 
 from ftgen.errors import LogError
 from ftgen.logs import failures, identity
-from ftgen.logs.blocks import LogFileError, blocks
+from ftgen.logs.attempts import begin_attempt
+from ftgen.logs.blocks import LogFileError, blocks, line_end, shown, stands_in
 from ftgen.logs.failures import Told
+from ftgen.logs.feed import feed
 from ftgen.logs.find import Run
 from ftgen.logs.log import Log
+from ftgen.logs.marks import History, moment
 from ftgen.logs.step import Step
 
-CLOCK = re.compile(rb"-(?<=20\d\d-)\d\d-\d\d[ T]\d\d:\d\d:\d\d")  # the year stands before it: one byte is found faster
+CLOCK = re.compile(rb"20\d\d-\d\d-\d\d[ T]\d\d:\d\d:\d\d")
 LAST_LINES = 19  # before the last one, that are asked for a batch size
 
 
@@ -22,32 +27,71 @@ def read_log(run: Run) -> Log:
     """What the run's log says; other runs in the same file are in its `before`.
 
     Never fails: what could not be read is in `unread` or in `problems`. A restart that goes on where the one before stopped
-    is read together with that one.
+    is read together with that one, and so are all attempts of a run that is saved.
     """
     log = _read(run, [run.log])
-    first = next(iter(log.steps), 0)
-    if run.earlier and first > 0 and not log.before:
+    saved = bool(History(log.marks).attempts)  # by ftgen's own job: all attempts are one run, also those that made no step
+    if run.earlier and (saved or log.steps.first > 0) and not log.before:
         joined = _read(run, [*run.earlier, run.log])
-        if joined.resumes:
-            settle(run, joined)
-            return joined
+        if saved:
+            joined.steps = joined.steps or joined.earlier  # where the last attempt made none
+        if joined.resumes or saved:
+            return settle(run, joined)
     log.earlier_logs = len(run.earlier)
-    settle(run, log)
-    return log
+    return settle(run, log)
 
 
 def _read(run: Run, paths: Iterable[str]) -> Log:
     log = Log(identity.from_name(run.experiment))
     for number, path in enumerate(paths):
         if number:
-            log.begin_attempt()
+            begin_attempt(log)
             log.rows = 0
         try:
-            for block in blocks(path):
-                log.feed(block)
+            for raw in blocks(path):
+                feed(log, raw)
         except LogFileError as error:
             log.unread = str(error)
     return log
+
+
+class Growing:
+    """Reads one log again and again. A look reads what was added since the one before, whatever the size of the log.
+
+    A file that was replaced, cut short or written anew is read from its beginning, and so is a compressed one.
+    """
+
+    def __init__(self) -> None:
+        self._log: Log | None = None  # what whole lines say
+        self._offset = 0  # where they end, in bytes
+        self._file: tuple[int, int] | None = None
+
+    def read(self, run: Run) -> Log:
+        """What the log says by now, as `read_log` would tell it. Never fails."""
+        log, self._log = self._log, None
+        try:
+            if run.earlier:
+                return read_log(run)
+            file = stands_in(run.log, self._offset, log.first_bytes, log.last_bytes) if log else None
+            if log is None or file is None or file != self._file:
+                log, self._offset, self._file = Log(identity.from_name(run.experiment)), 0, stands_in(run.log, 0, b"", b"")
+            return settle(run, self._read_on(run, log))
+        except (LogFileError, OSError):
+            return read_log(run)
+
+    def _read_on(self, run: Run, log: Log) -> Log:
+        """Take whole lines; they and the line that has no end yet are what the log says by now."""
+        now = None
+        for raw in blocks(run.log, self._offset):
+            end = 0 if now else line_end(raw)
+            if end:
+                feed(log, raw[:end])
+                self._offset += end
+            if raw[end:]:
+                now = now or copy(log)
+                feed(now, raw[end:])
+        self._log = log
+        return now or copy(log)
 
 
 def logs_of(run: Run, log: Log) -> list[tuple[Run, Log]]:
@@ -65,29 +109,23 @@ def read_beside(run: Run) -> dict[str, Told]:
     told: dict[str, Told] = {}
     for path in run.beside:
         try:
-            for block in blocks(path):
-                for each in failures.find(block.text):
+            for raw in blocks(path):
+                for each in failures.find(shown(raw)):
                     told.setdefault(each.kind, each._replace(file=path.name))
         except LogFileError:
             pass  # the run's log is what counts
     return told
 
 
-def settle(run: Run, log: Log) -> None:
-    """What follows from the whole log: what it is the log of, and when it begins and ends."""
+def settle(run: Run, log: Log) -> Log:
+    """The log, with what follows from all of it: what it is the log of, its attempts, and when it begins and ends."""
     if log.before:
         log.first_bytes = log.last_bytes = b""
-    began, ended = CLOCK.search(log.first_bytes), list(CLOCK.finditer(log.last_bytes))
-    log.started = _datetime(log.first_bytes[began.start() - 4 : began.end()]) if began else None
-    log.ended = _datetime(log.last_bytes[ended[-1].start() - 4 : ended[-1].end()]) if ended else None
+    began, ended = CLOCK.findall(log.first_bytes), CLOCK.findall(log.last_bytes)
+    log.started, log.ended = moment(began[0]) if began else None, moment(ended[-1]) if ended else None
+    log.history = History(log.marks)
     _identify(run, log)
-
-
-def _datetime(text: bytes) -> datetime | None:
-    try:
-        return datetime.fromisoformat(text.decode())
-    except ValueError:  # the 31st of June
-        return None
+    return log
 
 
 def _identify(run: Run, log: Log) -> None:
@@ -97,7 +135,8 @@ def _identify(run: Run, log: Log) -> None:
         plan = run.plan.read_bytes() if run.plan else None
     except OSError as error:
         log.problems.append(f"plan.json: cannot be read: {error.strerror}")
-    if plan and log.head and not _same(plan, log.head):
+    beside, printed = (identity.document(text) if text else None for text in (plan, log.head))
+    if beside and printed and beside != printed:
         log.problems.append("plan.json is not the plan in the log's head line")
     for text, file in ((plan, "plan.json"), (log.head, Path(run.log).name if log.head else "")):
         try:
@@ -107,15 +146,6 @@ def _identify(run: Run, log: Log) -> None:
         except LogError as error:
             log.problems.append("; ".join(map(str, error.problems)))
     log.identity = identity.from_log(run.experiment, _batch(log), log.said)
-
-
-def _same(plan: bytes, head: bytes) -> bool:
-    if plan.strip() == head.strip():
-        return True
-    try:
-        return bool(json.loads(plan) == json.loads(head))
-    except (ValueError, RecursionError):
-        return True  # another problem says so
 
 
 def _batch(log: Log) -> int | None:

@@ -1,11 +1,12 @@
-"""One step of training, as a log tells it. In: numbers as text. Out: a `Step`; None for what the log does not say.
+"""One step of training, as a log tells it. In: the fields of a step line, as text. Out: a `StepLine`.
 
 Steps are counted from 0, and seconds are seconds, whatever the framework that wrote the log counts in.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
+from math import isfinite
 from typing import NamedTuple
 
 DIGITS = re.compile(rb"[-+.eE\d ]*")
@@ -46,7 +47,33 @@ class StepTime(NamedTuple):
     tflops_per_gpu: float
 
 
+Fields = Mapping[bytes, bytes]
 Keys = Mapping[str, tuple[bytes, ...]]  # a format's keys for the fields of `Step`, in the order of preference
+
+
+def step_line(
+    number_: int | None, fields: Fields, keys: Keys, planned: int | None, second: float = 1.0, others: Sequence[bytes] = ()
+) -> StepLine:
+    """The step that the fields of a line tell of.
+
+    `second` is how many of the line's units of time make one second; `others` are keys of losses that are not the step's.
+    """
+    numbers = {key: number(fields[key]) for key in (*chain(*keys.values()), *others) if key in fields}
+    said = {name: _first(numbers, several) for name, several in keys.items()}
+    time_s, size = said["time_s"], said["global_batch_size"]
+    step = Step(
+        time_s=within(time_s and time_s / second, SHORTEST_STEP_S, LONGEST_STEP_S),
+        loss=said["loss"],
+        grad_norm=said["grad_norm"],
+        peak_memory=within(said.get("peak_memory"), 0, LARGEST),  # without a GPU it is 0
+        tflops_per_gpu=said["tflops_per_gpu"],
+        global_batch_size=int(size) if size is not None and 1 <= size < 1e9 else None,
+        consumed_samples=said["consumed_samples"],
+        planned=planned or None,
+    )
+    judged = (*keys["loss"], *keys["grad_norm"], *others)
+    invalid = [f"{key.decode()} is {numbers[key]}" for key in judged if not isfinite(numbers.get(key) or 0)]
+    return StepLine(number_, step, invalid[0] if invalid else None)
 
 
 def number(text: bytes | None) -> float | None:
@@ -59,45 +86,20 @@ def number(text: bytes | None) -> float | None:
         return None
 
 
-def can_be_time(text: bytes) -> bool:
+def is_time(text: bytes | None) -> bool:
     """Whether this is a number, or at least made of its characters (2.6.9); a step with such a time counts, without it."""
-    return number(text) is not None or bool(DIGITS.fullmatch(text))
+    return number(text) is not None or (text is not None and bool(DIGITS.fullmatch(text)))
 
 
-def step_from(fields: Mapping[bytes, bytes], keys: Keys, *, second: float = 1.0, planned: int | None = None) -> Step:
-    """The step that the fields of a line tell of; `second` is how many of the line's units of time make one second."""
-    said = {name: _first(fields, several) for name, several in keys.items()}
-    time_s = said["time_s"]
-    size = said.get("global_batch_size")
-    return Step(
-        time_s=_within(time_s and time_s / second, SHORTEST_STEP_S, LONGEST_STEP_S),
-        loss=said.get("loss"),
-        grad_norm=said.get("grad_norm"),
-        peak_memory=_within(said.get("peak_memory"), 0, LARGEST),  # without a GPU it is 0
-        tflops_per_gpu=said.get("tflops_per_gpu"),
-        global_batch_size=int(size) if size is not None and 1 <= size < 1e9 else None,
-        consumed_samples=said.get("consumed_samples"),
-        planned=planned or None,
-    )
+def within(value: float | None, least: float, most: float) -> float | None:
+    """The value, if it is between these."""
+    return value if value is not None and least < value < most else None
 
 
-def not_finite(fields: Mapping[bytes, bytes], keys: Sequence[bytes]) -> str | None:
-    """The first of the keys whose value is NaN or infinite, and that value."""
-    for key in keys:
-        value = number(fields.get(key))
-        if value is not None and not math.isfinite(value):
-            return f"{key.decode()} is {value}"
-    return None
-
-
-def _first(fields: Mapping[bytes, bytes], keys: Sequence[bytes]) -> float | None:
+def _first(numbers: Mapping[bytes, float | None], keys: tuple[bytes, ...]) -> float | None:
     """The number under the first key that does not say 0."""
     value = None
     for key in keys:
-        if key in fields and (value := number(fields[key])) != 0:
+        if key in numbers and (value := numbers[key]) != 0:
             break
     return value
-
-
-def _within(value: float | None, least: float, most: float) -> float | None:
-    return value if value is not None and least < value < most else None

@@ -1,53 +1,63 @@
 """The steps of a run. In: step lines, one by one or many at once. Out: `Step`s by number.
 
-Of steps that were scanned many at once, number, loss and time are kept in arrays, and the lines themselves only of the last
-few megabytes: the rest of a step is parsed when somebody asks for it. So the memory hardly grows with the log.
+Of lines that were read at once, number, loss and time are kept in arrays, and the lines themselves only of the last steps:
+the rest of a step is read when somebody asks for it. So the memory hardly grows with the log.
 """
 
 from array import array
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Iterator, Mapping
 from copy import copy
+from heapq import merge
+from operator import lt
 
 from ftgen.logs.formats import nemo
 from ftgen.logs.step import Step, StepLine
 
-KEPT = 4 << 20  # bytes of text, the last ones: the window is there
+KEPT = 10_000  # lines, the last ones: the window is there
 
 
 class Steps(Mapping[int, Step]):
     """Step by number, from 0, in ascending order."""
 
     def __init__(self, steps: Mapping[int, Step] | None = None) -> None:
-        self._single = dict(steps or {})  # from lines that were parsed one by one
-        self._of_bars: set[int] = set()
-        self._counters: dict[int, int] = {}  # of bars, where they accumulate gradients
-        self._numbers, self._losses, self._times = array("q"), array("d"), array("d")  # scanned, ascending
-        self._texts: deque[tuple[int, bytes]] = deque()  # lines, behind the place of the first of them in the arrays
-        self._text_bytes = 0
-        self._known: dict[int, Step] = {}  # scanned steps that have been parsed, by their place
-        self.last = max(self._single, default=-1)  # the highest number; -1 where there is no step
+        self._whole = dict(steps or {})  # of lines that were read one by one, or have been asked for
+        self._bars: dict[int, int | None] = {}  # steps of bars, with their counter where they accumulate gradients
+        self._numbers, self._losses, self._times = array("q"), array("d"), array("d")  # of lines read at once, ascending
+        self._lines: list[bytes] = []  # of the last of these
+        self.first = min(self._whole, default=-1)  # the lowest and the highest number; -1 where there is no step
+        self.last = max(self._whole, default=-1)
 
     def __repr__(self) -> str:
         return f"Steps({self.between(0, self.last + 1)})"
 
     def __len__(self) -> int:
-        return len(self._numbers) + sum(self._place(number) is None for number in self._single)
+        return len(self._numbers) + len(self._others())
+
+    def __bool__(self) -> bool:
+        return self.last >= 0
 
     def __iter__(self) -> Iterator[int]:
-        if not self._single:
-            return iter(self._numbers)
-        return iter(sorted({*self._single, *self._numbers}))
-
-    def __contains__(self, number: object) -> bool:
-        return number in self._single or (isinstance(number, int) and self._place(number) is not None)
+        return merge(self._numbers, self._others())
 
     def __getitem__(self, number: int) -> Step:
-        found = self.between(number, number + 1)
-        if number not in found:
+        if number in self._whole:
+            return self._whole[number]
+        place = self._place(number)
+        if place is None:
             raise KeyError(number)
-        return found[number]
+        kept = place - len(self._numbers) + len(self._lines)
+        read = nemo.parse(self._lines[kept]) if kept >= 0 else None
+        if read is None:
+            return Step(self._times[place], self._losses[place])
+        self._whole[number] = read.step
+        return read.step
+
+    def __copy__(self) -> "Steps":
+        """The same steps; one can be added to without the other."""
+        other = Steps()
+        vars(other).update({name: copy(value) for name, value in vars(self).items()})
+        return other
 
     @property
     def planned(self) -> int | None:
@@ -57,40 +67,30 @@ class Steps(Mapping[int, Step]):
     def between(self, start: int, stop: int) -> dict[int, Step]:
         """The steps from `start` to before `stop` that are there, in ascending order, with all that their lines say."""
         first, last = bisect_left(self._numbers, start), bisect_left(self._numbers, stop)
-        found = {self._numbers[first + at]: step for at, step in enumerate(self._parsed(first, last))}
-        single = {number: step for number, step in self._single.items() if start <= number < stop}
-        return dict(sorted({**found, **single}.items())) if single else found
+        whole = (number for number in self._whole if start <= number < stop)
+        return {number: self[number] for number in sorted({*self._numbers[first:last], *whole})}
 
     def curve(self) -> Iterator[tuple[int, float | None, float | None]]:
         """Number, time in seconds and loss of every step, in ascending order."""
         for number in self:
-            place = None if number in self._single else self._place(number)
-            if place is None:
-                yield number, self._single[number].time_s, self._single[number].loss
+            if step := self._whole.get(number):
+                yield number, step.time_s, step.loss
             else:
+                place = bisect_left(self._numbers, number)
                 yield number, self._times[place], self._losses[place]
 
-    def copy(self) -> "Steps":
-        """The same steps; one can be added to without the other."""
-        other = copy(self)
-        other._single, other._of_bars, other._counters = dict(self._single), set(self._of_bars), dict(self._counters)
-        other._numbers, other._losses, other._times = self._numbers[:], self._losses[:], self._times[:]
-        other._texts, other._known = deque(self._texts), dict(self._known)
-        return other
-
-    def add_scanned(self, text: bytes, scanned: nemo.Scanned) -> bool:
-        """Take many steps at once; False, and nothing is taken, unless each step follows the one before it."""
-        first, count = scanned.numbers[0], len(scanned.numbers)
-        if first <= self.last or scanned.numbers != list(range(first, first + count)):
+    def add_alike(self, alike: nemo.Alike) -> bool:
+        """Take many lines at once; False, and nothing is taken, unless each step is after the one before it."""
+        numbers = alike.numbers
+        if numbers[0] <= self.last or not all(map(lt, numbers, numbers[1:])):
             return False
-        self._texts.append((len(self._numbers), text))
-        self._text_bytes += len(text)
-        while self._text_bytes > KEPT and len(self._texts) > 1:
-            self._text_bytes -= len(self._texts.popleft()[1])
-        self._numbers.extend(scanned.numbers)
-        self._losses.extend(scanned.losses)
-        self._times.extend(scanned.times_s)
-        self.last = first + count - 1
+        self._numbers.extend(numbers)
+        self._losses.extend(alike.losses)
+        self._times.extend(alike.times_s)
+        self._lines += alike.lines
+        del self._lines[:-KEPT]
+        self.first = self.first if self else numbers[0]
+        self.last = numbers[-1]
         return True
 
     def add(self, line: StepLine, number: int) -> bool:
@@ -98,56 +98,36 @@ class Steps(Mapping[int, Step]):
 
         True for a bar beyond the first of a step: with gradient accumulation no bar has the step's time.
         """
-        before = self._single.get(number)
-        if before is None and self._place(number) is not None:
-            before = self[number]
-        of_bar = number in self._of_bars
-        if before is not None and line.bar and not of_bar:
+        before, of_bar = self.get(number), number in self._bars
+        if before and line.bar and not of_bar:
             return False
-        again = of_bar and line.counter is not None and self._counters.get(number, line.counter) != line.counter
-        step = line.step if before is None or of_bar else _slower(before, line.step)
-        self._single[number] = step._replace(time_s=None) if again else step
-        (self._of_bars.add if line.bar else self._of_bars.discard)(number)
-        if line.counter is not None:
-            self._counters[number] = line.counter
+        counter = self._bars.pop(number, None)
+        again = None not in {counter, line.counter} and counter != line.counter
+        step = _slower(before, line.step) if before and not of_bar else line.step
+        self._whole[number] = step._replace(time_s=None) if again else step
+        if line.bar:
+            self._bars[number] = counter if line.counter is None else line.counter
+        self.first = min(self.first, number) if self else number
         self.last = max(self.last, number)
         return again
 
     def cut(self, number: int) -> None:
         """Forget the steps from this one on: a resumed run makes them again."""
         place = bisect_left(self._numbers, number)
+        del self._lines[max(0, place - len(self._numbers) + len(self._lines)) :]
         del self._numbers[place:], self._losses[place:], self._times[place:]
-        self._known = {}
-        while self._texts and self._texts[-1][0] >= place:
-            self._text_bytes -= len(self._texts.pop()[1])
-        if self._texts:
-            start, text = self._texts.pop()
-            kept = b"".join(_lines(text)[: place - start])
-            self._text_bytes -= len(text) - len(kept)
-            self._texts.append((start, kept))
-        self._single = {each: step for each, step in self._single.items() if each < number}
-        self.last = max((*self._single, *self._numbers[-1:]), default=-1)
+        self._whole = {each: step for each, step in self._whole.items() if each < number}
+        self.last = max((*self._whole, *self._numbers[-1:]), default=-1)
+        self.first = self.first if self else -1
 
     def _place(self, number: int) -> int | None:
-        """Where a scanned step is in the arrays."""
+        """Where a step is in the arrays."""
         place = bisect_left(self._numbers, number)
         return place if place < len(self._numbers) and self._numbers[place] == number else None
 
-    def _parsed(self, first: int, last: int) -> Iterator[Step]:
-        """The scanned steps from one place to before another; only number, time and loss of those whose lines are gone."""
-        if not all(place in self._known for place in range(first, last)):
-            ends = [*[start for start, _ in self._texts][1:], len(self._numbers)]
-            for (start, text), end in zip(self._texts, ends, strict=True):
-                if start < last and first < end:
-                    lines = _lines(text)[max(first - start, 0) : last - start]
-                    parsed = map(nemo.parse, lines)
-                    self._known |= {place: read.step for place, read in enumerate(parsed, max(first, start)) if read}
-        for place in range(first, last):
-            yield self._known.get(place) or Step(self._times[place], self._losses[place])
-
-
-def _lines(text: bytes) -> list[bytes]:
-    return [line for line in text.splitlines(keepends=True) if nemo.WORD in line]
+    def _others(self) -> list[int]:
+        """Numbers of the steps that are not in the arrays."""
+        return [number for number in sorted(self._whole) if self._place(number) is None]
 
 
 def _slower(one: Step, other: Step) -> Step:

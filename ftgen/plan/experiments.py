@@ -16,6 +16,7 @@ from ftgen.plan import memory
 from ftgen.plan.plan import Plan
 from ftgen.plan.resolve import resolve
 from ftgen.plan.rules import broken_rules
+from ftgen.spec.chat_template import read_chat_template
 from ftgen.spec.points import Point, points
 from ftgen.spec.read import find_specs, read_source
 from ftgen.spec.site import Site
@@ -85,7 +86,7 @@ def load_site(path: Path) -> Site:
     """The site profile in a file; SpecError with every problem."""
     source = read_source(path)
     site, problems = validate_partly(Site, source.document, {})
-    spec = Spec.model_validate(_PLACEHOLDERS | {"gpus": site.gpus_per_node})
+    spec = Spec.model_validate(_PLACEHOLDERS | {"gpus": site.gpus_per_node or 8})
     rules = broken_rules(spec, site, catalogue.models().get(spec.model), catalogue.gpus().get(spec.gpu))
     problems += [p._replace(where=p.where[1:]) for p in rules if p.where[:1] == ("site",)]
     if problems:
@@ -99,6 +100,8 @@ def _plan(point: Point, site_source: Source) -> tuple[Plan | None, list[Problem]
     spec, spec_problems = validate_partly(Spec, source.document, _PLACEHOLDERS)
     site, site_problems = validate_partly(Site, site_source.document, {})
     problems = [*spec_problems, *(p._replace(where=("site", *p.where)) for p in site_problems), *point.problems]
+    template, template_problems = read_chat_template(source)
+    problems += template_problems
     plan = None
     try:
         plan = resolve(
@@ -110,6 +113,7 @@ def _plan(point: Point, site_source: Source) -> tuple[Plan | None, list[Problem]
             point=source.point,
             overrides={dotted(path): value for path, value in source.overrides.items()},
             user_catalogue=read_user_catalogue(site_source, source),
+            chat_template=template,
         )
     except SpecError as error:
         wrong = [problem.where for problem in problems]

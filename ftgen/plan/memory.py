@@ -11,7 +11,7 @@ parallelism and pipeline stages. Virtual stages were not measured: with them, th
 from dataclasses import asdict, dataclass
 
 from ftgen.errors import Problem
-from ftgen.plan.plan import Plan
+from ftgen.plan.plan import LoraPlan, ModelPlan, Plan
 
 GIB = 1 << 30
 BF16, FP32 = 2, 4  # bytes
@@ -20,7 +20,8 @@ ADAM = 3 * FP32  # bytes per trained weight: float32 master weight, first and se
 # parts of a third copy. Measured with 8 and with 32 layers: 2.54 times the BF16 bytes of the linear layers.
 FP8_LOADING = 2.54
 LOGIT_BYTES = BF16 + FP32  # per logit of the stock loss: BF16, and a float32 copy
-LOSS_SHARE = 0.05  # fraction of the tokens that have a loss, in data like SQuAD: the answers have a few words
+# Fraction of the tokens that have a loss. The answers of SQuAD have a few words; of the user's own data, nothing is known.
+LOSS_SHARE = {"squad": 0.05, "synthetic": 0.05}
 GRAPHS_GIB = {"lora": 0.5, "sft": 2.0}  # by which CUDA graphs increased the measured peaks
 
 
@@ -50,7 +51,7 @@ def estimate(plan: Plan) -> Memory | None:
     weights = plan.model.parameters / (split.tensor_model_parallel_size * split.pipeline_model_parallel_size)
     embedding = plan.model.vocab_size * plan.model.hidden_size / split.tensor_model_parallel_size
     linear = weights - 2 * embedding / split.pipeline_model_parallel_size
-    trained = weights if plan.scheme == "sft" else _adapters(plan)
+    trained = adapter_weights(plan.model, plan.lora) if plan.lora else weights
     shards = split.data_parallel_size if plan.scheme == "sft" else 1  # of the distributed optimizer
     activations, logits = _activations(plan), _logits(plan, embedding)
     if split.pipeline_model_parallel_size > 1:  # the first stage keeps several micro-batches, the last has the logits
@@ -86,11 +87,8 @@ def problems(plan: Plan) -> list[Problem]:
     return [Problem(("gpu",), f"must have enough memory: {found}", hint)]
 
 
-def _adapters(plan: Plan) -> float:
+def adapter_weights(model: ModelPlan, lora: LoraPlan) -> int:
     """Number of weights in the LoRA adapters."""
-    if plan.lora is None:
-        return 0.0
-    model = plan.model
     attention = model.head_size * model.num_attention_heads
     features = {
         "linear_qkv": model.hidden_size + attention + 2 * model.head_size * model.num_query_groups,
@@ -98,7 +96,7 @@ def _adapters(plan: Plan) -> float:
         "linear_fc1": model.hidden_size + 2 * model.ffn_hidden_size,
         "linear_fc2": model.ffn_hidden_size + model.hidden_size,
     }
-    return model.num_layers * plan.lora.rank * sum(features[target] for target in plan.lora.targets)
+    return model.num_layers * lora.rank * sum(features[target] for target in lora.targets)
 
 
 def _activations(plan: Plan) -> float:
@@ -133,7 +131,7 @@ def _micro_batches_kept(plan: Plan) -> int:
 def _logits(plan: Plan, embedding: float) -> float:
     """Bytes of the LM head's forward and backward pass; `embedding` is the number of its weights on this rank."""
     split = plan.parallelism
-    share = LOSS_SHARE if plan.optimizations["loss_tokens_only"] else 1.0
+    share = LOSS_SHARE.get(plan.data.kind, 1.0) if plan.optimizations["loss_tokens_only"] else 1.0
     logits = _tokens(plan) * share * plan.model.vocab_size / split.tensor_model_parallel_size * LOGIT_BYTES
     return logits + (2 * embedding * BF16 if plan.scheme == "sft" else 0.0)  # new gradients of head and embedding
 

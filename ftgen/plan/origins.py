@@ -21,6 +21,11 @@ _COMPUTED = {
     **{f"parallelism.{kind}_model_parallel_size": SPLIT for kind in ("tensor", "pipeline", "virtual_pipeline")},
     **dict.fromkeys(("parallelism.context_parallel_size", "parallelism.sequence_parallel"), SPLIT),
     "parallelism.data_parallel_size": "gpus / (TP x PP x CP)",
+    "max_steps": "100 by default; with epochs, the job computes it from the data",
+    "epochs": "none",
+    "data.chat_template": "the tokenizer's own",
+    "data.too_long": "error; truncate for squad and synthetic, as in the recipe",
+    "data.order": "recipe for squad, synthetic and jsonl, as NeMo trains them; epochs if a key needs real epochs",
     "data.packed": "true on GPUs, false on a CPU",
     "optimizer.learning_rate": "the recipe, for the scheme",
     "model.flops_per_sample": "catalogue, for seq_length tokens: forward and backward, without attention scores",
@@ -31,6 +36,15 @@ _COMPUTED = {
     "gpu.peak_flops": "catalogue: dense peak in the precision of the run, FLOP/s",
     "lora": 'none for scheme = "sft"',
     "profile": "none",
+    "slurm.end_before_limit_s": "120 s, with [save] also a save at 1 GB/s; at most a quarter of walltime",
+    "save": "none",
+    "save.checkpoint_bytes": "estimated: bytes of a trained weight with its optimizer state x trained weights",
+    "validation": "none",
+    "export": "none",
+    "log": "none",
+    "price": "none",
+    "validation.fraction": "5% of the examples, or none if there is a file",
+    "node_check.expected": "catalogue, for the GPU",
     "format": "ftgen",
     "ftgen_version": "ftgen",
     "name": "file name of the spec",
@@ -47,6 +61,8 @@ _SPEC_KEYS = {
     "slurm.walltime_s": ("walltime",),
     "slurm.convert_walltime_s": ("convert_walltime",),
 }
+# And of the site profile.
+_SITE_KEYS: dict[str, KeyPath] = {"price.per_gpu_hour": ("price_per_gpu_hour",), "price.currency": ("currency",)}
 
 
 def explain(experiment: Experiment) -> list[tuple[str, str, str]]:
@@ -71,7 +87,9 @@ def _text(value: Any) -> str:
         return "–"
     if isinstance(value, float):
         return f"{value:g}"
-    return value if isinstance(value, str) else show(value)
+    if isinstance(value, str):
+        return value if "\n" not in value else f"a text of {len(value.splitlines())} lines"
+    return show(value)
 
 
 def _origin(experiment: Experiment, path: KeyPath) -> str:
@@ -79,7 +97,7 @@ def _origin(experiment: Experiment, path: KeyPath) -> str:
     if path[0] in ("overrides", "point") and path[1:]:
         return {"overrides": "--set", "point": "matrix of the spec"}[str(path[0])]
     spec_path = _SPEC_KEYS.get(key, path)
-    site_path = path[1:] if path[0] == "slurm" else path
+    site_path = _SITE_KEYS.get(key, path[1:] if path[0] == "slurm" else path)
     computed = _COMPUTED.get(key)
     if said := _said(experiment.spec, spec_path) or _said(experiment.site, site_path):
         return f"{said} ({computed})" if computed and spec_path != path else said
@@ -89,11 +107,16 @@ def _origin(experiment: Experiment, path: KeyPath) -> str:
         name = getattr(experiment.plan, str(path[0])).name
         known = catalogue.models() if path[0] == "model" else catalogue.gpus()
         return f"catalogue/{path[0]}s.toml [{name}]" if name in known else "user catalogue"
+    if path[:2] == ("node_check", "expected"):
+        return _COMPUTED["node_check.expected"]
     if path[0] == "optimizations":
         return f"catalogue/optimizations.toml [{path[1]}]"
     if path[0] == "environment":
         return "the recipe"
-    if path[0] in ("slurm", "python", "stage_path", "modules") and key not in _SPEC_KEYS:
+    if (
+        path[0] in ("slurm", "python", "stage_path", "modules", "setup_lines", "prefix", "node_check", "telemetry")
+        and key not in _SPEC_KEYS
+    ):
         return "site default"
     return "default"
 

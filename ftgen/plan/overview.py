@@ -9,8 +9,9 @@ from dataclasses import asdict
 
 from ftgen.documents import get, leaves
 from ftgen.errors import dotted
-from ftgen.plan import memory
+from ftgen.plan import checkpoints, memory
 from ftgen.plan.experiments import Experiment
+from ftgen.plan.forecast import Forecast, describe
 from ftgen.plan.plan import Plan
 from ftgen.spec.site import Site
 from ftgen.spec.source import place
@@ -23,13 +24,15 @@ LABEL = 18  # columns of a row's label, with its indent
 Rows = list[tuple[str, str]]
 
 
-def overview(experiment: Experiment) -> str:
+def overview(experiment: Experiment, forecast: Forecast | str) -> str:
     """The overview as text. `ftgen plan --all` shows every number."""
     plan = experiment.plan
     sections = {
         f"{plan.name}: {plan.experiment}": _work(plan),
         "GPUs": _gpus(plan),
         "Memory of one GPU, estimated at the peak": _memory(plan),
+        **({"Checkpoints, estimated": checkpoints.describe(plan)} if plan.save else {}),
+        "Forecast of the steps, without start, validation and saves": describe(plan, forecast),
         "Enabled optimizations": [("", ", ".join(name for name, on in plan.optimizations.items() if on) or "none")],
         "Slurm request": _slurm(plan),
     }
@@ -67,7 +70,9 @@ def _work(plan: Plan) -> Rows:
     parts = f"micro-batch size {plan.micro_batch_size} x {micro_batches} micro-batches"
     batch = f"{parts} x DP {plan.parallelism.data_parallel_size}"
     billions = plan.model.parameters / 1e9
-    data = plan.data.path or f"{plan.data.examples} examples" * (plan.data.kind == "synthetic")
+    examples = f"{plan.data.examples} examples" * (plan.data.kind == "synthetic")
+    data = plan.data.path or plan.data.dataset or examples
+    steps = f"{plan.max_steps}" if plan.max_steps else f"{plan.epochs} epochs"
     rate = f"{plan.optimizer.learning_rate:g} after {plan.optimizer.warmup_steps} warmup steps"
     return [
         ("scheme", scheme),
@@ -75,10 +80,33 @@ def _work(plan: Plan) -> Rows:
         ("precision", plan.precision),
         ("sequence length", f"{plan.seq_length} tokens, {packed}"),
         ("batch", f"{plan.global_batch_size} sequences per step: {batch}"),
-        ("steps", f"{plan.max_steps}; the last {plan.window_steps} are timed"),
+        ("steps", f"{steps}; the last {plan.window_steps} steps are timed"),
         ("data", f"{plan.data.kind}: {data}" if data else plan.data.kind),
+        *_validation(plan),
         ("learning rate", rate),
+        *([("export", f"{' and '.join(plan.export.what)}, in Hugging Face format")] if plan.export else []),
+        *_trackers(plan),
     ]
+
+
+def _trackers(plan: Plan) -> Rows:
+    log = plan.log
+    if not log:
+        return []
+    named = {
+        "TensorBoard": log.tensorboard,
+        f"Weights & Biases, project {(log.wandb or {}).get('project')}": log.wandb,
+        f"MLflow, experiment {(log.mlflow or {}).get('experiment')}": log.mlflow,
+    }
+    return [("trackers", "; ".join(name for name, asked in named.items() if asked) or "none")]
+
+
+def _validation(plan: Plan) -> Rows:
+    asked = plan.validation
+    if not asked:
+        return []
+    what = asked.file or f"{asked.fraction:.3g} of the data"
+    return [("validation", f"{what}, every {asked.every_steps} steps and at the end")]
 
 
 def _gpus(plan: Plan) -> Rows:
@@ -110,15 +138,25 @@ def _slurm(plan: Plan) -> Rows:
     named = ("partition", "account", "qos", "reservation", "constraint")
     said = [f"{key} {getattr(slurm, key)}" for key in named if getattr(slurm, key)]
     request = "no GPU option" if slurm.gpu_request == "none" else f"GPUs with --{slurm.gpu_request}"
-    memory_of_node = {None: "Slurm's default memory", "0": "all memory of a node"}.get(slurm.mem, f"memory {slurm.mem}")
     exclusive = ["exclusive"] if slurm.exclusive else []
+    cpus = [f"{slurm.cpus_per_gpu} CPUs per GPU"] if slurm.cpus_per_gpu else []
     where = python.image or python.path
     return [
-        ("nodes", f"{plan.nodes} x {plan.gpus_per_node} tasks, {', '.join([*exclusive, request, memory_of_node])}"),
+        (
+            "nodes",
+            f"{plan.nodes} x {plan.gpus_per_node} tasks, {', '.join([*exclusive, *cpus, request, _memory_request(plan)])}",
+        ),
         ("time limit", f"{format_walltime(slurm.walltime_s)}; conversion {format_walltime(slurm.convert_walltime_s)}"),
         ("options", ", ".join(said) or "partition and account of the submitting shell"),
         ("Python", f"{python.kind}: {where}" if where else "python3 of the submitting shell"),
     ]
+
+
+def _memory_request(plan: Plan) -> str:
+    slurm = plan.slurm
+    if slurm.mem_per_cpu or slurm.mem_per_gpu:
+        return f"memory {slurm.mem_per_cpu} per CPU" if slurm.mem_per_cpu else f"memory {slurm.mem_per_gpu} per GPU"
+    return {None: "Slurm's default memory", "0": "all memory of a node"}.get(slurm.mem, f"memory {slurm.mem}")
 
 
 def _differences(experiment: Experiment) -> Iterator[tuple[str, str]]:

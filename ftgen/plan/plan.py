@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 FORMAT = 1  # version of plan.json
+# Tables that the recipe does not have: a plan without them is as it was before them.
+OPTIONAL = ("save", "validation", "export", "log", "price")
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,7 @@ class ModelPlan:
     name: str
     hf_id: str
     nemo_recipe: str  # module in nemo.collections.llm.recipes
+    megatron_bridge_recipe: str | None  # module in megatron.bridge.recipes, and the name of the model there
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -41,7 +44,7 @@ class CheckpointPlan:
     revision: str | None
     path: str | None
     gated: bool
-    place: str  # folder in $NEMO_HOME/models, such as org/name
+    place: str  # folder in $NEMO_HOME/models, such as org/name; it depends on the engine
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,18 @@ class ParallelismPlan:
 class DataPlan:
     """The training data."""
 
-    kind: str  # squad, synthetic, jsonl
+    kind: str  # squad, synthetic, jsonl, chat, hf
     path: str | None
+    dataset: str | None  # on the hub
+    revision: str | None
+    config: str | None
+    split: str
+    columns: dict[str, str | None]
     examples: int
     packed: bool
+    chat_template: str | None  # the text of the file
+    too_long: str  # error, drop, truncate
+    order: str  # recipe: the engine packs and orders the examples; epochs: ftgen does
 
 
 @dataclass(frozen=True)
@@ -113,16 +124,69 @@ class ProfilePlan:
 
 
 @dataclass(frozen=True)
+class SavePlan:
+    """When the training is saved. The checkpoints are in $FTGEN_RUN_DIR/checkpoints."""
+
+    every_steps: int
+    keep: int  # checkpoints
+    checkpoint_bytes: int  # estimated size of one checkpoint
+
+
+@dataclass(frozen=True)
+class ValidationPlan:
+    """The held-out examples, and when their loss is computed."""
+
+    file: str | None  # None: a fraction of the data
+    fraction: float | None  # None: a file
+    every_steps: int
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What is exported after the last step, into $FTGEN_RUN_DIR/exports."""
+
+    what: list[str]  # merged, adapter
+
+
+@dataclass(frozen=True)
+class LogPlan:
+    """Trackers that get the metrics of the training."""
+
+    tensorboard: bool
+    wandb: dict[str, str] | None  # project
+    mlflow: dict[str, str] | None  # experiment
+
+
+@dataclass(frozen=True)
 class PythonPlan:
     """Where the Python of the job comes from."""
 
-    kind: str  # none (python3 of the shell), venv, container, apptainer
+    kind: str  # none (python3 of the shell), venv, container, apptainer, singularity
     path: str | None
-    image: str | None
-    image_from: str | None  # image that `ftgen setup` imports
+    image: str | None  # a file, or a name as pyxis or apptainer wants it
+    image_from: str | None  # image that `ftgen setup` imports, likewise
     mounts: list[str]  # include shared_paths
     writable: bool
     mount_home: bool
+    container_name: bool  # pyxis: one container for all steps of the job
+    container_env: list[str]  # pyxis: variables of the job that replace those of the image
+
+
+@dataclass(frozen=True)
+class NodeCheckPlan:
+    """The check of each node before the training."""
+
+    on: bool
+    bad: str  # warn, stop: what becomes of a run with a node that is not well
+    expected: dict[str, Any]  # of a GPU, as far as the catalogue has it; with its peak_bf16_tflops and driver_name
+
+
+@dataclass(frozen=True)
+class PricePlan:
+    """What a GPU costs."""
+
+    per_gpu_hour: float
+    currency: str
 
 
 @dataclass(frozen=True)
@@ -136,13 +200,23 @@ class SlurmPlan:
     constraint: str | None
     gpu_request: str
     gpu_type: str | None
+    gres: list[str]  # generic resources other than GPUs
+    segment: int | None  # nodes
     mpi: str
     exclusive: bool
-    mem: str | None
+    cpus_per_gpu: int | None
+    mem: str | None  # of a node
+    mem_per_cpu: str | None
+    mem_per_gpu: str | None
     requeue: bool | None
     end_before_limit_s: int
     convert: str  # job, task: what converts a missing checkpoint
     convert_flags: list[str]
+    job_name_prefix: str | None
+    output_folder: str | None
+    master_addr: (
+        str | list[str] | None
+    )  # an address, interface:NAME, or a command that prints it; None: the first node's name
     sbatch_flags: list[str]
     srun_flags: list[str]
     walltime_s: int
@@ -156,13 +230,15 @@ class Plan:
     format: int
     ftgen_version: str
     name: str  # of the experiment: file name of the spec, or name of the matrix point
-    experiment: str  # {scheme}_nemo_{model}_{precision}_{gpus}, as in the recipe
+    experiment: str  # {scheme}_{engine}_{model}_{precision}_{gpus}, as in the recipe
     spec_file: str
     spec_sha256: str  # of the texts of the specs that it extends, and of its text
     point: dict[str, Any]  # keys that the matrix sets
     overrides: dict[str, Any]  # keys that --set sets
+    engine: str  # nemo, megatron_bridge
     scheme: str  # sft, lora
     precision: str  # bf16, fp8, fp32
+    fp8_scaling: str | None  # delayed, current; None: not FP8
     model: ModelPlan
     checkpoint: CheckpointPlan
     lora: LoraPlan | None
@@ -170,7 +246,8 @@ class Plan:
     gpus: int
     nodes: int
     gpus_per_node: int  # tasks on each node
-    max_steps: int
+    max_steps: int | None  # None: epochs decides
+    epochs: int | None
     global_batch_size: int
     micro_batch_size: int
     seq_length: int
@@ -185,9 +262,22 @@ class Plan:
     sources: list[SourcePlan]
     stage_path: str | None
     modules: list[str]
+    setup_lines: list[str]  # bash, before Python
+    prefix: list[str]  # words before Python in each task of the training
     python: PythonPlan
+    node_check: NodeCheckPlan
+    telemetry: bool  # record power and clocks of the GPUs
     slurm: SlurmPlan
+    save: SavePlan | None = None
+    validation: ValidationPlan | None = None
+    export: ExportPlan | None = None
+    log: LogPlan | None = None
+    price: PricePlan | None = None
+
+    def document(self) -> dict[str, Any]:
+        """The plan as a document. It has the keys of OPTIONAL only if the spec or the site profile has them."""
+        return {key: value for key, value in asdict(self).items() if value is not None or key not in OPTIONAL}
 
     def to_json(self) -> str:
         """The plan as indented JSON."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=True)
+        return json.dumps(self.document(), indent=2, ensure_ascii=True)

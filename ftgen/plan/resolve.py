@@ -9,22 +9,31 @@ from typing import Any
 from ftgen import __version__, catalogue
 from ftgen.catalogue import Gpu, Model
 from ftgen.errors import SpecError
+from ftgen.plan import checkpoints, memory
+from ftgen.plan.data_rules import max_steps, order, too_long
+from ftgen.plan.images import image_for, import_name
 from ftgen.plan.plan import (
     FORMAT,
     CheckpointPlan,
     DataPlan,
+    ExportPlan,
     GpuPlan,
+    LogPlan,
     LoraPlan,
     ModelPlan,
+    NodeCheckPlan,
     OptimizerPlan,
     ParallelismPlan,
     Plan,
+    PricePlan,
     ProfilePlan,
     PythonPlan,
+    SavePlan,
     SlurmPlan,
     SourcePlan,
+    ValidationPlan,
 )
-from ftgen.plan.rules import broken_rules, forbids, global_batch_size, is_packed
+from ftgen.plan.rules import HELD_OUT, broken_rules, forbids, fp8_scaling, global_batch_size, gpus_of_a_node, is_packed
 from ftgen.spec.site import Site
 from ftgen.spec.spec import Spec
 from ftgen.units import parse_walltime
@@ -52,8 +61,9 @@ def resolve(
     point: dict[str, Any] | None = None,
     overrides: dict[str, Any] | None = None,
     user_catalogue: catalogue.UserCatalogue | None = None,
+    chat_template: str | None = None,
 ) -> Plan:
-    """The plan of a spec at a site; SpecError with every broken rule."""
+    """The plan of a spec at a site; SpecError with every broken rule. `chat_template` is the text of the file."""
     known = user_catalogue or catalogue.UserCatalogue({}, {})
     model = known.models.get(spec.model) or catalogue.models().get(spec.model)
     gpu = known.gpus.get(spec.gpu) or catalogue.gpus().get(spec.gpu)
@@ -61,32 +71,38 @@ def resolve(
     problems = broken_rules(spec, site, model, gpu)
     if problems or not model or not gpu:
         raise SpecError(*problems)
-    gpus_per_node = spec.gpus_per_node or site.gpus_per_node
+    gpus_per_node = gpus_of_a_node(spec, site, gpu)
+    model_plan = _model(model, spec.seq_length)
+    lora = LoraPlan(**dict(spec.lora)) if spec.scheme == "lora" else None
+    save = _save(spec, model_plan, lora)
     return Plan(
         format=FORMAT,
         ftgen_version=__version__,
         name=name,
-        experiment=f"{spec.scheme}_nemo_{spec.model}_{spec.precision}_{spec.gpus}",
+        experiment=f"{spec.scheme}_{spec.engine}_{spec.model}_{spec.precision}_{spec.gpus}",
         spec_file=spec_file or f"{name}.toml",
         spec_sha256=sha256(spec_text.encode()).hexdigest(),
         point=point or {},
         overrides=overrides or {},
+        engine=spec.engine,
         scheme=spec.scheme,
         precision=spec.precision,
-        model=_model(model, spec.seq_length),
+        fp8_scaling=fp8_scaling(spec),
+        model=model_plan,
         checkpoint=_checkpoint(spec, model),
-        lora=LoraPlan(**dict(spec.lora)) if spec.scheme == "lora" else None,
+        lora=lora,
         gpu=GpuPlan(gpu.name, gpu.memory_gib, gpu.peak_flops(spec.precision)),
         gpus=spec.gpus,
         nodes=max(1, spec.gpus // gpus_per_node),
         gpus_per_node=min(spec.gpus, gpus_per_node),
-        max_steps=spec.max_steps,
+        max_steps=max_steps(spec),
+        epochs=spec.epochs,
         global_batch_size=global_batch_size(spec),
         micro_batch_size=spec.micro_batch_size,
         seq_length=spec.seq_length,
         seed=spec.seed,
         parallelism=_parallelism(spec),
-        data=_data(spec),
+        data=_data(spec, chat_template),
         optimizer=OptimizerPlan(
             spec.optimizer.learning_rate or RECIPE_LEARNING_RATE[spec.scheme], spec.optimizer.warmup_steps
         ),
@@ -97,9 +113,29 @@ def resolve(
         sources=_sources(spec),
         stage_path=site.stage_path,
         modules=site.modules,
-        python=_python(site),
-        slurm=_slurm(spec, site),
+        setup_lines=site.setup_lines,
+        prefix=site.prefix,
+        python=python_of(site),
+        slurm=_slurm(spec, site, gpus_per_node, save),
+        save=save,
+        validation=_validation(spec),
+        export=ExportPlan(**dict(spec.export)) if spec.export else None,
+        log=LogPlan(**spec.log.model_dump()) if spec.log else None,
+        node_check=_node_check(site, gpu),
+        telemetry=site.telemetry,
+        price=_price(site),
     )
+
+
+def _price(site: Site) -> PricePlan | None:
+    if site.price_per_gpu_hour is None or site.currency is None:
+        return None
+    return PricePlan(site.price_per_gpu_hour, site.currency)
+
+
+def _node_check(site: Site, gpu: Gpu) -> NodeCheckPlan:
+    known = {"driver_name": gpu.driver_name, "peak_bf16_tflops": gpu.peak_tflops.get("bf16"), **(gpu.expected or {})}
+    return NodeCheckPlan(**dict(site.node_check), expected={key: value for key, value in known.items() if value is not None})
 
 
 def with_split(spec: Spec, model: Model | None, gpu: Gpu | None) -> Spec:
@@ -124,7 +160,8 @@ def _checkpoint(spec: Spec, model: Model) -> CheckpointPlan:
         "directory": f"directory/{sha256(str(spec.checkpoint.path).encode()).hexdigest()[:12]}",
     }
     gated = source == "hub" and model.gated
-    return CheckpointPlan(source, spec.checkpoint.revision, spec.checkpoint.path, gated, places[source])
+    place = places[source] if spec.engine == "nemo" else f"{spec.engine}/{places[source]}"
+    return CheckpointPlan(source, spec.checkpoint.revision, spec.checkpoint.path, gated, place)
 
 
 def _sources(spec: Spec) -> list[SourcePlan]:
@@ -138,13 +175,40 @@ def _parallelism(spec: Spec) -> ParallelismPlan:
     return ParallelismPlan(**dict(split), data_parallel_size=spec.gpus // shared)
 
 
-def _data(spec: Spec) -> DataPlan:
-    return DataPlan(spec.data.kind, spec.data.path, spec.data.examples, is_packed(spec))
+def _data(spec: Spec, chat_template: str | None) -> DataPlan:
+    own = {
+        "columns": dict(spec.data.columns),
+        "packed": is_packed(spec),
+        "chat_template": chat_template,
+        "too_long": too_long(spec),
+        "order": order(spec),
+    }
+    return DataPlan(**dict(spec.data) | own)
 
 
-def _python(site: Site) -> PythonPlan:
-    shared = [f"{path}:{path}" for path in site.shared_paths if site.python.image]
-    return PythonPlan(**dict(site.python) | {"mounts": shared + site.python.mounts})
+def python_of(site: Site) -> PythonPlan:
+    """Where the Python of the site's jobs comes from: names of images as the program wants them, mounts, defaults."""
+    python = site.python
+    shared = [f"{path}:{path}" for path in site.shared_paths if python.image]
+    # enroot mounts an image read-only unless its configuration changes that (ENROOT_ROOTFS_WRITABLE); NVIDIA's launchers
+    # therefore always pass --container-writable (Megatron-Bridge, scripts/performance/utils/executors.py)
+    writable = python.kind == "container" if python.writable is None else python.writable
+    return PythonPlan(
+        **{key: value for key, value in python if key != "image_fits"}  # a rule alone reads it
+        | {
+            "image": image_for(python.kind, python.image) if python.image else python.image,
+            "image_from": import_name(python.kind, python.image_from) if python.image_from else python.image_from,
+            "mounts": shared + python.mounts,
+            "writable": writable,
+        }
+    )
+
+
+def memory_of_a_node(site: Site) -> str | None:
+    """The value of --mem; None if the job does not request the memory of a node."""
+    if site.mem is None and not site.mem_per_cpu and not site.mem_per_gpu:
+        return "0" if site.exclusive else None
+    return None if site.mem == "none" else site.mem
 
 
 def _optimizations(spec: Spec) -> dict[str, bool]:
@@ -152,16 +216,42 @@ def _optimizations(spec: Spec) -> dict[str, bool]:
     chosen = {}
     for name, known in catalogue.optimizations().items():
         said = getattr(spec.optimizations, name)
-        measured = spec.optimizations.preset == "measured" and known.is_default(spec.scheme, spec.precision, spec.gpu)
+        measured = spec.optimizations.preset == "measured" and known.is_default(
+            spec.scheme, spec.precision, spec.gpu, spec.engine
+        )
         chosen[name] = said if said is not None else measured and not forbids(name, spec)
     return chosen
 
 
-def _slurm(spec: Spec, site: Site) -> SlurmPlan:
+def _save(spec: Spec, model: ModelPlan, lora: LoraPlan | None) -> SavePlan | None:
+    if not spec.save:
+        return None
+    trained = memory.adapter_weights(model, lora) if lora else model.parameters
+    return SavePlan(**dict(spec.save), checkpoint_bytes=checkpoints.size(trained, spec.precision))
+
+
+def _validation(spec: Spec) -> ValidationPlan | None:
+    asked = spec.validation
+    if not asked:
+        return None
+    fraction = None if asked.file else asked.fraction or HELD_OUT
+    return ValidationPlan(asked.file, fraction, asked.every_steps)
+
+
+def _slurm(spec: Spec, site: Site, gpus_per_node: int, save: SavePlan | None) -> SlurmPlan:
     given = {key: getattr(site, key) for key in SlurmPlan.__dataclass_fields__ if hasattr(site, key)}
     walltime_s = parse_walltime(spec.walltime)
+    nodes = max(1, spec.gpus // gpus_per_node)
+    lead_s = site.end_before_limit_s
+    if save and "end_before_limit_s" not in site.model_fields_set:
+        lead_s += checkpoints.slow_save_s(save.checkpoint_bytes)
     return SlurmPlan(
-        **given | {"end_before_limit_s": min(site.end_before_limit_s, walltime_s // 4)},
+        **given
+        | {
+            "end_before_limit_s": min(lead_s, walltime_s // 4),
+            "mem": memory_of_a_node(site),
+            "segment": min(site.segment, nodes) if site.segment and nodes > 1 else None,
+        },
         walltime_s=walltime_s,
         convert_walltime_s=parse_walltime(spec.convert_walltime),
     )

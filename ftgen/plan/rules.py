@@ -3,34 +3,45 @@
 In: a `Spec`, a `Site`, and a `Model` and a `Gpu` of the catalogue. Out: `list[Problem]` with every broken rule. Pure.
 """
 
+import re
 from collections.abc import Iterator
 
 from ftgen.catalogue import Gpu, Model, gpus, models
 from ftgen.catalogue import optimizations as catalogue_optimizations
 from ftgen.errors import KeyPath, Problem, closest, quoted
+from ftgen.plan import data_rules
+from ftgen.plan.flags import flag_problems
+from ftgen.plan.site_rules import site_problems
 from ftgen.spec.site import Site
 from ftgen.spec.spec import Spec
 from ftgen.units import parse_walltime
 
-# Variables that the generated script sets in every task. A spec or a site profile must not set them.
-SET_BY_THE_SCRIPT = {"STAGE_PATH", "NEMO_HOME", "HF_HOME", "HF_TOKEN_PATH", "NEMORUN_HOME", "FTGEN_RUN_DIR", "PATH"}
-SET_BY_THE_SCRIPT |= {"RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-# Options that sbatch_flags must not have, and what sets them.
-SITE_OPTIONS = ("partition", "account", "qos", "reservation", "constraint", "mem", "exclusive", "requeue")
-SET_ELSEWHERE = {
-    **{f"--{key}": f"site.{key}" for key in SITE_OPTIONS},
-    **dict.fromkeys(("--gres", "--gpus-per-node"), "site.gpu_request"),
-    **dict.fromkeys(("--nodes", "--ntasks", "--ntasks-per-node", "--gpus"), "gpus in the spec"),
-    **dict.fromkeys(("--job-name", "--dependency", "--output", "--error", "--open-mode", "--array"), "the generated script"),
-    "--no-requeue": "site.requeue",
-    "--signal": "site.end_before_limit_s",
-    "--time": "walltime in the spec",
+# Variables that the generated script sets in every task. A spec or a site profile must not set them. The hints name the key
+# that does what the user may want.
+SET_BY_THE_SCRIPT = {
+    **dict.fromkeys(
+        (
+            "NEMO_HOME",
+            "HF_HOME",
+            "HF_TOKEN_PATH",
+            "NEMORUN_HOME",
+            "FTGEN_RUN_DIR",
+            "FTGEN_ENVIRONMENT",
+            "FTGEN_SCRIPT_SHA256",
+        ),
+        "",
+    ),
+    "FTGEN_HUB_CACHE": "export HF_HUB_CACHE, or set it here",
+    **dict.fromkeys(("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"), ""),
+    "STAGE_PATH": "set stage_path in the site profile",
+    "MASTER_ADDR": "set master_addr in the site profile: an address, interface:NAME, or a command that prints the address",
+    "MASTER_PORT": "leave it out: the script takes a free port",
 }
-SET_BY_SRUN = {"--nodes", "--ntasks", "--ntasks-per-node", "--kill-on-bad-exit", "--mpi", "--export", "--output", "--error"}
-SET_BY_SRUN |= {"--container-image", "--container-mounts", "--label"}
 RECIPE_SEQUENCES_PER_GPU = 4  # per step: GBS = 4 x GPUs
+HELD_OUT = 0.05  # fraction of the examples that is held out by default, as in NeMo's SquadDataModule
 TP: KeyPath = ("parallelism", "tensor_model_parallel_size")
 PP: KeyPath = ("parallelism", "pipeline_model_parallel_size")
+KIND: KeyPath = ("data", "kind")
 CP: KeyPath = ("parallelism", "context_parallel_size")
 VP: KeyPath = ("parallelism", "virtual_pipeline_model_parallel_size")
 GBS: KeyPath = ("global_batch_size",)
@@ -38,18 +49,27 @@ GBS: KeyPath = ("global_batch_size",)
 
 def broken_rules(spec: Spec, site: Site, model: Model | None, gpu: Gpu | None) -> list[Problem]:
     """Every broken rule. `model` or `gpu` is None if the catalogue does not have it."""
+    nodes = max(1, spec.gpus // gpus_of_a_node(spec, site, gpu))
     problems = [
-        *_whole_nodes(spec, site),
+        *_whole_nodes(spec, gpus_of_a_node(spec, site, gpu)),
         *_split(spec),
         *_data(spec),
+        *_engine(spec),
         *_optimizations(spec),
         *_profile(spec),
+        *_save(spec),
+        *_validation(spec),
+        *_export(spec),
         *_rest(spec, site),
+        *_slurm(spec, site, nodes),
+        *site_problems(site, nodes, spec.engine),
+        *flag_problems(site),
     ]
     if model is None:
         problems.append(Problem(("model",), f"must be in the catalogue, found {spec.model}", closest(spec.model, models())))
     else:
         problems += _fits_the_model(spec, model)
+        problems += _engine_has(spec, model)
     if gpu is None:
         problems.append(Problem(("gpu",), f"must be in the catalogue, found {spec.gpu}", closest(spec.gpu, gpus())))
     else:
@@ -57,9 +77,14 @@ def broken_rules(spec: Spec, site: Site, model: Model | None, gpu: Gpu | None) -
     return problems
 
 
-def _whole_nodes(spec: Spec, site: Site) -> Iterator[Problem]:
+def gpus_of_a_node(spec: Spec, site: Site, gpu: Gpu | None) -> int:
+    """GPUs of each node: as the spec says it, or the site profile, or the catalogue for the GPU."""
+    usual = gpu.gpus_per_node if gpu else Gpu._field_defaults["gpus_per_node"]
+    return spec.gpus_per_node or site.gpus_per_node or usual
+
+
+def _whole_nodes(spec: Spec, node: int) -> Iterator[Problem]:
     key: KeyPath = ("gpus_per_node",) if spec.gpus_per_node else ("site", "gpus_per_node")
-    node = spec.gpus_per_node or site.gpus_per_node
     if spec.gpus > node and spec.gpus % node:
         below = spec.gpus // node * node
         yield Problem(
@@ -90,15 +115,23 @@ def _split(spec: Spec) -> Iterator[Problem]:
         yield Problem(("parallelism", "sequence_parallel"), "requires TP > 1: TP is 1", also=(TP,))
     if cp > 1 and spec.seq_length % (2 * cp):
         yield Problem(("seq_length",), f"must be a multiple of 2 x CP = {2 * cp}, found {spec.seq_length}", also=(CP,))
-    if cp > 1 and is_packed(spec):
+    if cp > 1 and is_packed(spec) and spec.engine == "nemo":
         # NeMo 2.7.3 splits every tensor of a batch into CP parts, also the one with the lengths of the packed sequences
         packed: KeyPath = ("data", "packed")
-        yield Problem(CP, f"must be 1 with packed sequences, found {cp}", "set data.packed = false", also=(packed,))
+        rule, hint = f"must be 1 with packed sequences, found {cp}", "set data.packed = false"
+        yield Problem(CP, rule, hint, also=(packed, ("engine",)))
 
 
 def global_batch_size(spec: Spec) -> int:
     """Sequences per step. The default is that of the recipe: 4 x GPUs."""
     return spec.global_batch_size or RECIPE_SEQUENCES_PER_GPU * spec.gpus
+
+
+def fp8_scaling(spec: Spec) -> str | None:
+    """How FP8 values are scaled; None if the run is not in FP8. The defaults are those of the engines' recipes."""
+    if spec.precision != "fp8":
+        return None
+    return spec.fp8_scaling or {"nemo": "delayed", "megatron_bridge": "current"}[spec.engine]
 
 
 def is_packed(spec: Spec) -> bool:
@@ -121,11 +154,7 @@ def _batch(spec: Spec, data_parallel_size: int) -> Iterator[Problem]:
 
 
 def _data(spec: Spec) -> Iterator[Problem]:
-    path: KeyPath = ("data", "path")
-    if spec.data.kind == "jsonl" and not spec.data.path:
-        yield Problem(path, 'is required for data.kind = "jsonl"', "set it to a file", also=(("data", "kind"),))
-    if spec.data.kind != "jsonl" and spec.data.path:
-        yield Problem(path, f'requires data.kind = "jsonl", found "{spec.data.kind}"', also=(("data", "kind"),))
+    yield from data_rules.problems(spec)
     if spec.data.packed and spec.micro_batch_size > 1:
         yield Problem(
             ("micro_batch_size",),
@@ -143,22 +172,110 @@ def _data(spec: Spec) -> Iterator[Problem]:
         yield Problem(("checkpoint", "revision"), f'requires checkpoint.source = "hub", found "{source}"')
 
 
+def _save(spec: Spec) -> Iterator[Problem]:
+    if spec.save and spec.precision == "fp8":
+        # A resumed run must train the same bits as a run without a break. In FP8 that depends on the scales and the amax
+        # history of every layer, which a checkpoint of NeMo does not have: losses after a resume differ by up to 0.05
+        # (bench/results/2026-11-27-h200-resume.json).
+        rule = 'requires precision "bf16" or "fp32", found "fp8": a resumed FP8 run does not train the same bits'
+        yield Problem(("save",), rule, 'set precision = "bf16", or remove [save]', also=(("precision",),))
+
+
+def _validation(spec: Spec) -> Iterator[Problem]:
+    asked = spec.validation
+    if not asked:
+        return
+    if asked.file and asked.fraction:
+        rule = "must not be set together with validation.file"
+        yield Problem(("validation", "fraction"), rule, "remove one of them", also=(("validation", "file"),))
+    elif spec.data.kind == "synthetic" and not asked.file:
+        # packing makes fewer sequences than examples: the job counts those
+        fraction, batch = asked.fraction or HELD_OUT, global_batch_size(spec)
+        held_out = max(1, round(spec.data.examples * fraction))
+        if held_out < batch:
+            yield Problem(
+                ("validation", "fraction") if asked.fraction else ("validation",),
+                f"the held-out examples must fill a global batch: {fraction:g} of {spec.data.examples} examples "
+                f"(data.examples) are {held_out}, the global batch size is {batch}",
+                "increase validation.fraction or data.examples, or reduce global_batch_size",
+                also=(("data", "examples"), GBS, ("gpus",)),
+            )
+
+
+def _export(spec: Spec) -> Iterator[Problem]:
+    where: KeyPath = ("export", "what")
+    if not spec.export:
+        return
+    if not spec.save:
+        rule = "requires a training that is saved: [save] is not set"
+        yield Problem(("export",), rule, "add a line [save] to the spec", also=(("save",),))
+    if "adapter" in spec.export.what and spec.scheme == "sft":
+        yield Problem(where, '"adapter" requires scheme = "lora", found "sft"', 'use "merged"', also=(("scheme",),))
+    if len(set(spec.export.what)) < len(spec.export.what):
+        yield Problem(where, f"must have each value once, found {', '.join(spec.export.what)}")
+
+
+def _engine(spec: Spec) -> Iterator[Problem]:
+    scaling: KeyPath = ("fp8_scaling",)
+    if spec.fp8_scaling and spec.precision != "fp8":
+        yield Problem(scaling, f'requires precision = "fp8", found "{spec.precision}"', also=(("precision",),))
+    if spec.fp8_scaling == "current" and spec.engine == "nemo":
+        rule = 'must be "delayed" with engine = "nemo": ftgen has no recipe of NeMo with current scaling'
+        yield Problem(scaling, rule, 'set engine = "megatron_bridge"', also=(("engine",),))
+    if spec.engine == "megatron_bridge":
+        for tree in ("megatron_lm", "nemo"):
+            if getattr(spec.sources, tree):
+                rule = 'requires engine = "nemo": with Megatron-Bridge, no source trees were tried'
+                yield Problem(("sources", tree), rule, "remove it", also=(("engine",),))
+        cp = spec.parallelism.context_parallel_size
+        if cp > 1 and is_packed(spec) and data_rules.order(spec) != "recipe":
+            # Each example of a pack must be padded, so that CP ranks can share it. Megatron-Bridge's own packs are.
+            rule = f"must be 1 with packs that ftgen makes, as for this data, found {cp}"
+            also: tuple[KeyPath, ...] = (("data", "packed"), KIND, ("data", "too_long"), ("epochs",))
+            yield Problem(CP, rule, "set data.packed = false", also=also)
+
+
+def _engine_has(spec: Spec, model: Model) -> Iterator[Problem]:
+    if spec.engine == "megatron_bridge" and not model.megatron_bridge_recipe:
+        rule = f"Megatron-Bridge has no recipe for {model.name} (megatron_bridge_recipe in the catalogue)"
+        yield Problem(("engine",), rule, 'set engine = "nemo", or another model', also=(("model",),))
+
+
 def _optimizations(spec: Spec) -> Iterator[Problem]:
     for name in catalogue_optimizations():
         reason = forbids(name, spec) if getattr(spec.optimizations, name) else ""
         if reason:
-            also: tuple[KeyPath, ...] = (("scheme",), ("gpu",), ("micro_batch_size",), ("data", "packed"), TP, PP, CP)
+            also: tuple[KeyPath, ...] = (
+                ("engine",),
+                ("scheme",),
+                ("gpu",),
+                ("micro_batch_size",),
+                ("data", "packed"),
+                ("save",),
+                TP,
+                PP,
+                CP,
+            )
             hint = "remove this key: the preset enables it where it helps"
-            yield Problem(("optimizations", name), reason, hint, also=also)
+            yield Problem(("optimizations", name), reason, hint, also=(*also, ("save",)))
 
 
 def forbids(name: str, spec: Spec) -> str:
     """What the optimization requires and the run does not have; "" if the run has everything."""
+    known = catalogue_optimizations()[name]
+    if spec.engine not in known.engines:
+        return f"requires engine = {' or '.join(map(quoted, known.engines))}" + (f": {known.lacks}" if known.lacks else "")
     split = spec.parallelism
     tp, pp, cp = split.tensor_model_parallel_size, split.pipeline_model_parallel_size, split.context_parallel_size
     frozen = {'scheme = "lora" (with SFT, weights became NaN)': spec.scheme == "lora"}
     needs = {
-        "cuda_graphs": {"packed sequences": is_packed(spec), "PP = CP = 1": pp * cp == 1},
+        "cuda_graphs": {
+            "packed sequences": is_packed(spec),
+            "PP = CP = 1": pp * cp == 1,
+            # The first step after a resume runs without graphs, the same step of a run without a break with them. With LoRA,
+            # both give the same bits: bench/results/2026-11-27-h200-resume.json
+            'scheme = "lora" with [save] (no SFT was shown to resume exactly)': spec.save is None or spec.scheme == "lora",
+        },
         "fused_cross_entropy": {"micro_batch_size = 1 (otherwise its gradients are wrong)": spec.micro_batch_size == 1},
         "loss_tokens_only": {"TP = PP = CP = 1": tp * pp * cp == 1},
         "scale_small_tensor": {
@@ -181,20 +298,24 @@ def forbids(name: str, spec: Spec) -> str:
 
 
 def _rest(spec: Spec, site: Site) -> Iterator[Problem]:
-    if spec.window.last_steps > spec.max_steps:
+    steps = data_rules.max_steps(spec)
+    if steps and spec.window.last_steps > steps:
         yield Problem(
             ("window", "last_steps") if "window" in spec.model_fields_set else ("max_steps",),
-            f"window.last_steps must not exceed max_steps: {spec.window.last_steps} > {spec.max_steps}",
-            f"set window.last_steps to at most {spec.max_steps}",
+            f"window.last_steps must not exceed max_steps: {spec.window.last_steps} > {steps}",
+            f"set window.last_steps to at most {steps}",
             also=(("max_steps",), ("window", "last_steps")),
         )
     if spec.scheme == "sft" and "lora" in spec.model_fields_set:
         yield Problem(("lora",), 'requires scheme = "lora", found "sft"', also=(("scheme",),))
     for prefix, environment in (((), spec.environment), (("site",), site.environment)):
-        for name in sorted(SET_BY_THE_SCRIPT & environment.keys()):
-            yield Problem((*prefix, "environment", name), "must not be set: the generated script sets it")
-    yield from _python(site)
-    yield from _slurm(spec, site)
+        for name in sorted(SET_BY_THE_SCRIPT.keys() & environment.keys()):
+            where: KeyPath = (*prefix, "environment", name)
+            yield Problem(where, "must not be set: the generated script sets it", SET_BY_THE_SCRIPT[name])
+        path = environment.get("PATH")
+        if path is not None and not re.search(r"\$(PATH\b|\{PATH\})", path):
+            hint = "write /opt/x/bin:$PATH"
+            yield Problem((*prefix, "environment", "PATH"), f"must contain $PATH, found {quoted(path)}", hint)
 
 
 def _profile(spec: Spec) -> Iterator[Problem]:
@@ -202,8 +323,12 @@ def _profile(spec: Spec) -> Iterator[Problem]:
     if not asked:
         return
     where: KeyPath = ("profile", "last_step")
-    untimed = spec.max_steps - spec.window.last_steps
-    if asked.first_step > asked.last_step:
+    steps = data_rules.max_steps(spec)
+    untimed = (steps or 0) - spec.window.last_steps
+    if steps is None:
+        rule = "requires max_steps: with epochs, the timed steps are not known before the job"
+        yield Problem(("profile",), rule, also=(("epochs",),))
+    elif asked.first_step > asked.last_step:
         yield Problem(where, f"must not be less than first_step: {asked.last_step} < {asked.first_step}")
     elif asked.last_step >= untimed:
         rule = f"profiled steps must not be timed steps: the timed steps begin at step {untimed}"
@@ -215,33 +340,16 @@ def _profile(spec: Spec) -> Iterator[Problem]:
         yield Problem(("profile", "tool"), '"nsys" requires GPUs', 'set profile.tool = "pytorch"', also=(("gpu",),))
 
 
-def _python(site: Site) -> Iterator[Problem]:
-    python = site.python
-    in_image = python.kind in ("container", "apptainer")
-    rule = f'requires python.kind = "container" or "apptainer", found "{python.kind}"'
-    if in_image and not python.image:
-        yield Problem(("site", "python", "image"), f'is required for python.kind = "{python.kind}"')
-    if python.kind == "venv" and not python.path:
-        yield Problem(("site", "python", "path"), 'is required for python.kind = "venv"')
-    if python.image_from and not (python.image and "/" in python.image):
-        yield Problem(("site", "python", "image_from"), "requires python.image to be the path of a file, with a slash")
-    for key in ("image", "image_from", "mounts", "writable", "mount_home"):
-        if getattr(python, key) and not in_image:
-            yield Problem(("site", "python", key), rule)
-
-
-def _slurm(spec: Spec, site: Site) -> Iterator[Problem]:
+def _slurm(spec: Spec, site: Site, nodes: int) -> Iterator[Problem]:
     """Requests that Slurm would refuse, by the limits of the site profile."""
     if site.gpu_type and site.gpu_request == "none":
         yield Problem(("site", "gpu_type"), 'requires a gpu_request, found "none"', 'set gpu_request = "gres"')
-    known = "gpus_per_node" in site.model_fields_set
-    if known and spec.gpus_per_node and spec.gpus_per_node > site.gpus_per_node:
+    if site.gpus_per_node and spec.gpus_per_node and spec.gpus_per_node > site.gpus_per_node:
         yield Problem(
             ("gpus_per_node",),
             f"must not exceed the GPUs of a node: {spec.gpus_per_node} > {site.gpus_per_node} (site.gpus_per_node)",
             also=(("site", "gpus_per_node"),),
         )
-    nodes = max(1, spec.gpus // (spec.gpus_per_node or site.gpus_per_node))
     if site.max_nodes and nodes > site.max_nodes:
         yield Problem(
             ("gpus",),
@@ -255,20 +363,6 @@ def _slurm(spec: Spec, site: Site) -> Iterator[Problem]:
                 f"must fit the partition: {getattr(spec, key)} > {site.max_walltime} (site.max_walltime)",
                 also=(("site", "max_walltime"),),
             )
-    for key in ("sbatch_flags", "srun_flags", "convert_flags"):
-        yield from _flags(key, getattr(site, key))
-
-
-def _flags(key: str, flags: list[str]) -> Iterator[Problem]:
-    for number, flag in enumerate(flags):
-        where: KeyPath = ("site", key, number)
-        option = flag.partition("=")[0]
-        if not option.startswith("--") or option == "--":
-            yield Problem(where, f"must be a long option, --name or --name=value, found {flag!r}")
-        elif key == "sbatch_flags" and option in SET_ELSEWHERE:
-            yield Problem(where, f"must not have {option}: {SET_ELSEWHERE[option]} sets it")
-        elif key == "srun_flags" and option in SET_BY_SRUN:
-            yield Problem(where, f"must not have {option}: the generated script sets it")
 
 
 def _fits_the_model(spec: Spec, model: Model) -> Iterator[Problem]:

@@ -41,7 +41,7 @@ class Results(BaseModel):
     runs: list[Result]
 
 
-def read_baseline(name: str, tolerance: float = TOLERANCE) -> Baseline:
+def read_baseline(name: str, tolerance: float = TOLERANCE, *, across_engines: bool = False) -> Baseline:
     """The published figures, or those of a file of results. LogError for a file that has no such results."""
     if name == PUBLISHED:
         return published(tolerance)
@@ -50,7 +50,7 @@ def read_baseline(name: str, tolerance: float = TOLERANCE) -> Baseline:
         raise LogError(
             Problem(("runs",), "no run is complete with a step time, so there is nothing to compare with", file=name)
         )
-    return measured(Path(name).name, complete, tolerance)
+    return measured(Path(name).name, complete, tolerance, across_engines=across_engines)
 
 
 def _read(path: Path) -> Results:

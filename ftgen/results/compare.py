@@ -14,13 +14,14 @@ from ftgen import catalogue
 from ftgen.catalogue import Publication, Published
 from ftgen.errors import LogError, Problem
 from ftgen.logs.identity import from_log, is_name
-from ftgen.results.options import RECIPE_TARGETS
+from ftgen.results.options import ENGINE, RECIPE_TARGETS, engine_of
 from ftgen.results.summary import SECONDS_PER_DAY, TRILLION, model_flops_utilization, tokens_per_s
 
 PUBLISHED = "published"
 TOLERANCE = 0.05  # a step may be slower by this fraction
 FORMAT = 1  # of the JSON results
 
+OPTIONS_OF_ENGINES = ("", f"{ENGINE}megatron_bridge")
 Work = tuple[object, ...]  # what two runs must share to be comparable
 
 
@@ -57,6 +58,7 @@ class Baseline(NamedTuple):
     tolerance: float = TOLERANCE  # a fraction
     sources: Mapping[Work, str] = {}  # the publication of each figure
     noise: Mapping[Work, float] = {}  # how much slower a step may be by chance, as a fraction, where repeats tell
+    across_engines: bool = False  # compare each run with the other engine's
 
     def of(self, run: Figures) -> Figures | None:
         """The baseline's figures for the same work; None if it has none."""
@@ -73,7 +75,10 @@ class Baseline(NamedTuple):
             kind = _kind(options_of(run))
             keys: list[Work] = [(*work_of(run, gpu=gpu), kind) for gpu in (True, False)]
         else:
-            keys = [(*work_of(run, gpu=True), options_of(run)), work_of(run, gpu=True)]
+            own, *rest = _engine_and_options(run)
+            engines = [engine for engine in OPTIONS_OF_ENGINES if (engine != own) == self.across_engines]
+            work = work_of(run, gpu=True)
+            keys = [key for engine in engines for key in ((*work, engine, *rest), (*work, engine))]
         return next((work for work in keys if work in self.figures), None)
 
     def ratio(self, run: Figures) -> float | None:
@@ -120,14 +125,18 @@ def _published_kind(publication: Publication, row: Published) -> tuple[bool | No
     return publication.packed, "+".join(targets)
 
 
-def measured(name: str, runs: Iterable[Figures], tolerance: float = TOLERANCE) -> Baseline:
-    """The mean step times of runs, by their work and options; by their work alone if all its runs have the same options."""
+def measured(name: str, runs: Iterable[Figures], tolerance: float = TOLERANCE, *, across_engines: bool = False) -> Baseline:
+    """The mean step times of runs, by their work, engine and options.
+
+    Also by work and engine alone, if all such runs have the same options.
+    """
     same: dict[Work, list[Figures]] = {}
     for run in runs:
-        same.setdefault((*work_of(run, gpu=True), options_of(run)), []).append(run)
+        same.setdefault(way_of(run), []).append(run)
     figures: dict[Work, Figures] = {work: mean(repeats) for work, repeats in same.items()}
     ways = Counter(work[:-1] for work in figures)
-    return Baseline(name, figures | {w[:-1]: f for w, f in figures.items() if ways[w[:-1]] == 1}, tolerance)
+    alone = {work[:-1]: found for work, found in figures.items() if ways[work[:-1]] == 1}
+    return Baseline(name, figures | alone, tolerance, across_engines=across_engines)
 
 
 def read_tolerance(text: str) -> float:
@@ -152,6 +161,17 @@ def work_of(of: Any, *, gpu: bool) -> Work:
     if None not in work:
         return work
     return (of.experiment, *work) if is_name(of.experiment) else (object(),)
+
+
+def way_of(of: Any) -> Work:
+    """The work of a run, its engine and its options."""
+    return (*work_of(of, gpu=True), *_engine_and_options(of))
+
+
+def _engine_and_options(of: Any) -> tuple[str, tuple[str, ...]]:
+    words = options_of(of)
+    engine = engine_of(words)
+    return engine, tuple(word for word in words if word != engine)
 
 
 def options_of(of: Any) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from ftgen.errors import LogError, Problem
 from ftgen.results.baseline import Result
-from ftgen.results.compare import TOLERANCE, Baseline, Work, options_of, scaled, work_of
+from ftgen.results.compare import TOLERANCE, Baseline, Work, scaled, way_of
 from ftgen.results.record import Record
 from ftgen.validation import validate
 
@@ -46,7 +46,7 @@ def past(
     same: dict[Work, list[Past]] = {}
     for run in filter(None, (validate(Past, dict(record["results"]))[0] for record in records)):
         if run.status == "complete" and run.step_time_s and (run.experiment, run.run_id) not in without:
-            same.setdefault((*work_of(run, gpu=True), options_of(run)), []).append(run)
+            same.setdefault(way_of(run), []).append(run)
     figures = {work: scaled(runs[-1], _chosen(runs, which)) for work, runs in same.items()}
     noise = {work: found for work, runs in same.items() if (found := _noise(runs, which)) is not None}
     return Baseline(f"{HISTORY}, {which}", figures, tolerance, noise=noise)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ftgen.documents import get
 from ftgen.errors import LogError, Problem
-from ftgen.logs.find import Folder, Run
+from ftgen.logs.find import Run
 from ftgen.logs.log import Log
 from ftgen.logs.many import Progress, read_all
 from ftgen.results.keys import RUN, row
@@ -23,9 +23,9 @@ CHUNK = 1 << 20
 RESULT_KEYS = {field.key for field in RUN}
 
 
-def records(folders: Iterable[Folder], *, progress: Progress = lambda _: None) -> list[Record]:
+def records(runs: Iterable[Run], *, progress: Progress = lambda _: None) -> list[Record]:
     """A record of each run, in the order of `find_runs`."""
-    return read_all(folders, record, progress=progress)
+    return read_all(runs, record, progress=progress)
 
 
 def record(run: Run, log: Log) -> Record:
@@ -35,7 +35,7 @@ def record(run: Run, log: Log) -> Record:
         "results": row(judge(run, log)),
         "plan": log.plan,
         "environment": log.environment,
-        "log_sha256": _hash(run.log),
+        "log_sha256": hash_of(run.log),
     }
 
 
@@ -104,7 +104,8 @@ def _text(found: Any) -> str:
     return found if isinstance(found, str) else json.dumps(found)
 
 
-def _hash(path: str) -> str:
+def hash_of(path: str) -> str:
+    """The sha256 of a file."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while chunk := file.read(CHUNK):

@@ -14,6 +14,7 @@ class Group:
     """Runs of the same work with the same options on the same GPUs. The figures are those of the mean step time."""
 
     experiment: str
+    engine: str | None
     model: str | None
     scheme: str | None
     precision: str | None
@@ -68,6 +69,7 @@ def _group(runs: list[Summary]) -> Group:
     what = counted[0] if counted else runs[0]
     return Group(
         experiment=what.experiment,
+        engine=what.engine,
         model=what.model,
         scheme=what.scheme,
         precision=what.precision,

@@ -10,16 +10,18 @@ from typing import NamedTuple
 
 from ftgen import catalogue
 from ftgen.catalogue import Published
-from ftgen.logs.find import Folder, Run
+from ftgen.logs.find import Run
 from ftgen.logs.identity import Identity
 from ftgen.logs.log import Log
 from ftgen.logs.many import Progress, read_all
 from ftgen.logs.read import read_log
+from ftgen.results.energy import energy
+from ftgen.results.goodput import goodput
 from ftgen.results.interval import Logged, logged
-from ftgen.results.options import options, other_work
+from ftgen.results.options import off, option_of_engine, options, other_work
 from ftgen.results.verdict import planned_steps, verdict_of
 from ftgen.results.warnings import logged_tflops, warnings
-from ftgen.results.window import RECIPE_WINDOW, Window, checked, count, timed
+from ftgen.results.window import RECIPE_WINDOW, Timed, Window, checked, count, timed
 
 LORA_WORK = 2 / 3  # of SFT's FLOPs: the frozen weights need no gradients
 SECONDS_PER_DAY = 86400
@@ -62,7 +64,27 @@ class Summary(NamedTuple):
     options: tuple[str, ...] = ()  # how the plan differs from the recipe
     tflops_per_gpu: float | None = None  # TFLOP/s, from the step time and the model's FLOPs
     logged_tflops_per_gpu: float | None = None  # TFLOP/s, as the framework logs them: the mean of the window
+    engine: str | None = None  # nemo, megatron_bridge
     assumed: tuple[str, ...] = ()  # keys that the experiment's name suggests and the log does not say
+    tokens_trained: int | None = None  # of all steps until the last one, with their padding
+    validation_loss: float | None = None  # of the last validation
+    validation_step: int | None = None  # number of steps before it
+    total_time_s: float | None = None  # of all attempts, without the time in the queue
+    goodput: float | None = None  # a fraction: time of the steps that count, by total_time_s
+    saves: int | None = None
+    save_time_s: float | None = None
+    save_share: float | None = None  # a fraction of total_time_s
+    attempts: tuple[str, ...] = ()  # what each attempt contributed
+    joules_per_token: float | None = None  # J, of all GPUs in the window
+    gpu_power_w: float | None = None  # W, mean of the GPUs in the window
+    sm_clock_mhz: float | None = None  # MHz, mean of the GPUs in the window
+    throttled: float | None = None  # a fraction: share of the window in which clocks were held back
+    throttle_reasons: tuple[str, ...] = ()  # with the share of each
+    max_temperature_c: float | None = None  # °C, of any GPU in the window
+    energy_kwh: float | None = None  # kWh, of all GPUs and attempts
+    cost: float | None = None  # of the run, in `currency`
+    cost_per_million_tokens: float | None = None
+    currency: str | None = None
 
     @property
     def published_step_time_s(self) -> float | None:
@@ -76,7 +98,7 @@ def summarize(run: Run, *, window: Window | None = None) -> Summary:
 
 
 def summarize_all(
-    folders: Iterable[Folder],
+    runs: Iterable[Run],
     *,
     window: Window | None = None,
     progress: Progress = lambda _: None,
@@ -85,7 +107,7 @@ def summarize_all(
     """A summary of each run, in the order of `find_runs`."""
     if window is not None:
         checked(window)
-    return read_all(folders, partial(judge, window=window), progress=progress, processes=processes)
+    return read_all(runs, partial(judge, window=window), progress=progress, processes=processes)
 
 
 def judge(run: Run, log: Log, *, window: Window | None = None) -> Summary:
@@ -95,8 +117,11 @@ def judge(run: Run, log: Log, *, window: Window | None = None) -> Summary:
     planned = planned_steps(log)
     lines = logged(log.steps, planned)
     verdict = verdict_of(run, log, planned, lines)
-    part = timed(log.steps, window, lines)
+    part = timed(log.steps, window, lines, log.history.interruptions)
+    shares = goodput(log)
+    validated = max(log.history.validations, default=None)
     time_s = None if verdict.status == "invalid" else part.mean_s
+    used = energy(run, log, part._replace(mean_s=time_s), shares.total_time_s)
     tokens = tokens_per_s(what, time_s)
     utilization = model_flops_utilization(what, time_s)
     tflops = utilization * what.peak_flops / TERA if utilization and what.peak_flops else None
@@ -124,17 +149,23 @@ def judge(run: Run, log: Log, *, window: Window | None = None) -> Summary:
         logged_tflops_per_gpu=logged_tflops(log, part),
         published=None if other_work(log.plan or {}) else _published(what),
         log=run.log,
-        warnings=(*_impossible(what, utilization), *warnings(what, log, part, tflops)),
-        notes=tuple(_notes(run, log, lines)),
+        warnings=(*_impossible(what, utilization), *warnings(what, log, part, tflops), *used.warnings),
+        notes=(*_notes(run, log, lines, part), *used.notes),
         planned_steps=planned,
         window_first=part.first,
         window_last=part.last,
         spread=part.spread if time_s else None,
-        restarts=log.earlier_logs + log.attempts - 1,
+        restarts=max(log.earlier_logs + log.attempts, len(log.history.attempts)) - 1,
         started=log.started,
         ended=log.ended,
-        options=options(log.plan),
+        options=options(log.plan, log.environment) if log.plan else option_of_engine(what.engine),
+        engine=what.engine,
         assumed=what.assumed,
+        tokens_trained=_tokens(what, log.steps.last + 1),
+        validation_loss=None if validated is None else log.history.validations[validated],
+        validation_step=None if validated is None else validated,
+        **shares._asdict(),
+        **{name: value for name, value in used._asdict().items() if name not in {"warnings", "notes"}},
     )
 
 
@@ -161,7 +192,14 @@ def _impossible(what: Identity, utilization: float | None) -> list[str]:
     return [f"the MFU would be {utilization:.0%} of the {(what.gpu or '').upper()}'s peak: {rest}"]
 
 
-def _notes(run: Run, log: Log, lines: Logged) -> list[str]:
+def _tokens(what: Identity, steps: int) -> int | None:
+    """Tokens of so many steps, with padding."""
+    if not (what.seq_length and what.global_batch_size and steps):
+        return None
+    return steps * what.global_batch_size * what.seq_length
+
+
+def _notes(run: Run, log: Log, lines: Logged, window: Timed) -> list[str]:
     """Facts that explain the figures but are no reason to distrust them."""
     notes = [f"the log has a step line every {lines.every} steps"] if lines.every > 1 else []
     if log.earlier_logs:
@@ -174,9 +212,13 @@ def _notes(run: Run, log: Log, lines: Logged) -> list[str]:
         notes.append(f"the log begins with step {lines.first}: the run was resumed, or the beginning of its log is missing")
     if (other := other_work(log.plan or {})) and _published(log.identity):
         notes.append(f"not compared with the recipe's published figures: this run did other work ({', '.join(other)})")
+    if window.left_out:
+        left_out = count(window.left_out, "step")
+        notes.append(f"the step time is without {left_out} of the window, directly after a save, a validation or a resume")
     if log.survived:
         first = min(log.survived.values(), key=lambda told: told.row or 0)
         notes.append(f"the run went on after: {first.note}" + (f" (line {first.row})" if first.row else ""))
+    notes += [f"{name} was off: {lacking}" for name, lacking in off(log.environment).items()]
     if log.identity.assumed:
         assumed = (f"{key} {getattr(log.identity, key)}" for key in log.identity.assumed)
         notes.append(f"assumed, because the log does not say it: {', '.join(assumed)}")

@@ -124,7 +124,7 @@ def _versions(before: Record, after: Record) -> tuple[str, ...]:
 
 
 def _flat(environment: Mapping[str, Any]) -> dict[str, str]:
-    kept = {name: text for name, text in environment.items() if name not in {"job", "nodes", "packages"}}
+    kept = {name: text for name, text in environment.items() if name not in {"job", "nodes", "packages", "script_sha256"}}
     packages = environment.get("packages")
     return {name: str(text) for name, text in {**kept, **(packages if isinstance(packages, dict) else {})}.items()}
 

@@ -1,4 +1,6 @@
-"""The name of the way in which a run's work was done. In: a plan as its JSON has it. Out: `stock`, `TP 2, default`, …
+"""The name of the way in which a run's work was done.
+
+In: a plan and an environment, as their JSON has them. Out: `stock`, `TP 2, default`, …
 
 Stock has no optimization on. Default has those on that the catalogue puts on for the run's scheme, precision and GPU, as far
 as the run can have them. All else is named by its difference from the nearer of the two. A plan of an earlier ftgen lacks
@@ -11,7 +13,8 @@ from datetime import datetime
 from typing import Any
 
 from ftgen import catalogue
-from ftgen.results.options import at, other_work, sizes
+from ftgen.documents import get
+from ftgen.results.options import RECIPE_ENGINE, off, other_work, sizes
 from ftgen.results.repeats import kind, size
 from ftgen.results.summary import Summary
 
@@ -19,12 +22,12 @@ STOCK, DEFAULT, EARLIER = "stock", "default", "earlier default"
 UNKNOWN_VARIANT = "run"
 
 
-def variant(plan: Mapping[str, Any] | None) -> str:
+def variant(plan: Mapping[str, Any] | None, environment: Mapping[str, Any] | None = None) -> str:
     """`stock`, `default`, `default + a − b`, `stock + a`, with the sizes before it; empty where the plan does not tell."""
     if not plan:
         return ""
     chosen = plan.get("optimizations")
-    way = _way(plan, chosen) if isinstance(chosen, dict) else ""
+    way = _way(plan, chosen | dict.fromkeys(off(environment), False)) if isinstance(chosen, dict) else ""
     return ", ".join(filter(None, (*sizes(plan), *other_work(plan), way)))
 
 
@@ -55,22 +58,23 @@ def _way(plan: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
 
 def _defaults(plan: Mapping[str, Any]) -> list[str]:
     """What the catalogue puts on for the run's scheme, precision and GPU."""
-    what = [str(at(plan, path)) for path in (("scheme",), ("precision",), ("gpu", "name"))]
+    what = [str(get(plan, path)) for path in (("scheme",), ("precision",), ("gpu", "name"))]
+    what.append(str(get(plan, ("engine",)) or RECIPE_ENGINE))
     return [name for name, known in catalogue.optimizations().items() if known.is_default(*what)]
 
 
 def _is_possible(name: str, plan: Mapping[str, Any]) -> bool:
     """Whether a run can have a default optimization; a test compares this with what the compiler allows."""
-    split = [at(plan, ("parallelism", f"{which}_parallel_size")) for which in ("tensor_model", "pipeline_model", "context")]
+    split = [get(plan, ("parallelism", f"{which}_parallel_size")) for which in ("tensor_model", "pipeline_model", "context")]
     tp, pp, cp = (size if isinstance(size, int) else 1 for size in split)
-    packed = at(plan, ("data", "packed")) is not False
-    targets = at(plan, ("lora", "targets"))
+    packed = get(plan, ("data", "packed")) is not False
+    targets = get(plan, ("lora", "targets"))
     adapted = set(map(str, targets)) if isinstance(targets, list) else set()
     possible = {
         "cuda_graphs": packed and pp * cp == 1,
-        "fused_cross_entropy": at(plan, ("micro_batch_size",)) in (1, None),
+        "fused_cross_entropy": get(plan, ("micro_batch_size",)) in (1, None),
         "loss_tokens_only": tp * pp * cp == 1,
-        "scale_small_tensor": tp == 1 and not at(plan, ("lora", "dropout")),
+        "scale_small_tensor": tp == 1 and not get(plan, ("lora", "dropout")),
         "short_padding": packed and cp == 1,
         "fused_swiglu": tp == 1 and not {"linear_fc1", "linear_fc2"} & adapted,
     }

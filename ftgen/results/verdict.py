@@ -24,6 +24,7 @@ FAILURES = {
     "task exit": "",
 }
 AFTER_TRAINING = frozenset(FAILURES) - {"exception", "traceback"}  # these count even if the run made all its steps
+AGAIN = 85  # exit code of a job whose training was saved before its last step
 STATUSES = ("complete", "ended-badly", "incomplete", "failed", "invalid")
 
 
@@ -37,7 +38,7 @@ class Verdict(NamedTuple):
 def verdict_of(run: Run, log: Log, planned: int | None, lines: Logged) -> Verdict:
     """Invalid comes before all others. Complete needs every planned step and no failure."""
     not_finite = log.survived.get("not finite") or log.at_end.get("not finite")
-    left_out = log.without_loss if log.with_loss is not None else None
+    left_out = log.left_out if log.has_losses else None
     if log.invalid or left_out is not None or not_finite:
         lost = f"the loss is left out at step {left_out}, as Megatron does with NaN" if left_out is not None else None
         return Verdict("invalid", log.invalid or lost or (_told(not_finite) if not_finite else None))
@@ -57,6 +58,9 @@ def verdict_of(run: Run, log: Log, planned: int | None, lines: Logged) -> Verdic
         progress += f"; step {log.steps.last} is beyond the last planned step"
     if lines.wrong is not None:
         progress += f"; step {lines.wrong} is missing or out of order"
+    if log.exit_status == AGAIN and log.history.saves:
+        after = f"saved after step {log.history.saves[-1][0]}, to be run again"
+        return Verdict("incomplete", "; ".join(filter(None, (after, log.unread, progress))))
     failure = failure or _failure(read_beside(run), None)
     if not failure and "exited" in log.at_end:
         progress += f"; {_told(log.at_end['exited'])}"

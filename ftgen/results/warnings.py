@@ -29,6 +29,7 @@ SECOND_DIGIT_S = 0.0051  # Megatron-Bridge's second line has two decimals
 def warnings(what: Identity, log: Log, window: Timed, tflops_per_gpu: float | None) -> Iterator[str]:
     """Every warning; `tflops_per_gpu` is recomputed from the window's mean, in TFLOP/s."""
     yield from log.problems
+    yield from _bad_nodes(log)
     if log.damaged:
         yield _unread(log)
     if log.accumulated:
@@ -52,6 +53,15 @@ def warnings(what: Identity, log: Log, window: Timed, tflops_per_gpu: float | No
         yield from _ranks(steps)
     if log.step_times or any(_values(steps, "tflops_per_gpu")):
         yield from _tflops(what, log, window, tflops_per_gpu)
+
+
+def _bad_nodes(log: Log) -> Iterator[str]:
+    """Nodes that were not well before the first step: a slow figure may be theirs, not the software's."""
+    for name, found in sorted(log.nodes.items()):
+        if found.get("state") == "bad":
+            problems = found.get("problems")
+            said = "; ".join(map(str, problems)) if isinstance(problems, list) else ""
+            yield f"node {name} was not well: {said or 'the log does not say why'}"
 
 
 def _unread(log: Log) -> str:

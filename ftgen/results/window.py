@@ -4,7 +4,7 @@ Steps are numbered from 0, as NeMo prints them, even if the framework that wrote
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from itertools import pairwise
 from math import fsum, sqrt
 from operator import mul
@@ -32,6 +32,7 @@ class Timed(NamedTuple):
     mean_s: float | None = None  # the mean step time of all the window's steps, in seconds; None if one is missing
     spread: float | None = None  # sample standard deviation by the mean; None for fewer than two steps
     every: int = 1  # steps from one time to the next
+    left_out: int = 0  # steps whose time does not count: they come directly after a save, a validation or a resume
 
 
 def read_window(text: str) -> Window:
@@ -52,8 +53,11 @@ def checked(window: Window) -> Window:
     return window
 
 
-def timed(steps: Steps, window: Window, lines: Logged) -> Timed:
-    """The window's steps and their times. The step time is the mean of all of them; if one is missing there is none."""
+def timed(steps: Steps, window: Window, lines: Logged, slow: Set[int] = frozenset()) -> Timed:
+    """The window's steps and their times. The step time is the mean of all of them; if one is missing there is none.
+
+    `slow` are steps that take longer for a reason that is not the training's: they do not count, unless there are no others.
+    """
     if isinstance(window, int):
         there = lines.made
         if there < window:
@@ -67,8 +71,11 @@ def timed(steps: Steps, window: Window, lines: Logged) -> Timed:
         return _timed_at_intervals(found, window, lines)
     times = [step.time_s for step in found.values() if step.time_s is not None]
     if len(times) == len(window):
+        counted = {number: step for number, step in found.items() if number not in slow} or found
+        times = [step.time_s for step in counted.values() if step.time_s is not None]
         mean_s = fsum(times) / len(times)
-        return Timed(first, last, found, tuple(times), None, mean_s, _spread(times, mean_s))
+        left_out = len(found) - len(counted)
+        return Timed(first, last, counted, tuple(times), None, mean_s, _spread(times, mean_s), left_out=left_out)
     number = next(number for number in window if number not in found or found[number].time_s is None)
     what = "has no time" if number in found else "is missing"
     return Timed(

@@ -51,21 +51,28 @@ def shortened(text: str) -> str:
     return text if len(text) <= LETTERS else f"{text[: LETTERS - 1]}…"
 
 
-def by_step(field: str) -> dict[str, Any]:
-    """Across the chart, a key that holds steps."""
+def by_step(field: str, title: str = "step") -> dict[str, Any]:
+    """Across the chart, a key that holds steps, or other whole numbers."""
     return {
         "field": field,
         "type": "quantitative",
-        "title": "step",
+        "title": title,
         "axis": {"tickMinStep": 1, "tickCount": 6, "grid": False, "format": ",d"},
         "scale": {"nice": False},
     }
 
 
 def curve(
-    values: Values, title: str, *, zero: bool, by: str | None = None, names: Sequence[str] = ()
+    values: Values,
+    title: str,
+    *,
+    zero: bool,
+    by: str | None = None,
+    names: Sequence[str] = (),
+    across: str = "step",
+    shown: bool = False,
 ) -> list[dict[str, Any]]:
-    """A line through the values, and a point for each, which shows itself when it is reached.
+    """A line through the values, and a point for each, which shows itself when it is reached, or always if `shown`.
 
     With `by`, a line for each value of that key; `names` are all there may be, so that colours are the same in two charts.
     """
@@ -74,10 +81,20 @@ def curve(
     if by:
         drawn = {value[by] for value in values}
         colour = colour_by(by, [name if name in drawn else "" for name in names])
-    at = {"x": by_step("step"), "y": y, "color": colour}
+    at = {"x": by_step("step", across), "y": y, "color": colour}
+    point = POINT | {"opacity": 1 if shown else 0}
     data = {"values": values}
     line = {"data": data, "mark": {"type": "line", "strokeWidth": 1.5, "aria": False}, "encoding": at}
-    return [line, {"data": data, "mark": POINT, "encoding": at | LABEL}]
+    return [line, {"data": data, "mark": point, "encoding": at | LABEL}]
+
+
+def mark_changes(changes: Values) -> list[dict[str, Any]]:
+    """An upright line at each `step` where the level changed, in the colour of bad or of good; behind the curves."""
+    if not changes:
+        return []
+    colour = {"condition": {"test": "datum.slower", "value": "var(--bad)"}, "value": "var(--good)"}
+    mark = {"type": "rule", "strokeDash": [4, 3], "strokeWidth": 1.5, "aria": False}
+    return [{"data": {"values": changes}, "mark": mark, "encoding": {"x": by_step("step", "run"), "color": colour}}]
 
 
 def off_scale(values: Values) -> dict[str, Any]:

@@ -49,6 +49,17 @@ def losses(of: Curve) -> Chart | None:
     return Chart("Loss", sentence, layered(curve(values, "loss", zero=False)))
 
 
+def validation(of: Curve) -> Chart | None:
+    """The loss of each validation."""
+    if of.known < 2:
+        return None
+    labels = ((step, loss, f"after step {step:,}: validation loss {loss:.4g}") for step, loss in of.points)
+    values = [{"step": step, "value": loss, "label": label} for step, loss, label in labels]
+    lowest, step = min((loss, step) for step, loss in of.points)
+    sentence = f"from {of.first:.4g} to {of.last:.4g} in {of.known:,} validations, lowest {lowest:.4g} after step {step:,}"
+    return Chart("Validation loss", sentence, layered(curve(values, "validation loss", zero=False)))
+
+
 def losses_together(title: str, runs: Sequence[tuple[str, Curve]]) -> Chart:
     """The losses of at most MOST_RUNS runs of the same work in one chart, each under its name."""
     last = [of.last for _, of in runs if of.last is not None]

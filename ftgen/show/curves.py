@@ -5,6 +5,7 @@ The steps are gone through once, some at a time; a long run leaves 8 bytes a ste
 
 import math
 from array import array
+from collections.abc import Mapping
 from operator import itemgetter
 from statistics import median
 from typing import NamedTuple
@@ -37,10 +38,11 @@ class Curves(NamedTuple):
     times: Curve
     losses: Curve
     rows: list[tuple[str, ...]]  # of every step; of very long runs none
+    validation: Curve = Curve([])  # loss of the held-out examples
 
 
-def curves(steps: Steps) -> Curves:
-    """All that the page shows of a run's steps."""
+def curves(steps: Steps, validations: Mapping[int, float] | None = None) -> Curves:
+    """All that the page shows of a run's steps. `validations`: loss by the number of steps before it."""
     total = len(steps)
     times, losses = _Line(total), _Line(total)
     seconds = array("d")
@@ -51,7 +53,10 @@ def curves(steps: Steps) -> Curves:
     rows = list(map(_row, steps.between(0, steps.last + 1).items())) if total <= MOST_STEPS else []
     middle = median(seconds) if seconds else None
     beyond = sum(time_s > OFF_SCALE * middle for time_s in seconds) if middle else 0
-    return Curves(times.curve()._replace(middle=middle, beyond=beyond), losses.curve(), rows)
+    validation = _Line(len(validations or {}))
+    for step, loss in sorted((validations or {}).items()):
+        validation.add(step, loss)
+    return Curves(times.curve()._replace(middle=middle, beyond=beyond), losses.curve(), rows, validation.curve())
 
 
 class _Line:

@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 from ftgen.errors import LogError
 from ftgen.logs.find import Run, find_runs
-from ftgen.logs.growing import Growing
 from ftgen.logs.log import CLEAN_ENDS, Log
-from ftgen.logs.read import logs_of
+from ftgen.logs.read import Growing, logs_of
 from ftgen.results.summary import Summary, judge
 
 LAST_STEPS = 10  # their median is the step time that gives the time left
@@ -97,7 +96,7 @@ class Follower:
         stamp = (status.st_mtime_ns, status.st_size, status.st_ino, status.st_dev) if status else None
         if not look.found or look.stamp != stamp:
             each = logs_of(run, look.reader.read(run))
-            look.stamp, look.found = stamp, tuple((judge(one, log), log) for one, log in each)
+            look.stamp, look.found = stamp, tuple((judge(one._replace(telemetry=()), log), log) for one, log in each)
         written_s = status.st_mtime if status else 0.0
         silent_s = self.clock() - written_s
         queued = (self.jobs or {}).get(run.run_id)

@@ -39,13 +39,21 @@ def trends(found: Sequence[Series]) -> list[str]:
             f"GBS {work['global_batch_size']}, {work['seq_length']} tokens{options}: "
             f"{len(each.runs)} run{'' if len(each.runs) == 1 else 's'}, last {significant(each.times_s[-1], 4)} s"
         )
-        for change in each.changes:
-            word = f"{'slower' if change.ratio > 1 else 'faster'} by {percent(abs(change.ratio - 1), 1)}"
-            times = f"{significant(change.before_s, 4)} s -> {significant(change.after_s, 4)} s, {ratio(change.ratio)}"
-            lines.append(f"  {word} from run {change.run_id} on ({change.started or UNKNOWN}): {times}")
+        for change, told in zip(each.changes, change_lines(each), strict=True):
+            lines.append(f"  {told}")
             lines += [f"    changed there: {version}" for version in change.versions]
             lines += [] if change.versions else ["    the environments that the two logs tell of are equal"]
         lines += [] if each.changes else ["  no change found"]
+    return lines
+
+
+def change_lines(of: Series) -> list[str]:
+    """Each change of a series in a sentence."""
+    lines = []
+    for change in of.changes:
+        word = f"{'slower' if change.ratio > 1 else 'faster'} by {percent(abs(change.ratio - 1), 1)}"
+        times = f"{significant(change.before_s, 4)} s -> {significant(change.after_s, 4)} s, {ratio(change.ratio)}"
+        lines.append(f"{word} from run {change.run_id} on ({change.started or UNKNOWN}): {times}")
     return lines
 
 

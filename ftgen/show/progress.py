@@ -1,4 +1,4 @@
-"""A progress bar for reading logs. In: the folders found, and the bytes read. Out: a bar on stderr.
+"""A progress bar for reading logs. In: the runs found, and the bytes read. Out: a bar on stderr.
 
 The bar appears after one second, and only if stderr is a terminal.
 """
@@ -8,16 +8,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ftgen.logs.find import Folder
+from ftgen.logs.find import Run
 
 PATIENCE_S = 1.0
 
 
 @contextmanager
-def reading() -> Iterator[tuple[Callable[[Folder], Folder], Callable[[int], None]]]:
-    """Give two functions: one to pass each folder through, and one to call with the number of bytes just read."""
+def reading() -> Iterator[tuple[Callable[[Run], Run], Callable[[int], None]]]:
+    """Give two functions: one to pass each run through, and one to call with the number of bytes just read."""
     if not sys.stderr.isatty():
-        yield lambda folder: folder, lambda _: None
+        yield lambda run: run, lambda _: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -28,11 +28,11 @@ def reading() -> Iterator[tuple[Callable[[Folder], Folder], Callable[[int], None
     begin = time.monotonic()
     total = 0
 
-    def found(folder: Folder) -> Folder:
+    def found(run: Run) -> Run:
         nonlocal total
-        total += folder.size
+        total += run.size
         bar.update(task, total=total)
-        return folder
+        return run
 
     def read(size: int) -> None:
         bar.advance(task, size)

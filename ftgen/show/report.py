@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from ftgen import __version__
-from ftgen.logs.find import Folder, Run
+from ftgen.logs.find import Run
 from ftgen.logs.log import Log
 from ftgen.logs.many import Progress, read_all
 from ftgen.results.keys import RUN, View, row
@@ -60,10 +60,10 @@ class Reading(NamedTuple):
     @classmethod
     def of(cls, run: Summary, log: Log) -> "Reading":
         """All that is shown of a run."""
-        drawn = curves(log.steps)
+        drawn = curves(log.steps, log.history.validations)
         told_by = [(kind, told.note) for kind, told in log.at_end.items() if not told.json]
         told = Told(drawn, told_by, flattened(log.plan or {}), flattened(log.environment or {}))
-        return cls(run, variant(log.plan), drawn.losses.known, zlib.compress(pickle.dumps(told), 1))
+        return cls(run, variant(log.plan, log.environment), drawn.losses.known, zlib.compress(pickle.dumps(told), 1))
 
     @property
     def told(self) -> Told:
@@ -95,15 +95,15 @@ ByWork = Sequence[tuple[Work, Sequence[Reading]]]  # each work with its runs, in
 
 
 def read(
-    folders: Iterable[Folder],
+    runs: Iterable[Run],
     window: Window | None = None,
     progress: Progress = lambda _: None,
     processes: int | None = None,
 ) -> list[Reading]:
-    """Every run in the folders, with what its log says; several are read at once, as `read_all` has it."""
+    """Every run, with what its log says; several are read at once, as `read_all` has it."""
     if window is not None:
         checked(window)
-    return read_all(folders, partial(_reading, window=window), progress=progress, processes=processes)
+    return read_all(runs, partial(_reading, window=window), progress=progress, processes=processes)
 
 
 def _reading(run: Run, log: Log, *, window: Window | None) -> Reading:
@@ -180,7 +180,8 @@ def _figure(chart: Chart) -> Figure:
 def _section(named: NamedRun, work: Work, reading: Reading, view: View) -> Section:
     run, told = named.run, reading.told
     values = row(run, view.baseline)
-    found = (charts.step_times(run, told.curves.times), charts.losses(told.curves.losses))
+    drawn = told.curves
+    found = (charts.step_times(run, drawn.times), charts.losses(drawn.losses), charts.validation(drawn.validation))
     facts = [(f.title, grouped(f.how(values[f.key]))) for f in RUN if f.key not in TOLD and values[f.key] is not None]
     title = f"{work.full_title}: {named.name}"
     return Section(named.anchor, title, run, [_figure(chart) for chart in found if chart], facts, told)

@@ -32,9 +32,10 @@ class Cell(NamedTuple):
 
 
 class Column(NamedTuple):
-    """One figure: its title and how it is written."""
+    """One figure: its title, the short one, and how it is written."""
 
     title: str
+    short: str
     how: Callable[[Figures], str]
 
 
@@ -59,14 +60,32 @@ class Remark(NamedTuple):
 REMARKS = ("Run", "Status", "Reason", "Log")  # the titles of a remark's parts
 
 
+def _price(figures: Figures) -> str:
+    cost = getattr(figures, "cost_per_million_tokens", None)
+    return UNKNOWN if cost is None else f"{significant(cost, 4)} {getattr(figures, 'currency', '')}"
+
+
 COLUMNS = (
     Column(
-        "Training step time (seconds per step)", lambda s: significant(s.step_time_s, 4)
+        "Training step time (seconds per step)", "Step time (s)", lambda s: significant(s.step_time_s, 4)
     ),  # as many digits as NeMo prints
-    Column("Throughput in tokens per second", lambda s: whole(s.tokens_per_s)),
-    Column("Model flops utilization", lambda s: percent(s.mfu, 2)),
-    Column("Time to train 1T tokens in days", lambda s: number(s.days_per_1t_tokens, 1)),
+    Column("Throughput in tokens per second", "Tokens/s", lambda s: whole(s.tokens_per_s)),
+    Column("Model flops utilization", "MFU", lambda s: percent(s.mfu, 2)),
+    Column("Time to train 1T tokens in days", "Days for 1T tokens", lambda s: number(s.days_per_1t_tokens, 1)),
 )
+# Figures that only runs with telemetry or a price have, by their key.
+MEASURED = {
+    "joules_per_token": Column(
+        "Energy in joules per token", "J/token", lambda s: significant(getattr(s, "joules_per_token", None), 3)
+    ),
+    "gpu_power_w": Column("Average power of a GPU in watts", "W/GPU", lambda s: number(getattr(s, "gpu_power_w", None), 0)),
+    "cost_per_million_tokens": Column("Cost of a million tokens", "Cost of 1M tokens", _price),
+}
+
+
+def columns_of(runs: Sequence[Summary]) -> tuple[Column, ...]:
+    """The recipe's figures, and those that one of the runs has in addition."""
+    return (*COLUMNS, *(column for key, column in MEASURED.items() if any(getattr(run, key) is not None for run in runs)))
 
 
 def tabulate(view: View) -> list[Table]:
@@ -100,12 +119,13 @@ def _flat_cell(field: Field, row: Row) -> Cell:
 def _table(runs: Sequence[Summary], view: View) -> Table:
     """The runs of each size, and after them the published figures and the baseline's for that size."""
     title = experiment_title(runs[0])
-    header, columns, notes = [Cell(title)], [[Cell(column.title) for column in COLUMNS]], []
+    figures = COLUMNS if view.group else columns_of(runs)
+    header, columns, notes = [Cell(title)], [[Cell(figure.title) for figure in figures]], []
     for _, same in groupby(runs, size):
         repeats = list(same)
-        for top, cells in _size_columns(repeats, view):
+        for top, cells in _size_columns(repeats, view, figures):
             header.append(top)
-            columns.append(cells)
+            columns.append(cells + [Cell(UNKNOWN, FAINT)] * (len(figures) - len(cells)))
         published = repeats[0].published
         if published and contradicts_itself(published):
             notes.append(_contradiction(published))
@@ -114,13 +134,13 @@ def _table(runs: Sequence[Summary], view: View) -> Table:
     return Table(title, tuple(header), tuple(zip(*columns, strict=True)), tuple(notes))
 
 
-def _size_columns(repeats: Sequence[Summary], view: View) -> Iterator[tuple[Cell, list[Cell]]]:
+def _size_columns(repeats: Sequence[Summary], view: View, figures: Sequence[Column]) -> Iterator[tuple[Cell, list[Cell]]]:
     """The columns of one size: each run or group with its ratio to the baseline, the published figures, the baseline's."""
     columns: Sequence[Summary | Group] = repeats
     if view.group:
         columns = [each for each in group(repeats) if each.step_time_s] or repeats
     for run in columns:
-        yield Cell(_column_title(run, columns)), _cells(run)
+        yield Cell(_column_title(run, columns)), _cells(run, figures)
         if view.baseline and (there := view.baseline.of(run)):
             yield _ratio_column(run, there, view.baseline)
     baseline = view.baseline.of(columns[0]) if view.baseline else None
@@ -130,8 +150,8 @@ def _size_columns(repeats: Sequence[Summary], view: View) -> Iterator[tuple[Cell
         yield Cell(view.baseline.name, FAINT), [Cell(text, FAINT) for text in _texts(baseline)]
 
 
-def _cells(run: Summary | Group) -> list[Cell]:
-    cells = [Cell(text) for text in _texts(run)]
+def _cells(run: Summary | Group, figures: Sequence[Column]) -> list[Cell]:
+    cells = [Cell(figure.how(run)) for figure in figures]
     if isinstance(run, Group) and run.step_time_spread_s is not None:
         cells[0] = Cell(f"{cells[0].text} ± {significant(run.step_time_spread_s, 2)}")
     return cells

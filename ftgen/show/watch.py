@@ -71,6 +71,8 @@ def line(run: Progress) -> str:
         f"{significant(run.step_time_s, 4)} s",
         f"loss {significant(run.loss, 4)}",
     ]
+    if run.run.validation_loss is not None:
+        parts.append(f"validation loss {significant(run.run.validation_loss, 4)}")
     if run.eta_s is not None:
         parts.append(f"{format_walltime(round(run.eta_s))} left")
     if run.over and run.run.reason:
@@ -93,8 +95,9 @@ def table(runs: Sequence[Progress]) -> "RenderableType":
     if not runs:
         return Text(WAITING)
     grid = Table(box=box.SIMPLE_HEAD)
-    for title in ("Run", "State", "", "Step", "Step time", "Loss", "Left"):
-        grid.add_column(title, justify="right" if title in {"Step", "Step time", "Loss", "Left"} else "left")
+    validated = any(run.run.validation_loss is not None for run in runs)
+    for title in ("Run", "State", "", "Step", "Step time", "Loss", *(["Validation loss"] if validated else []), "Left"):
+        grid.add_column(title, justify="left" if title in {"Run", "State", ""} else "right")
     for run in sorted(runs, key=lambda run: run.over):  # running ones first: a low terminal cuts off the end
         grid.add_row(
             Text(clean(run.name), overflow="fold"),
@@ -103,6 +106,7 @@ def table(runs: Sequence[Progress]) -> "RenderableType":
             Text(steps(run)),
             Text(UNKNOWN if run.step_time_s is None else f"{significant(run.step_time_s, 4)} s"),
             Text(significant(run.loss, 4)),
+            *([Text(significant(run.run.validation_loss, 4))] if validated else []),
             Text(UNKNOWN if run.eta_s is None else format_walltime(round(run.eta_s))),
         )
     return grid

@@ -44,11 +44,21 @@ def site(environment: Mapping[str, str]) -> str:
     gpus = environment.get("RUN_CONF_GPUS_PER_NODE") or "8"
     if not gpus.isdecimal() or not int(gpus):
         raise SpecError(Problem((), f"must be a number, found {gpus!r}", file="RUN_CONF_GPUS_PER_NODE"))
+    image = environment.get("RUN_CONF_IMAGE") or "$STAGE_PATH/nvidia+nemo+24.12.sqsh"
+    if unfit := catalogue.why_unfit(image):
+        rule, nearest = unfit
+        own = "for an image of your own that has them, leave RUN_CONF_IMAGE out, and set python.image and python.image_fits"
+        raise SpecError(Problem((), rule, f"use {nearest}; {own}", file="RUN_CONF_IMAGE"))
     lines = [
         f"{key} = {json.dumps(environment[name], ensure_ascii=False)}"
         for name, key in (("SBATCH_PARTITION", "partition"), ("SBATCH_ACCOUNT", "account"), ("STAGE_PATH", "stage_path"))
         if environment.get(name)
     ]
-    image = json.dumps(environment.get("RUN_CONF_IMAGE") or "$STAGE_PATH/nvidia+nemo+24.12.sqsh", ensure_ascii=False)
-    lines += [f"gpus_per_node = {int(gpus)}", "", "[python]", 'kind = "container"', f"image = {image}"]
+    lines += [
+        f"gpus_per_node = {int(gpus)}",
+        "",
+        "[python]",
+        'kind = "container"',
+        f"image = {json.dumps(image, ensure_ascii=False)}",
+    ]
     return "\n".join([*lines, f'mounts = ["$STAGE_PATH/Megatron-LM:{MEGATRON}"]']) + "\n"

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ftgen.documents import Document, merged, with_value
+from ftgen.documents import Document, with_value
 from ftgen.errors import KeyPath, Problem, SpecError, quoted
 from ftgen.files import is_folder
-from ftgen.spec.source import Layer, Source
+from ftgen.spec.source import Layer, Source, overridden
 from ftgen.spec.spec import Spec, is_one_line
 from ftgen.spec.toml import parse_override, read_toml
 
@@ -29,8 +29,8 @@ def read_source(path: Path | None, overrides: Sequence[str] = ()) -> Source:
     layers = _layers(path, ()) if path else ()
     document: Document = {}
     for layer in layers:
-        document = merged(document, layer.document)
-    return Source(layers, merged(document, changes), changes, {}, overrides=said)
+        document = overridden(document, layer.document)
+    return Source(layers, overridden(document, changes), changes, {}, overrides=said)
 
 
 def named_file(layer: Layer, key: str) -> Path | None:

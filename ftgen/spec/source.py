@@ -7,11 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ftgen.documents import Document, has, merged
+from ftgen.documents import Document, has, merged, without
 from ftgen.errors import KeyPath, Problem
 from ftgen.spec.toml import line_of
 
 COMMAND_LINE = "--set"
+
+
+ALTERNATIVES = (("epochs", "max_steps"),)  # keys of which one replaces the other
 
 
 class Layer(NamedTuple):
@@ -68,8 +71,17 @@ class Source:
 
     def at(self, point: Document, below: tuple[KeyPath, ...]) -> "Source":
         """The source of one matrix point; `below` are the matrix tables that set its keys."""
-        document = merged(merged(self.document, point), self.changes)
+        document = overridden(overridden(self.document, point), self.changes)
         return replace(self, document=document, point=point, below=below)
+
+
+def overridden(below: Document, above: Document) -> Document:
+    """Both documents in one, `above` wins. A key of ALTERNATIVES in `above` also replaces the other key in `below`."""
+    for pair in ALTERNATIVES:
+        for key, other in (pair, pair[::-1]):
+            if key in above and other not in above:
+                below = without(below, (other,))
+    return merged(below, above)
 
 
 def place(said: tuple[str, int]) -> str:

@@ -12,14 +12,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from pydantic_core import PydanticCustomError
 
 from ftgen.errors import quoted
+from ftgen.secret import is_secret
 from ftgen.units import WALLTIME, parse_walltime
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]  # bash, Slurm and PyTorch all take these integers
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-SECRET = re.compile(r"TOKEN$|TOKEN_|SECRET|PASSWORD|PASSWD|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
-NOT_SECRET = {"TOKENIZERS_PARALLELISM"}
+PASSWORD = re.compile(r"://[^/@\s]+:[^/@\s$]+@")  # in the address of a proxy; $NAME is none
+OTHER_EXPANSION = re.compile(r"\$\$|(\$\{[A-Za-z_][A-Za-z0-9_]*[^A-Za-z0-9_}].*)")  # $$ is a dollar, ${X:-y} is refused
 
 
 def is_one_line(text: str) -> bool:
@@ -39,12 +40,19 @@ def _walltime(text: str) -> str:
 
 
 def _environment(variables: dict[str, str]) -> dict[str, str]:
-    for name in variables:
+    for name, value in variables.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             rule = "must be a name that a shell can export"
             raise PydanticCustomError("at_key", rule, {"key": name, "hint": "use A-Z, a-z, 0-9 and _; begin with a letter"})
-        if SECRET.search(name) and name not in NOT_SECRET:
+        if is_secret(name):
             rule = "must not be in a file: its name looks like a secret"
+            raise PydanticCustomError("at_key", rule, {"key": name, "hint": "export it in the shell that submits the job"})
+        if other := next((found[1] for found in OTHER_EXPANSION.finditer(value) if found[1]), None):
+            hint = "write $NAME: if it is unset, no colon is left over. Use setup_lines of the site profile for all else"
+            rule = "must have no expansions but $NAME and ${NAME}, found {other}"
+            raise PydanticCustomError("at_key", rule, {"key": name, "hint": hint, "other": quoted(other)})
+        if PASSWORD.search(value):
+            rule = "must not be in a file: its address has a password"
             raise PydanticCustomError("at_key", rule, {"key": name, "hint": "export it in the shell that submits the job"})
     return variables
 
@@ -85,16 +93,51 @@ class Parallelism(Table):
     sequence_parallel: bool = Field(False, description="Split norms and dropout along the sequence. Needs TP > 1.")
 
 
+class Columns(Table):
+    """Names of the columns of a dataset: the column of messages, or those of a prompt and its completion."""
+
+    messages: OneLine | None = Field(None, min_length=1, description="Column with the messages of a conversation.")
+    tools: OneLine | None = Field(None, min_length=1, description="Column with the tools of a conversation.")
+    prompt: OneLine | None = Field(None, min_length=1, description="Column with the prompt.")
+    completion: OneLine | None = Field(None, min_length=1, description="Column with the completion, which is trained.")
+
+
 class Data(Table):
     """The training data."""
 
-    kind: Literal["squad", "synthetic", "jsonl"] = Field(
+    kind: Literal["squad", "synthetic", "jsonl", "chat", "hf"] = Field(
         "squad",
         description='"squad": SQuAD from the Hugging Face hub, as in the recipe. "synthetic": generated text with the shape '
-        'of SQuAD, without a network. "jsonl": the file at data.path.',
+        'of SQuAD, without a network. "jsonl": inputs and outputs in the file at data.path. "chat": conversations in the '
+        'file at data.path. "hf": a dataset of the Hugging Face hub, or at data.path.',
     )
     path: OneLine | None = Field(
-        None, description='File for kind = "jsonl". Each line is a JSON object with the keys "input" and "output".'
+        None,
+        description='File for kind = "jsonl" or "chat": each line is a JSON object with the keys "input" and "output", or '
+        '"messages". File or folder for kind = "hf".',
+    )
+    dataset: OneLine | None = Field(
+        None, min_length=1, description='Name of the dataset on the Hugging Face hub for kind = "hf", such as org/name.'
+    )
+    revision: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")] | None = Field(
+        None, description="Commit of that dataset: 40 hexadecimal digits. Required with data.dataset."
+    )
+    config: OneLine | None = Field(None, min_length=1, description='Configuration of the dataset for kind = "hf".')
+    split: OneLine = Field("train", min_length=1, description='Split of the dataset for kind = "hf".')
+    columns: Columns = Field(
+        default_factory=Columns,
+        description='Columns of the dataset for kind = "hf". Default: messages (and tools), or else prompt and completion.',
+    )
+    chat_template: OneLine | None = Field(
+        None,
+        min_length=1,
+        description="File with a chat template in Jinja, relative to this file. Default: the template of the tokenizer.",
+    )
+    too_long: Literal["error", "drop", "truncate"] | None = Field(
+        None,
+        description='Examples with more than seq_length tokens. "error": refuse them, with their lines. "drop": leave them '
+        'out. "truncate": cut the end of an input or of a conversation. Default: error; for squad and synthetic truncate, '
+        "as in the recipe.",
     )
     examples: Positive = Field(14000, description='Number of examples to generate for kind = "synthetic".')
     packed: bool | None = Field(
@@ -146,10 +189,10 @@ def _optimization(title: str) -> Any:
 
 
 class Optimizations(Table):
-    """Changes to NeMo's stock recipe that make a step faster. The catalogue tells how each changes the numerics."""
+    """Changes to the engine's stock recipe that make a step faster. The catalogue tells how each changes the numerics."""
 
     preset: Literal["measured", "stock"] = Field(
-        "measured", description='"measured": on where measurements showed a gain. "stock": off, as in NeMo\'s recipe.'
+        "measured", description='"measured": on where measurements showed a gain. "stock": off, as in the engine\'s recipe.'
     )
     cuda_graphs: bool | None = _optimization("Runs the transformer layers as CUDA graphs")
     fused_cross_entropy: bool | None = _optimization("Uses Transformer Engine's fused cross entropy")
@@ -173,6 +216,60 @@ class Profile(Table):
     first_step: int = Field(10, ge=0, description="First step to record. Steps are counted from 0.")
     last_step: int = Field(12, ge=0, description="Last step to record.")
     ranks: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([0], min_length=1, description="Ranks to record.")
+
+
+class Save(Table):
+    """Checkpoints of the training. With this table, a job that was interrupted goes on where it was."""
+
+    every_steps: Positive = Field(
+        100, description="Steps from one checkpoint to the next. The last step, and a run that must stop, are saved too."
+    )
+    keep: Positive = Field(
+        2, description="Number of checkpoints to keep, the newest ones. The disk needs room for one more."
+    )
+
+
+class Export(Table):
+    """The trained model in Hugging Face format, made and checked after the last step. It requires [save]."""
+
+    what: list[Literal["merged", "adapter"]] = Field(
+        ["merged"],
+        min_length=1,
+        description='"merged": the whole model; with LoRA, the adapters are merged into the weights of the base. '
+        '"adapter": only the adapters, in the format of PEFT. It requires scheme = "lora".',
+    )
+
+
+class Wandb(Table):
+    """Weights & Biases. Its key comes from the environment: WANDB_API_KEY."""
+
+    project: OneLine = Field(min_length=1, description="Name of the project.")
+
+
+class Mlflow(Table):
+    """MLflow. Its server comes from the environment: MLFLOW_TRACKING_URI. Default: files in the run directory."""
+
+    experiment: OneLine = Field(min_length=1, description="Name of the experiment.")
+
+
+class Log(Table):
+    """Trackers that get the metrics of the training too. The log of the job stays the source of all results."""
+
+    tensorboard: bool = Field(False, description="Write files for TensorBoard into the run directory.")
+    wandb: Wandb | None = Field(None, description="Weights & Biases. Without a key or a network, it writes files.")
+    mlflow: Mlflow | None = Field(None, description="MLflow. Without MLFLOW_TRACKING_URI, it writes files.")
+
+
+class Validation(Table):
+    """Loss on held-out examples. Default: the 5% of the examples that no training uses."""
+
+    file: OneLine | None = Field(
+        None, description="JSONL file with the held-out examples. The training then uses all of its own data."
+    )
+    fraction: float | None = Field(
+        None, gt=0, lt=1, description="Fraction of the data that is held out, if there is no file. Default: 0.05."
+    )
+    every_steps: Positive = Field(100, description="Steps from one validation to the next. The last step is validated too.")
 
 
 class Window(Table):
@@ -201,13 +298,26 @@ class Spec(Table):
 
     scheme: Literal["sft", "lora"] = Field(description='"sft": train all weights. "lora": train low-rank adapters.')
     precision: Literal["bf16", "fp8", "fp32"] = Field(
-        description='Precision of the matrix products. "fp8": BF16 with delayed FP8 scaling. "fp32": only on a CPU.'
+        description='Precision of the matrix products. "fp8": BF16 with FP8 products. "fp32": only on a CPU.'
+    )
+    fp8_scaling: Literal["delayed", "current"] | None = Field(
+        None,
+        description='How FP8 values are scaled. "delayed": by the values of earlier steps, as in the recipe of NeMo. '
+        '"current": by the values themselves, as in those of Megatron-Bridge. Default: that of the engine.',
+    )
+    engine: Literal["nemo", "megatron_bridge"] = Field(
+        "nemo", description='What trains. "nemo": NeMo 2, as in the recipe. "megatron_bridge": Megatron-Bridge.'
     )
     gpus: Positive = Field(description="Total number of GPUs: whole nodes, or a part of one node.")
     model: Name = Field("llama3_8b", description="Name of the model in the catalogue.")
     gpu: Name = Field("h100", description='Name of the GPU in the catalogue. "cpu" trains without a GPU.')
     gpus_per_node: Positive | None = Field(None, description="GPUs of each node. Default: that of the site profile.")
-    max_steps: Positive = Field(100, description="Number of training steps.")
+    max_steps: Positive | None = Field(None, description="Number of training steps. Default: 100, unless epochs is set.")
+    epochs: Positive | None = Field(
+        None,
+        description="Number of times that every example is trained, each time in another order. The job computes the steps. "
+        "Replaces max_steps.",
+    )
     global_batch_size: Positive | None = Field(None, description="Sequences per step. Default: 4 x gpus.")
     micro_batch_size: Positive = Field(1, description="Sequences that a GPU processes at a time.")
     seq_length: Positive = Field(4096, description="Tokens per sequence.")
@@ -226,9 +336,15 @@ class Spec(Table):
         default_factory=Optimizations, description="Changes to the stock recipe that make a step faster."
     )
     window: Window = Field(default_factory=Window, description="The timed steps.")
+    save: Save | None = Field(None, description="Checkpoints of the training. Default: none, as in the recipe.")
+    validation: Validation | None = Field(None, description="Loss on held-out examples. Default: none, as in the recipe.")
+    export: Export | None = Field(None, description="The trained model in Hugging Face format. Default: none.")
+    log: Log | None = Field(None, description="Trackers. Default: none.")
     profile: Profile | None = Field(None, description="Profiler for some steps. Default: none.")
     environment: Environment = Field(
-        {}, description="Environment variables of the training. They override those of the recipe and of the site profile."
+        {},
+        description="Environment variables of the training. They override those of the recipe and of the site profile. "
+        "$NAME and ${NAME} stand for variables of the job, and $$ for a dollar. Nothing else is expanded.",
     )
     extends: OneLine | None = Field(
         None,

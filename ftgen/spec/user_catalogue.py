@@ -55,7 +55,12 @@ def tables() -> type[Table]:
     """The pydantic model of a user catalogue."""
     split = _table(Split)
     models = _table(Model, parallelism=(list[split], Field([])))  # type: ignore[valid-type]
-    gpus = _table(Gpu, precisions=(list[OneLine], Field()), peak_tflops=(dict[str, float], Field()))
+    gpus = _table(
+        Gpu,
+        precisions=(list[OneLine], Field()),
+        peak_tflops=(dict[str, float], Field()),
+        expected=(dict[str, float] | None, None),
+    )
     return create_model(
         "Catalogue",
         __base__=Table,

@@ -6,7 +6,11 @@ In: a plan. Out: training.jsonl and validation.jsonl.
 from pathlib import Path
 from typing import Any
 
-from runtime.job.errors import JobError
+from runtime.hub.fetch import fetch
+from runtime.hub.repository import Repository
+
+FILES = {"train": "plain_text/train-*.parquet", "validation": "plain_text/validation-*.parquet"}
+SQUAD = Repository("rajpurkar/squad", "dataset", "main", tuple(FILES.values()), tuple(FILES.values()))
 
 
 def identity(_plan: dict[str, Any]) -> dict[str, Any]:
@@ -14,14 +18,17 @@ def identity(_plan: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def repositories(_plan: dict[str, Any]) -> list[Repository]:
+    """What `write` reads from the hub."""
+    return [SQUAD]
+
+
 def write(plan: dict[str, Any], folder: Path) -> None:
-    """Download and split. JobError: the download failed."""
+    """Download, unless that is done, and split as NeMo's SQuAD module does. JobError: the download failed."""
+    from datasets import load_dataset
     from nemo.collections.llm import SquadDataModule
 
-    try:
-        SquadDataModule(dataset_root=folder, seed=plan["seed"]).prepare_data()
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise JobError(
-            f"SQuAD cannot be downloaded: {reason}", 'set data.kind = "synthetic" in the spec: it needs no network'
-        ) from error
+    source = fetch(SQUAD, plan["name"])
+    files = {split: [str(path) for path in sorted(source.glob(pattern))] for split, pattern in FILES.items()}
+    examples = load_dataset("parquet", data_files=files, cache_dir=str(folder / "cache"))
+    SquadDataModule(dataset_root=folder, seed=plan["seed"])._preprocess_and_split_data(examples)

@@ -7,7 +7,7 @@ from n by `mkdir n+1`, which succeeds for exactly one process of all machines. (
 cluster file systems they succeed for every process.) A claim is never deleted, so a number never has two owners. A
 claim contains
 
-    owner.json   its owner: host, boot, pid namespace, pid and its start time, Slurm job and restart
+    owner.json   its owner: user, host, boot, pid namespace, pid and its start time, Slurm job and restart
     heartbeat    a counter that the owner increases every few seconds
     released     exists once the owner has finished or failed
 
@@ -23,13 +23,15 @@ of this machine (for tests); SLURM_JOB_ID, SLURM_RESTART_COUNT.
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from runtime.job import signals
+from runtime.job.sharing import user_name
 
 STALE_S = 60.0
 BEATS_PER_STALE = 12  # heartbeats that an owner must miss to count as dead
@@ -54,7 +56,7 @@ class Claim:
         self._stop = threading.Event()
         _write(self.directory / "owner.json", json.dumps(this_process()))
         self._beat(0)
-        threading.Thread(target=self._beat_until_released, daemon=True).start()
+        signals.start_thread(self._beat_until_released)
 
     def is_current(self) -> bool:
         """Whether no other process has taken over."""
@@ -67,9 +69,6 @@ class Claim:
             _write(self.directory / "released", "")
 
     def _beat_until_released(self) -> None:
-        # The main thread handles signals: a signal delivered to this thread would not interrupt a long call of the
-        # main thread.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         count = 0
         while not self._stop.wait(stale_s() / BEATS_PER_STALE):
             count += 1
@@ -107,7 +106,7 @@ class Watch:
         if not owner:
             return "an unknown process"
         job = f", Slurm job {owner['slurm_job']}" if owner.get("slurm_job") else ""
-        return f"process {owner.get('pid')} on {owner.get('host')}{job}"
+        return f"process {owner.get('pid')} on {owner.get('host')}{job}, user {owner.get('user', 'unknown')},"
 
     def _is_free(self, current: int) -> bool:
         if (self.claims / str(current) / "released").exists():
@@ -150,6 +149,7 @@ def highest(claims: Path) -> int:
 def this_process() -> dict[str, Any]:
     """What identifies this process among all processes of all machines."""
     return {
+        "user": user_name(),
         "host": os.environ.get("FTGEN_HOST") or socket.gethostname(),
         "boot": _read("/proc/sys/kernel/random/boot_id"),
         "pid_namespace": _pid_namespace(),  # a pid in a container is not the same process outside

@@ -27,12 +27,14 @@ from typing import Any
 from runtime.guard import manifest
 from runtime.guard.claim import Claim, Watch
 from runtime.guard.manifest import Source
-from runtime.job.errors import JobError
+from runtime.job import sharing
+from runtime.job.errors import JobError, causes
 from runtime.job.progress import say
 
 REMIND_S = 60.0  # between two progress lines of a waiting process
 POLL_S = 2.0  # longest time between two looks at the claim
 FULL = {errno.ENOSPC, errno.EDQUOT}
+DENIED = {errno.EACCES, errno.EPERM}
 GIB = 1 << 30
 
 Build = Callable[[Path], dict[str, Any] | None]
@@ -47,7 +49,7 @@ def ensure(place: Path, source: Source, build: Build, *, need_bytes: int | Calla
     if manifest.flaw(place, source) is None:
         return place
     claims = place.parent / f".{place.name}.claims"
-    _make_directory(claims)
+    make_directory(claims)
     while claim := _next_claim(place, source, claims):
         with _held(claim):
             if manifest.flaw(place, source) is None or _make(place, source, build, need_bytes, claim):
@@ -98,7 +100,8 @@ def _make(place: Path, source: Source, build: Build, need_bytes: int | Callable[
                 require_space(place.parent, need, place.name)
             staging.mkdir()
             origin = build(staging)
-            manifest.write(staging, source, origin or {})
+            manifest.write(staging, source, {"user": sharing.user_name()} | (origin or {}))
+            sharing.share_tree(staging)
             return _publish(staging, place, source, claim)
     except Exception:
         if claim.is_current():
@@ -187,32 +190,47 @@ def _sigterm_ends_the_block() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _make_directory(directory: Path) -> None:
+def make_directory(directory: Path) -> None:
+    """Create a directory that this process can write to. JobError: that is not possible."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise JobError(
-            f"cannot create {directory}: {error.strerror}", "set STAGE_PATH to a directory that you can write to"
-        ) from error
+        raise _cannot_create(directory, error) from error
     if not os.access(directory, os.W_OK | os.X_OK):
-        raise JobError(f"you cannot write to {directory}", "set STAGE_PATH to a directory that you can write to")
+        raise _cannot_create(directory / "1", PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
+def _cannot_create(path: Path, error: OSError) -> JobError:
+    """The error for a path that this user cannot make or change. It names whose folder that is."""
+    folder = path.parent
+    while not folder.is_dir():
+        folder = folder.parent
+    what, hint = f"cannot create {path}: {error.strerror}", "set STAGE_PATH to a directory that you can write to"
+    owner = sharing.owner_of(folder)
+    if error.errno in DENIED and owner != sharing.user_name():
+        what += f": {folder} belongs to {owner}"
+        hint = f"ask {owner} to run: find {folder} -type d -user {owner} -exec chmod g+rwxs {{}} +. Or {hint}"
+    return JobError(what, hint)
 
 
 @contextmanager
 def _plain_disk_errors(directory: Path) -> Iterator[None]:
-    """Turn an error for a full disk into a JobError, however deep in a library it was raised."""
+    """Turn an error for a full disk, or for a folder of another user, into a JobError, however deep it was raised."""
     try:
         yield
     except Exception as error:
-        if not any(isinstance(cause, OSError) and cause.errno in FULL for cause in _causes(error)):
-            raise
-        raise JobError(
-            f"the disk of {directory} is full, or your quota is used up",
-            "free some space there, or set STAGE_PATH to a directory on a larger file system",
-        ) from error
+        if is_disk_error(error):
+            raise JobError(
+                f"the disk of {directory} is full, or your quota is used up",
+                "free some space there, or set STAGE_PATH to a directory on a larger file system",
+            ) from error
+        failed = [cause for cause in causes(error) if isinstance(cause, OSError)]
+        denied = [cause for cause in failed if cause.errno in DENIED and str(cause.filename).startswith(str(directory))]
+        if denied:
+            raise _cannot_create(Path(denied[0].filename), denied[0]) from error
+        raise
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+def is_disk_error(error: BaseException) -> bool:
+    """Whether the disk or a quota is full, however deep in a library the error was raised."""
+    return any(isinstance(cause, OSError) and cause.errno in FULL for cause in causes(error))

@@ -3,6 +3,8 @@
 In: what is wrong and what to do, one line each. Out: an exception, which the entrypoint prints as `ftgen: error: ...`.
 """
 
+from collections.abc import Iterator
+
 
 class JobError(Exception):
     """Something that the user must change. As text: what is wrong, then the hint on its own line. Exit code 1."""
@@ -16,3 +18,10 @@ class JobError(Exception):
     def __str__(self) -> str:
         """What is wrong, then the hint."""
         return self.what + (f"\n  hint: {self.hint}" if self.hint else "")
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The exception, and those that it was raised from or while."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.job.errors import JobError
+from runtime.job.places import run_directory
 from runtime.job.progress import say
 
 Plan = dict[str, Any]
@@ -27,9 +28,8 @@ def wanted(plan: Plan) -> bool:
 
 def file(plan: Plan) -> Path:
     """Path of this rank's profile, without the suffix."""
-    run = os.environ.get("FTGEN_RUN_DIR") or Path(os.environ.get("STAGE_PATH") or Path.cwd(), "logs")
     steps = f"steps_{plan['profile']['first_step']}-{plan['profile']['last_step']}"
-    return Path(run, "profile", f"{steps}_rank_{os.environ.get('RANK', '0')}")
+    return Path(run_directory(), "profile", f"{steps}_rank_{os.environ.get('RANK', '0')}")
 
 
 def enter(plan: Plan) -> None:
@@ -48,18 +48,7 @@ def enter(plan: Plan) -> None:
     os.execv(nsys, command)  # noqa: S606 - the profiler replaces this process
 
 
-def add(recipe: Any, plan: Plan) -> None:
-    """Add a callback to the recipe that starts and stops the profiler."""
-    if not wanted(plan):
-        return
-    import nemo_run as run
-
+def arguments(plan: Plan) -> tuple[str, int, int, str]:
+    """The arguments of `runtime.job.profiler.Profiler`."""
     asked = plan["profile"]
-    callback = run.Config(_callback(), asked["tool"], asked["first_step"], asked["last_step"], str(file(plan)))
-    recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), callback]
-
-
-def _callback() -> Any:
-    from runtime.job.profiler import Profiler
-
-    return Profiler
+    return asked["tool"], asked["first_step"], asked["last_step"], str(file(plan))

@@ -1,29 +1,28 @@
-"""The Lightning callback that starts and stops the profiler.
+"""Start and stop the profiler between two steps. The engine calls it, with the number of the step.
 
 In: the tool, the first and the last step, a file. Out: the profile that the tool writes.
 
-This module imports torch and Lightning, so only a profiled training imports it.
+This module imports torch, so only a profiled training imports it.
 """
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback
 
 from runtime.job.progress import say
 
 
-class Profiler(Callback):  # type: ignore[misc]
+class Profiler:
     """Profile from the start of `first_step` to the end of `last_step`, counted from 0."""
 
     def __init__(self, tool: str, first_step: int, last_step: int, file: str) -> None:
         self.tool, self.first_step, self.last_step, self.file = tool, first_step, last_step, Path(file)
         self.profile: Any = None
 
-    def on_train_batch_start(self, trainer: Any, *_args: Any) -> None:
+    def before_step(self, step: int) -> None:
         """Start the profiler before `first_step`."""
-        if trainer.global_step != self.first_step:
+        if step != self.first_step:
             return
         if self.tool == "nsys":
             torch.cuda.synchronize()
@@ -35,9 +34,9 @@ class Profiler(Callback):  # type: ignore[misc]
         self.profile = torch.profiler.profile(activities=activities, record_shapes=True)
         self.profile.start()
 
-    def on_train_batch_end(self, trainer: Any, *_args: Any) -> None:
+    def after_step(self, step: int) -> None:
         """Stop the profiler after `last_step`."""
-        if trainer.global_step != self.last_step + 1:  # Lightning has already counted this step
+        if step != self.last_step:
             return
         if self.tool == "nsys":
             torch.cuda.synchronize()

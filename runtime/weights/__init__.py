@@ -1,4 +1,4 @@
-"""Get weights in Hugging Face format: download them, or generate random ones; and read a checkpoint ahead.
+"""Weights in Hugging Face format: which repository has them, or random ones; and read a checkpoint ahead.
 
-In: a plan. Out: a folder with safetensors. Start with `hub.py`.
+In: a plan. Out: a repository, or a folder with safetensors. Start with `hub.py`.
 """

@@ -33,7 +33,7 @@ def write(plan: dict[str, Any], directory: Path) -> None:
     model = plan["model"]
     dtype = "bfloat16" if model["parameters"] >= LARGE else "float32"
     (directory / "config.json").write_text(json.dumps(_config(model, dtype), indent=1))
-    _write_tokenizer(model["vocab_size"], model["max_position_embeddings"], directory)
+    write_tokenizer(model["vocab_size"], model["max_position_embeddings"], directory)
     _write_weights(model, dtype, plan["seed"], directory, min(len(os.sched_getaffinity(0)), THREADS))
 
 
@@ -61,7 +61,8 @@ def _config(model: dict[str, Any], dtype: str) -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(vocab_size: int, max_length: int, directory: Path) -> None:
+def write_tokenizer(vocab_size: int, max_length: int, directory: Path) -> None:
+    """Write a byte-level BPE with exactly `vocab_size` entries."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -1,4 +1,4 @@
-"""Read the checkpoint into the page cache while NeMo is imported, so that loading it is faster.
+"""Read the checkpoint into the page cache while the engine is imported, so that loading it is faster.
 
 In: a folder. Out: a thread that reads the folder's files.
 
@@ -11,6 +11,8 @@ import os
 import threading
 from pathlib import Path
 
+from runtime.job import memory, signals
+
 PIECE = 16 << 20  # bytes
 
 
@@ -20,13 +22,11 @@ def begin(folder: Path) -> threading.Thread | None:
         return None
     try:
         files = sorted(path for path in folder.glob("*") if path.is_file())
-        if sum(path.stat().st_size for path in files) > _free() // 2:
+        if sum(path.stat().st_size for path in files) > memory.available() // 2:
             return None
     except OSError:
         return None
-    thread = threading.Thread(target=_read, args=(files,), name="read ahead", daemon=True)
-    thread.start()
-    return thread
+    return signals.start_thread(_read, files)
 
 
 def _read(files: list[Path]) -> None:
@@ -37,12 +37,3 @@ def _read(files: list[Path]) -> None:
             with path.open("rb", buffering=0) as file:
                 while file.readinto(buffer):
                     pass
-
-
-def _free() -> int:
-    """Available memory in bytes; 0 if the system does not report it."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)

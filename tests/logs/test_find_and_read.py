@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ftgen.errors import LogError
 from ftgen.logs import blocks
-from ftgen.logs.blocks import Block
+from ftgen.logs.feed import feed
 from ftgen.logs.find import find_runs
 from ftgen.logs.identity import from_name, from_plan
 from ftgen.logs.log import Log
@@ -30,7 +30,7 @@ LINE = (
 
 def read(text):
     log = Log(from_name("x"))
-    log.feed(Block(0, text))
+    feed(log, text)
     return log
 
 

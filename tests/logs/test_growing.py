@@ -7,10 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from logs import make
 
-from ftgen.logs import blocks
+from ftgen.logs import blocks, feed
 from ftgen.logs.find import find_runs
-from ftgen.logs.growing import Growing
-from ftgen.logs.read import read_log
+from ftgen.logs.read import Growing, read_log
 from ftgen.results.summary import judge
 from ftgen.show.follow import Follower
 
@@ -60,7 +59,7 @@ def test_each_look_says_what_a_fresh_read_would(tmp_path_factory, data, text, ot
     reader, there = Growing(), 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "BLOCK", block)
-        patch.setattr(blocks, "KNOWN_BY", block)
+        patch.setattr(feed, "EDGE", block)
         for change, size in data.draw(st.lists(changes, min_size=3, max_size=12)):
             if change == "add":
                 with path.open("ab") as file:

@@ -18,7 +18,7 @@ from ftgen.errors import LogError
 from ftgen.logs import blocks as blocks_module
 from ftgen.logs import failures, many
 from ftgen.logs.blocks import LogFileError, blocks
-from ftgen.logs.find import find_folders, find_runs
+from ftgen.logs.find import find_runs, runs_below
 from ftgen.logs.many import read_all
 from ftgen.logs.read import read_log
 from ftgen.results.summary import summarize, summarize_all
@@ -55,19 +55,20 @@ def test_blocks_are_all_of_a_file_once_from_any_line(tmp_path_factory, lines, ta
             path.write_bytes(packed)
             begin = start if suffix == "a" else 0  # compressed files are read from the beginning
             found = list(blocks(path, begin))
-            assert b"".join(one.raw for one in found) == data[begin:]
-            assert [one.offset for one in found] == [
-                begin + sum(len(one.raw) for one in found[:n]) for n in range(len(found))
-            ]
-            assert all(one.raw.endswith((b"\n", b"\r")) for one in found[:-1])
+            assert b"".join(found) == data[begin:]
+            assert all(one.endswith((b"\n", b"\r")) for one in found[:-1])
 
 
 SAID = {
     "plan": b'ftgen plan: {"a": 1}',
+    "environment": b'ftgen environment: {"python": "3.11"}',
+    "node": b'ftgen node: {"node": "n1"}',
     "error": b"ftgen: error: no checkpoint",
     "exit": b"ftgen: exit status 3",
     "job exit": b"job exited with code 1",
     "task exit": b"srun: error: node1: task 3: Exited with exit code 1",
+    "task killed": b"srun: error: node1: task 3: Killed",
+    "exited": b"[exiting program at iteration 100] datetime: 2025-12-22",
     "stopped": b"`Trainer.fit` stopped: `max_steps=100` reached.",
     "done": b"[after training is done] datetime: 2025-12-22",
     "not finite": b"found NaN in local grad norm",
@@ -83,12 +84,15 @@ noise = st.lists(
 )
 
 
+def test_each_kind_of_line_has_an_example():
+    assert SAID.keys() == failures.KINDS.keys()
+
+
 @given(st.sampled_from(sorted(SAID)), noise, noise)
 def test_a_line_that_tells_is_found_in_any_text(kind, before, after):
     text = b"\n".join([*before, SAID[kind], *after])
     assert kind in {told.kind for told in failures.find(text)}
-    some = {told.kind for told in failures.find(text, anywhere=True)}
-    assert (kind in some) == (kind in failures.ANYWHERE)
+    assert failures.has_words(text, failures.WORDS_BETWEEN_STEPS) == failures.KINDS[kind].between_steps
 
 
 def test_what_tells_is_found_in_a_talkative_log(tmp_path):
@@ -145,15 +149,15 @@ def test_a_zstd_log_without_the_package_says_what_to_install(tmp_path, monkeypat
 
 
 def test_several_processes_find_what_one_does(monkeypatch):
-    monkeypatch.setattr(many, "BATCH", 2000)
-    folders = list(find_folders([CASES]))
+    monkeypatch.setattr(many, "ALONE", 2000)
+    runs = list(runs_below([CASES]))
     seen = []
-    found = summarize_all(folders, processes=2, progress=seen.append)
-    assert repr(found) == repr(summarize_all(folders, processes=1))
+    found = summarize_all(runs, processes=2, progress=seen.append)
+    assert repr(found) == repr(summarize_all(runs, processes=1))
     logs = Counter(each.log for each in found)  # of a file with several runs, `summarize` has the last one only
     alone = [each for each in found if logs[each.log] == 1]
     assert repr(alone) == repr([summarize(run) for run in find_runs([CASES]) if logs[run.log] == 1])
-    assert sum(seen) == sum(folder.size for folder in folders)
+    assert sum(seen) == sum(run.size for run in runs)
 
 
 def killed(run, log):
@@ -162,14 +166,14 @@ def killed(run, log):
 
 def test_a_process_that_is_killed_is_told_of(monkeypatch):
     """As the kernel does where memory runs out."""
-    monkeypatch.setattr(many, "BATCH", 2000)
+    monkeypatch.setattr(many, "ALONE", 2000)
     with pytest.raises(LogError, match="a process that read logs was killed"):
-        read_all(find_folders([CASES]), killed, processes=2)
+        read_all(runs_below([CASES]), killed, processes=2)
 
 
 def test_the_steps_of_a_long_log_are_there_in_full(tmp_path, monkeypatch):
     monkeypatch.setattr(blocks_module, "BLOCK", 5000)
-    monkeypatch.setattr("ftgen.logs.steps.KEPT", 9000)
+    monkeypatch.setattr("ftgen.logs.steps.KEPT", 35)
     log(tmp_path, make.step_lines(400, 32, 1.32))
     (run,) = find_runs([tmp_path])
     steps = read_log(run).steps
@@ -180,8 +184,8 @@ def test_the_steps_of_a_long_log_are_there_in_full(tmp_path, monkeypatch):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the peak memory")
 def test_memory_does_not_grow_with_the_log(tmp_path):
     code = (
-        "import re, sys; from ftgen.logs.find import find_folders; from ftgen.results.summary import summarize_all;"
-        "print(summarize_all(find_folders(sys.argv[1:]), processes=1)[0].steps);"
+        "import re, sys; from ftgen.logs.find import runs_below; from ftgen.results.summary import summarize_all;"
+        "print(summarize_all(runs_below(sys.argv[1:]), processes=1)[0].steps);"
         "print(re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1])"
     )
     peaks = []

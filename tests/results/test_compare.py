@@ -14,6 +14,7 @@ from ftgen.results.baseline import read_baseline
 from ftgen.results.compare import contradicts_itself, mean, read_tolerance, recomputed
 from ftgen.results.fail_on import WORDS, read_words
 from ftgen.results.keys import View
+from ftgen.results.repeats import group
 from ftgen.show import formats
 from ftgen.show.formats import terminal
 from ftgen.show.tables import tabulate
@@ -223,3 +224,30 @@ def test_runs_of_unknown_work_are_not_compared(ftgen, tmp_path):
     done = ftgen("tabulate", f"{case}/logs/after", "--baseline", before, "--fail-on", "regression", "--flat")
     assert done.returncode == 1
     assert "nothing could be compared" in done.stderr
+
+
+BRIDGE = FP8_16.replace("nemo", "megatron_bridge")
+
+
+def test_a_run_compares_with_its_own_engine_and_with_the_other_only_where_asked(tmp_path):
+    file = results(tmp_path, [*runs(1.0), *runs(0.5, experiment=BRIDGE)])
+    (nemo,), (bridge,) = runs(1.1), runs(1.1, experiment=BRIDGE)
+    assert (nemo.engine, bridge.engine, bridge.options) == ("nemo", "megatron_bridge", ("engine megatron_bridge",))
+    own, other = read_baseline(file), read_baseline(file, across_engines=True)
+    assert [own.ratio(run) for run in (nemo, bridge)] == pytest.approx([1.1, 2.2])
+    assert [other.ratio(run) for run in (nemo, bridge)] == pytest.approx([2.2, 1.1])
+    only_nemo = results(tmp_path, runs(1.0), "nemo.json")
+    assert read_baseline(only_nemo).ratio(bridge) is None
+    assert read_baseline(only_nemo, across_engines=True).ratio(bridge) == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize("baseline", [(), ("--baseline", "published"), ("--baseline", "history")])
+def test_engines_are_compared_by_a_file_of_results(baseline, ftgen, tmp_path):
+    done = ftgen("tabulate", tmp_path, *baseline, "--across-engines")
+    assert done.returncode == 2
+    assert "--across-engines requires --baseline with a file of results" in done.stderr
+
+
+def test_runs_of_different_engines_are_no_repeats():
+    groups = group([*runs(1.0), *runs(0.5, experiment=BRIDGE)])
+    assert [(each.engine, each.runs) for each in groups] == [("nemo", 1), ("megatron_bridge", 1)]

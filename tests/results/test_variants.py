@@ -13,7 +13,7 @@ from ftgen.results import variants
 from ftgen.results.variants import numbered, variant
 from ftgen.spec.spec import Spec
 
-DEFAULTS = [name for name, known in catalogue.optimizations().items() if known.is_default("lora", "fp8", "h200")]
+DEFAULTS = [name for name, known in catalogue.optimizations().items() if known.is_default("lora", "fp8", "h200", "nemo")]
 
 
 def plan(on, *, without=(), packed=True, tp=1, **more):

@@ -38,8 +38,10 @@ def plan(**changes: Any) -> dict[str, Any]:
 class Stage:
     """A STAGE_PATH, and the commands of a job in it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, python: str | Path = sys.executable, job: Path = JOB) -> None:
         self.path = path
+        self.job = job  # the program of a task
+        self.python = python
         self.home = path / "HF_ckpt"
         self.place = self.home / "models" / "random" / "tiny_llama-1234"
 
@@ -49,7 +51,7 @@ class Stage:
         inherited = {name: value for name, value in os.environ.items() if name not in INHERITED}
         own = {"STAGE_PATH": self.path, "NEMO_HOME": self.home, "HF_HOME": self.home, "FTGEN_RUN_DIR": self.path / "run"}
         return subprocess.Popen(
-            [sys.executable, "-u", str(JOB), str(file), command],
+            [self.python, "-u", str(self.job), str(file), command],
             env=inherited | {name: str(value) for name, value in own.items()} | environment,
             cwd=self.path,
             stdout=subprocess.PIPE,

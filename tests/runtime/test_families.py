@@ -18,7 +18,7 @@ shape = dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_l
              num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False)
 for name, config, model in (("mistral", MistralConfig, MistralForCausalLM), ("qwen2", Qwen2Config, Qwen2ForCausalLM)):
     model(config(**shape)).save_pretrained(folder / name)
-    random_llama._write_tokenizer(512, 256, folder / name)
+    random_llama.write_tokenizer(512, 256, folder / name)
     importer.import_directory(folder / name, folder / f"{name}_nemo", folder / "scratch")
 """
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from runtime.guard import claim, manifest, publish
+from runtime.job import sharing
 from runtime.job.errors import JobError
 
 ROOT = Path(__file__).parents[2]
@@ -256,7 +257,7 @@ def test_the_manifest_says_what_was_made_of_what(place: Path) -> None:
     publish.ensure(place, SOURCE, lambda staging: [build(staging), {"commit": "abc"}][1])  # type: ignore[func-returns-value]
     document = json.loads((place / manifest.NAME).read_text())
     assert document["source"] == SOURCE
-    assert document["origin"] == {"commit": "abc"}
+    assert document["origin"] == {"commit": "abc", "user": sharing.user_name()}
     assert document["files"]["small"]["size"] == 5
     assert sorted(document["files"]) == ["large", "small"]
 

@@ -1,10 +1,12 @@
 """What the runtime does without NeMo: checks, refusals, made-up text, tokenizers and a user's data."""
 
+import importlib.util
 import json
 import os
 import random
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,11 @@ def test_check_finds_nothing_missing_and_is_quick(stage: Stage) -> None:
     begin = time.monotonic()
     status, output = stage.run(plan(), "check")
     assert time.monotonic() - begin < 1.5
-    assert (status, output) == (0, "ftgen: nothing is missing for sft_nemo_tiny_llama_fp32_1\n")
+    assert status == 0
+    packages, verdict = output.splitlines()
+    assert packages.startswith("ftgen: packages: NeMo 2.7.3 in ")
+    assert "/nemo, Megatron-Core 0.15.3 in " in packages
+    assert verdict == "ftgen: nothing is missing for sft_nemo_tiny_llama_fp32_1"
 
 
 def test_check_says_all_that_is_missing_at_once(stage: Stage) -> None:
@@ -62,15 +68,78 @@ def test_check_sees_a_token_in_the_environment_or_in_a_file(stage: Stage) -> Non
     assert "hf_secret" not in output
 
 
-def test_check_knows_a_missing_package_and_a_wrong_version(stage: Stage, tmp_path: Path) -> None:
-    site = tmp_path / "site"
-    for name, version in (("nemo_toolkit", "3.0.0"), ("megatron_core", "0.16.1")):
-        (site / f"{name}-{version}.dist-info").mkdir(parents=True)
-        (site / f"{name}-{version}.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
-    status, output = stage.run(plan(), "check", PYTHONPATH=str(site))
+VERSION = "MAJOR = {}\nMINOR = {}\nPATCH = {}\nPRE_RELEASE = ''\n"
+
+
+def sources(folder: Path, package: str, version: str, files: dict[str, str]) -> str:
+    """A folder with a package's files, as [sources] of a spec puts it before the installed ones on sys.path."""
+    place = folder / package
+    own = {"__init__.py": "", "package_info.py": VERSION.format(*version.split("."))}
+    for name, text in (own | files).items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(text)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "files", "error"),
+    [
+        ("nemo", "3.0.0", {}, "NeMo 3.0.0 in {}/nemo has no nemo.collections.llm; versions 2.1 to 2.7 have it"),
+        (
+            "nemo",
+            "2.6.0",
+            {"collections/llm/__init__.py": ""},
+            "NeMo 2.6.0 in {}/nemo has no recipe llama3_8b, which this model needs",
+        ),
+        (
+            "megatron/core",
+            "0.14.0",
+            {},
+            "does not fit Megatron-Core 0.14.0 in {}/megatron/core, which lacks megatron.core.",
+        ),
+    ],
+)
+def test_check_looks_at_what_would_be_imported(
+    package: str, version: str, files: dict[str, str], error: str, stage: Stage, tmp_path: Path
+) -> None:
+    """Not at what is installed: here, sources come first."""
+    status, output = stage.run(plan(), "check", PYTHONPATH=sources(tmp_path, package, version, files))
     assert status == 1
-    assert "nemo_toolkit 3.0.0 is installed, 2.7.x is needed" in output
-    assert "megatron-core 0.16.1 is installed, 0.15.x is needed" in output
+    assert error.format(tmp_path) in output
+    assert "  hint: install ftgen's extra runtime for " in output
+
+
+def test_the_hint_of_the_check_can_be_followed_in_an_image(stage: Stage, tmp_path: Path) -> None:
+    document = plan()
+    document["python"] |= {"kind": "container", "image": "/images/nemo.sqsh"}
+    _, output = stage.run(document, "check", PYTHONPATH=sources(tmp_path, "nemo", "3.0.0", {}))
+    assert "  hint: set python.image in the site profile to another image: `ftgen list --images` says which fit" in output
+
+
+def test_sources_that_have_all_names_pass_whatever_their_version(stage: Stage, tmp_path: Path) -> None:
+    installed = Path(importlib.util.find_spec("megatron.core").origin).parent  # type: ignore[union-attr, arg-type]
+    shutil.copytree(installed, tmp_path / "megatron/core", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "megatron/core/package_info.py").write_text(VERSION.format(0, 99, 1))
+    status, output = stage.run(plan(), "check", PYTHONPATH=str(tmp_path))
+    assert status == 0, output
+    assert f"Megatron-Core 0.99.1 in {tmp_path}/megatron/core, " in output
+
+
+def test_check_knows_a_missing_package(stage: Stage, tmp_path: Path) -> None:
+    """In an environment that has nothing."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    status, output = Stage(stage.path, tmp_path / "bare/bin/python").run(plan(), "check")
+    assert status == 1
+    assert output.startswith("ftgen: packages: no NeMo and no PyTorch\n")
+    for name in ("nemo_toolkit", "megatron-core", "torch", "lightning", "transformers"):
+        assert f"ftgen: error: the package {name} is not installed\n  hint: " in output
+
+
+@pytest.mark.parametrize(("cpus", "warned"), [("8", True), ("15(x2)", True), ("16", False), ("", False)])
+def test_check_warns_of_a_part_of_a_node_with_too_few_cpus(cpus: str, warned: bool, stage: Stage) -> None:
+    eight = plan(gpu="h100", precision="bf16", gpus=8, global_batch_size=32)
+    _, output = stage.run(eight, "check", SLURM_JOB_CPUS_PER_NODE=cpus)
+    assert ("CPUs for 8 GPUs of a node: set cpus_per_gpu in the site profile\n" in output) == warned
 
 
 # --- refusals before anything heavy is imported
@@ -81,7 +150,7 @@ def test_check_knows_a_missing_package_and_a_wrong_version(stage: Stage, tmp_pat
     [
         ({}, "finetune", "there is no converted checkpoint in "),
         ({"gpus": 2, "gpus_per_node": 2}, "finetune", "1 processes train, but the plan has 2 GPUs"),
-        ({"checkpoint": {"source": "hub"}}, "convert", "ftgen/tiny-llama is not in the cache, and the Hugging Face hub"),
+        ({"checkpoint": {"source": "hub"}}, "convert", "HF_HUB_OFFLINE is set, and ftgen/tiny-llama is not on this machine"),
         ({"checkpoint": {"source": "directory", "path": "none"}}, "convert", "none is not a Hugging Face checkpoint"),
     ],
 )
@@ -94,6 +163,22 @@ def test_what_cannot_be_done_is_one_line_and_a_hint(changes: dict[str, Any], com
     assert error in said[0]
     assert said[1].startswith("  hint: ")
     assert not list(stage.path.rglob(".*.staging-*"))
+
+
+@pytest.mark.parametrize("path", ["~/here/x.jsonl", "$HOME/here/x.jsonl", "${WHERE}/x.jsonl", "here/x.jsonl"])
+def test_a_path_of_the_spec_has_its_variables_expanded_on_the_node(path: str, stage: Stage) -> None:
+    (stage.path / "here").mkdir()
+    (stage.path / "here/x.jsonl").write_text("")
+    places = {"HOME": str(stage.path), "WHERE": str(stage.path / "here")}
+    status, output = stage.run(plan(data={"kind": "jsonl", "path": path}), "check", **places)
+    assert status == 0
+    assert output.endswith("\nftgen: nothing is missing for sft_nemo_tiny_llama_fp32_1\n")
+
+
+def test_a_path_with_a_variable_that_is_not_set_is_named(stage: Stage) -> None:
+    status, output = stage.run(plan(checkpoint={"source": "directory", "path": "$NOT_THERE/x"}), "convert")
+    assert status == 1
+    assert "ftgen: error: checkpoint.path: $NOT_THERE/x refers to $NOT_THERE, which is not set\n  hint: export it" in output
 
 
 def test_a_directory_of_another_shape_or_with_a_missing_shard_is_refused(stage: Stage) -> None:
@@ -127,7 +212,7 @@ def test_a_tokenizer_has_exactly_the_asked_entries_and_cuts_words_as_a_real_one(
 ) -> None:
     from tokenizers import Tokenizer
 
-    random_llama._write_tokenizer(vocab_size, 8192, tmp_path)
+    random_llama.write_tokenizer(vocab_size, 8192, tmp_path)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert tokenizer.get_vocab_size() == vocab_size
     assert (tokenizer.token_to_id("<|begin_of_text|>"), tokenizer.token_to_id("<|end_of_text|>")) == (0, 1)

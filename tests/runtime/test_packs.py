@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtime.data import packing
 from runtime.engines.nemo.optimizations import merge_micro_batches, short_padding, skip_shard_transposes
 from runtime.engines.nemo.optimizations.merge_micro_batches import merge
 from runtime.engines.nemo.optimizations.packs import ChangedStep
@@ -26,7 +27,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from nemo.collections.llm.gpt.data.core import create_sft_dataset
 
     folder = tmp_path_factory.mktemp("packs")
-    random_llama._write_tokenizer(300, LENGTH, folder)
+    random_llama.write_tokenizer(300, LENGTH, folder)
     rng = random.Random(1)
     lengths = [[rng.randint(20, 40) for _ in range(6)] for _ in range(7)] + [[20, 30]]
     rows = [_pack(row, rng) for row in lengths]
@@ -137,6 +138,21 @@ def test_steps_that_change_batches_can_be_stacked(dataset: Any, monkeypatch: pyt
     step = ChangedStep(inner, merge)(iter([(batch(dataset, 0, 1, 2, 7), 0, 0)]))
     assert step["tokens"].shape == step["loss_weights"].shape == (1, PACKS * LENGTH)
     assert np.diff(ends(step)).max() <= 64
+
+
+def test_nemos_packs_depend_only_on_the_data_and_the_seed(tmp_path: Path) -> None:
+    random_llama.write_tokenizer(300, LENGTH, tmp_path)
+    for name, count in (("training", 60), ("validation", 5)):
+        lines = [json.dumps({"input": "a " * (number % 9 + 1), "output": f"b {number}"}) for number in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+    def packed(seed: int, place: str) -> bytes:
+        np.random.seed(len(place))
+        (tmp_path / place).mkdir()
+        packing.pack({"seq_length": 128, "seed": seed}, tmp_path, tmp_path, tmp_path / place)
+        return (tmp_path / place / "training.npy").read_bytes()
+
+    assert packed(1, "first") == packed(1, "second") != packed(2, "other")
 
 
 def test_the_longest_example_comes_from_the_packs_metadata(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ TRAIN = """
 import sys
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
-from runtime.job.profiler import Profiler
-callback = Profiler("pytorch", 2, 3, sys.argv[1])
+from runtime.engines.nemo.profiling import ProfileSteps
+callback = ProfileSteps("pytorch", 2, 3, sys.argv[1])
 quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, limit_val_batches=0)
 Trainer(max_steps=6, accelerator="cpu", callbacks=[callback], **quiet).fit(BoringModel())
 """

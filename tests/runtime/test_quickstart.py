@@ -49,6 +49,30 @@ def test_the_quickstart_learns(job) -> None:
     assert sum(losses[-10:]) / 10 < sum(losses[:10]) / 10 - 1
 
 
+def test_the_fine_tune_is_killed_goes_on_and_ends_with_a_model_that_answers(tmp_path: Path, ftgen) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples/finetune.py"],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1500,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "ftgen: exit status 137" in done.stdout
+    assert "ftgen: resumed after step 100: " in done.stdout
+    assert done.stdout.endswith("> What do bees make from nectar?\nBees make honey from nectar.\n")
+    (run,) = json.loads(ftgen("tabulate", tmp_path / "logs", "--format", "json").stdout)["runs"]
+    assert (run["status"], run["steps"], run["saves"], run["validation_step"]) == ("complete", 250, 10, 250)
+    assert run["tokens_trained"] == 250 * 4 * 512
+    assert len(run["attempts"]) == 2
+    assert 0 < run["goodput"] < 1
+    assert 0 < run["save_share"] < 1
+    assert run["validation_loss"] < 1  # it answers questions in other words than those that it was trained on
+    assert any("resumed" in note for note in run["notes"])
+
+
 def step_lines(job) -> list[str]:
     return [line for line in job[1].stdout.splitlines() if line.startswith("Training epoch 0, iteration ")]
 
@@ -56,7 +80,7 @@ def step_lines(job) -> list[str]:
 def test_the_quickstart_lays_its_files_out_as_the_recipe(job) -> None:
     alone, _ = job
     (checkpoint,) = (alone / "HF_ckpt/models/random").glob("tiny_llama*")
-    assert {path.name for path in checkpoint.iterdir()} == {"context", "weights", "manifest.json"}
+    assert {path.name for path in checkpoint.iterdir()} == {"context", "weights", "hugging_face", "manifest.json"}
     (log,) = alone.glob("logs/experiments/*/*/*/log-*.out")
     experiment = "sft_nemo_tiny_llama_fp32_1"
     assert log.parts[-5:-1][1] == experiment

@@ -94,7 +94,7 @@ def test_the_run_after_the_kills_finishes_and_clears_up(history: History) -> Non
     stage = history.stage
     assert manifest.flaw(stage.place, source(plan()), thorough=True) is None
     assert {path.name for path in stage.place.parent.iterdir()} == {stage.place.name, f".{stage.place.name}.claims"}
-    assert {path.name for path in stage.place.iterdir()} == {"context", "weights", "manifest.json"}
+    assert {path.name for path in stage.place.iterdir()} == {"context", "weights", "hugging_face", "manifest.json"}
     assert "waiting for" not in history.last_output
 
 

@@ -12,6 +12,9 @@ import tomli
 ROOT = Path(__file__).parents[2]
 
 CASES = Path(__file__).parents[1] / "golden"
+CARRIED = (
+    "# unpack FOLDER: writes the entrypoint and the runtime files.\n"  # what comes from here on is as long as the runtime
+)
 SPECS = sorted((ROOT / "specs").glob("*.toml"))
 DOCUMENTED = {
     f"{scheme}_{precision}_{gpus}" for scheme in ("sft", "lora") for precision in ("bf16", "fp8") for gpus in (8, 16, 32)
@@ -41,23 +44,37 @@ def shellcheck(*scripts: Path) -> None:
 @pytest.mark.parametrize("case", sorted(CASES.iterdir()), ids=lambda case: case.name)
 def test_a_spec_compiles_to_the_expected_script(case, ftgen, tmp_path, matches_golden):
     script = compile_case(ftgen, case, tmp_path)
-    own, carried = script.split("# unpack FOLDER: writes the entrypoint and the runtime files.\n")
+    own, carried = script.split(CARRIED)
     matches_golden(case / "expected.sh", own)
     assert carried.endswith('\nmain "$@"\n')
 
 
 @pytest.mark.parametrize("case", sorted(CASES.iterdir()), ids=lambda case: case.name)
 def test_bash_and_shellcheck_have_nothing_to_say(case, ftgen, tmp_path):
-    compile_case(ftgen, case, tmp_path)
+    """`make check` reads whole scripts; the runtime files that they carry take longer than what they do."""
+    script = compile_case(ftgen, case, tmp_path)
     subprocess.run(["bash", "-n", tmp_path / "spec.sh"], check=True)
-    shellcheck(tmp_path / "spec.sh")
+    own = script.split(CARRIED)[0]
+    (tmp_path / "own.sh").write_text(f'{own}main "$@"\n')
+    shellcheck(tmp_path / "own.sh")
 
 
 def test_the_script_carries_the_entrypoint_and_the_runtime_unchanged(ftgen, tmp_path):
     compile_case(ftgen, CASES / "recipe", tmp_path)
     subprocess.run(["bash", tmp_path / "spec.sh", "--unpack", tmp_path / "unpacked"], check=True)
     assert (tmp_path / "unpacked/spec.py").read_bytes() == (tmp_path / "spec.py").read_bytes()
-    assert texts(tmp_path / "unpacked/runtime") == texts(ROOT / "runtime")
+    ours, other = texts(ROOT / "runtime"), "engines/megatron_bridge/"
+    assert texts(tmp_path / "unpacked/runtime") == {path: text for path, text in ours.items() if not path.startswith(other)}
+
+
+def test_a_script_carries_only_the_files_of_its_engine(ftgen, tmp_path):
+    """The spec has conversations, epochs and all tables of a fine-tune that delivers a model."""
+    sets = ("--set", "engine=megatron_bridge", "--set", "log.tensorboard=true")
+    done = ftgen("compile", "specs/quickstart_finetune.toml", *sets, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    subprocess.run(["bash", tmp_path / "quickstart_finetune.sh", "--unpack", tmp_path / "unpacked"], check=True)
+    engines = {path.name for path in (tmp_path / "unpacked/runtime/engines").iterdir() if path.is_dir()}
+    assert engines == {"megatron_bridge"}
 
 
 def test_values_come_back_unchanged_from_bash(ftgen, tmp_path):
@@ -65,10 +82,11 @@ def test_values_come_back_unchanged_from_bash(ftgen, tmp_path):
     spec = tomli.loads((CASES / "hostile_values/spec.toml").read_text())
     functions = script.rpartition('main "$@"')[0]
     probe = tmp_path / "probe.sh"  # longer than a word of a command line may be
-    probe.write_text(functions + "load_environment\nfind_python() { :; }\nenv -0\n")
+    probe.write_text(functions + "load_environment convert\nfind_python() { :; }\nenv -0\n")
     printed = subprocess.run(["bash", probe], capture_output=True, check=True, cwd=tmp_path).stdout
     seen = dict(line.split("=", 1) for line in printed.decode().split("\0") if "=" in line)
-    assert {name: seen[name] for name in spec["environment"]} == spec["environment"]
+    dollar = f"{os.environ['HOME']} {os.environ['PATH']} $(id) `id` ${{}} $1 $"
+    assert {name: seen[name] for name in spec["environment"]} == spec["environment"] | {"DOLLAR": dollar}
     subprocess.run(["bash", tmp_path / "spec.sh", "--unpack", tmp_path / "unpacked"], check=True, cwd=tmp_path)
     assert plan_in(tmp_path / "unpacked/spec.py")["data"]["path"] == spec["data"]["path"]
     assert not (tmp_path / "pwned").exists()
@@ -89,17 +107,26 @@ def test_every_spec_compiles_to_the_same_bytes_each_time(spec, ftgen, ftgen_proc
     assert first == second
     assert set(first) == {f"{spec.stem}.sh", f"{spec.stem}.py"}
     subprocess.run(["bash", "-n", tmp_path / "first" / f"{spec.stem}.sh"], check=True)
-    shellcheck(tmp_path / "first" / f"{spec.stem}.sh")
+
+
+def test_shellcheck_has_nothing_to_say_of_a_whole_script_for_either_engine(ftgen, tmp_path):
+    """`make check` reads those of the documented experiments."""
+    for engine in ("nemo", "megatron_bridge"):
+        assert (
+            ftgen("compile", "specs/quickstart.toml", "--set", f"engine={engine}", "--out", tmp_path / engine).returncode
+            == 0
+        )
+        shellcheck(tmp_path / engine / "quickstart.sh")
 
 
 def test_the_documented_experiments_are_there_and_short():
-    named = {spec.stem: spec for spec in SPECS if spec.stem != "quickstart"}
+    named = {spec.stem: spec for spec in SPECS if not spec.stem.startswith("quickstart")}
     assert set(named) == DOCUMENTED
     assert all(len(spec.read_text().splitlines()) < 10 for spec in named.values())
 
 
 def test_the_committed_scripts_are_current(ftgen):
-    specs = [spec for spec in SPECS if spec.stem != "quickstart"]
+    specs = [spec for spec in SPECS if not spec.stem.startswith("quickstart")]
     done = ftgen("compile", *specs, "--check")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     committed = subprocess.run(["git", "ls-files", "generated"], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -21,7 +21,7 @@ from test_export import Page
 
 from ftgen.logs import many
 from ftgen.logs.failures import Told
-from ftgen.logs.find import find_folders, find_runs
+from ftgen.logs.find import find_runs, runs_below
 from ftgen.logs.read import read_log
 from ftgen.logs.step import Step
 from ftgen.logs.steps import Steps
@@ -44,7 +44,7 @@ def page_of(runs, title="Results"):
 
 @pytest.fixture(scope="module")
 def text():
-    return page_of(read(find_folders(LOGS)))
+    return page_of(read(runs_below(LOGS)))
 
 
 def made_up(name, times):
@@ -61,8 +61,8 @@ def test_every_run_is_told_of_with_what_its_verdict_stands_on(text):
 
 
 def test_several_processes_read_what_one_does(monkeypatch):
-    monkeypatch.setattr(many, "BATCH", 2000)
-    read_by = [read(find_folders(LOGS), processes=processes) for processes in (1, 2)]
+    monkeypatch.setattr(many, "ALONE", 2000)
+    read_by = [read(runs_below(LOGS), processes=processes) for processes in (1, 2)]
     assert [(one.run, one.told) for one in read_by[0]] == [(one.run, one.told) for one in read_by[1]]
 
 
@@ -80,8 +80,8 @@ def test_a_run_is_drawn_when_its_part_of_the_page_is_written(monkeypatch):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the peak memory")
 def test_what_is_kept_of_a_run_does_not_grow_with_its_log(tmp_path):
     code = (
-        "import re, sys; from ftgen.logs.find import find_folders; from ftgen.show.report import read;"
-        "(one,) = read(find_folders(sys.argv[1:]), processes=1);"
+        "import re, sys; from ftgen.logs.find import runs_below; from ftgen.show.report import read;"
+        "(one,) = read(runs_below(sys.argv[1:]), processes=1);"
         "print(len(one.packed), len(one.told.curves.times.points));"
         "print(re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1])"
     )
@@ -117,7 +117,7 @@ def hostile(name):
     of = dict.fromkeys(("experiment", "run_id", "reason", "log", "model", "scheme", "precision"), name)
     log.plan = {name: {name: name}} if name else {}
     log.environment = {name: name}
-    log.told = {"error": Told("error", name, b"")}
+    log.told = {"error": Told("error", name)}
     summary = summary._replace(gpu=name, warnings=(name,), notes=(name,), **of)
     return [Reading.of(summary, log), Reading.of(summary._replace(run_id=f"{name}2"), log)]
 

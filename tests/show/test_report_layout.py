@@ -4,7 +4,7 @@ import pytest
 from browser import chromium, show_as
 from test_report import ROOT, page_of
 
-from ftgen.logs.find import find_folders
+from ftgen.logs.find import runs_below
 from ftgen.show.report import read
 
 GPUS = [ROOT / "tests" / "logs" / case for case in ("h100", "h200", "h200_pair", "h200_parallel")]
@@ -52,7 +52,7 @@ def pages(tmp_path_factory):
     found = {}
     for name, logs in (("gpus", GPUS), ("verdicts", [ROOT / "tests" / "logs" / "verdicts"])):
         found[name] = folder / f"{name}.html"
-        found[name].write_text(page_of(read(find_folders(logs)), TITLE))
+        found[name].write_text(page_of(read(runs_below(logs)), TITLE))
     return found
 
 

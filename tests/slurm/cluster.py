@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SCRIPT = HERE / "slurm-cluster.sh"
 SITE = 'gpu_request = "gres"\nmpi = "none"\nexclusive = false\nmem = "1000"\n'
-SPEC = 'scheme = "{scheme}"\nprecision = "fp32"\ngpus = {gpus}\ngpu = "cpu"\nmodel = "{model}"\nseq_length = 256\n'
+SPEC = 'scheme = "{scheme}"\nprecision = "{precision}"\ngpus = {gpus}\ngpu = "{gpu}"\nmodel = "{model}"\nseq_length = 256\n'
 CHECKPOINT = 'checkpoint = {{ source = "{source}" }}\ndata = {{ kind = "synthetic" }}\nwalltime = "{walltime}"\n'
 
 
@@ -26,6 +26,7 @@ class Cluster:
         self.environment = (
             os.environ
             | {"SLURMLAB_PARTITIONS": "main other", "SLURMLAB_GPU_TYPE": "h100", "SLURMLAB_PREEMPT": "1"}
+            | {"SLURMLAB_GRES": "nvme:2"}
             | settings
         )
         self.environment["SLURM_CONF"] = str(folder / "etc/slurm.conf")
@@ -92,9 +93,15 @@ class Desk:
         self, name: str, *, gpus: int = 1, scheme: str = "sft", model: str = "tiny_llama", site: str = "", **more: str
     ) -> Path:
         """A script; `more`: source of the checkpoint, walltime, extra lines of the spec."""
-        settings = {"source": "hub", "walltime": "00:10:00", "extra": ""} | more
+        settings = {"source": "hub", "walltime": "00:10:00", "extra": "", "gpu": "cpu"} | more
+        settings["precision"] = "fp32" if settings["gpu"] == "cpu" else "bf16"
+        text = (SPEC + CHECKPOINT).format(scheme=scheme, gpus=gpus, model=model, **settings) + settings["extra"]
+        (self.folder / f"{name}.toml").write_text(text)
+        return self.compile_file(name, site)
+
+    def compile_file(self, name: str, site: str = "") -> Path:
+        """The script of a spec that is in the folder."""
         spec, profile = self.folder / f"{name}.toml", self.folder / "site.toml"
-        spec.write_text((SPEC + CHECKPOINT).format(scheme=scheme, gpus=gpus, model=model, **settings) + settings["extra"])
         profile.write_text(site if "gpu_request" in site else site + SITE)
         command = [sys.executable, "-m", "ftgen", "compile", spec, "--site", profile, "--out", self.folder / "generated"]
         done = subprocess.run([str(w) for w in command], capture_output=True, text=True, check=False, cwd=ROOT)
@@ -103,11 +110,26 @@ class Desk:
 
     def submit(self, *words: object, **environment: str) -> int:
         """sbatch, as a user with the given environment; the first job's number."""
-        own = {"STAGE_PATH": str(self.stage), "FTGEN_PYTHON": str(self.python), "FTGEN_STALE_S": "6"}
-        env = self.cluster.environment | own | environment
-        number = int(self.cluster.call("sbatch", "--parsable", *words, env=env, cwd=self.folder))
+        return self.submit_in([], *words, **environment)
+
+    def submit_in(self, session: list[str], *words: object, **environment: str) -> int:
+        """The same within a session: the words of an salloc or srun."""
+        number = int(self.call(*session, "sbatch", "--parsable", *words, **environment))
         self.jobs.append(number)
         return number
+
+    def run_in(self, session: list[str], *words: object, **environment: str) -> int:
+        """Run a command in a session and wait for its end; the session's number."""
+        said = self.call(*session, *words, **environment)
+        number = int(re.findall(r"ftgen: log: .*_(\d+)_\d+\.out", said)[0])
+        self.jobs.append(number)
+        self.ended(number)
+        return number
+
+    def call(self, *words: object, **environment: str) -> str:
+        """A command's output, in the folder and the environment of a user."""
+        own = {"STAGE_PATH": str(self.stage), "FTGEN_PYTHON": str(self.python), "FTGEN_STALE_S": "6"}
+        return self.cluster.call(*words, env=self.cluster.environment | own | environment, cwd=self.folder)
 
     def job(self, number: int) -> Job:
         text = self.cluster.call("scontrol", "show", "job", number)
@@ -136,6 +158,11 @@ class Desk:
     def log(self, number: int, restart: int = 0, kind: str = "log") -> str:
         (found,) = self.stage.glob(f"logs/experiments/*/*_{number}/*/{kind}-*_{number}_{restart}.out")
         return found.read_text()
+
+    def shown(self, number: int, name: str) -> list[str]:
+        """The value of a variable in each rank of a job that was submitted with PROGRAM_SHOW, in the order of the ranks."""
+        found = re.findall(rf"^rank (\d+) has {name}=(.*)$", self.log(number), re.MULTILINE)
+        return [value for _, value in sorted(found, key=lambda each: int(each[0]))]
 
     def output(self, number: int) -> str:
         """Slurm's own output file, empty before there is one."""

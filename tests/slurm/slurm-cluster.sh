@@ -12,6 +12,7 @@
 # Environment, read by up:
 #   SLURMLAB_CPUS=16  SLURMLAB_MEM=16000       CPUs and MB that each node claims (need not exist)
 #   SLURMLAB_GPU_TYPE=                         e.g. h100, so that --gres=gpu:h100:8 is accepted too
+#   SLURMLAB_GRES=                             another generic resource of each node and its count, e.g. nvme:2
 #   SLURMLAB_PARTITIONS=main                   names, space separated; the first is the default
 #   SLURMLAB_PREEMPT=                          1: a job of a later partition requeues those of earlier ones
 #   SLURMLAB_SACCT=                            1: run mariadbd and slurmdbd, so that sacct works (+4 s)
@@ -91,7 +92,7 @@ do_install() {
 }
 
 write_config() {
-    local host n i p cpus=${SLURMLAB_CPUS:-16} mem=${SLURMLAB_MEM:-16000} type=${SLURMLAB_GPU_TYPE:-}
+    local host n i p cpus=${SLURMLAB_CPUS:-16} mem=${SLURMLAB_MEM:-16000} type=${SLURMLAB_GPU_TYPE:-} more=${SLURMLAB_GRES:-}
     local bind='CommunicationParameters=NoCtldInAddrAny,NoInAddrAny'   # listen on our own name's address
     host=$(hostname)
     if [[ $(getent ahostsv4 "$host" || true) != 127.* ]]; then
@@ -112,6 +113,7 @@ write_config() {
     : >"$DIR/etc/gres.conf"
     ((GPUS == 0)) || echo "NodeName=node[1-$NODES] Name=gpu ${type:+Type=$type} File=$DIR/dev/nvidia[0-$((GPUS - 1))]" \
         >"$DIR/etc/gres.conf"
+    [ -z "$more" ] || echo "NodeName=node[1-$NODES] Name=${more%:*} Count=${more#*:}" >>"$DIR/etc/gres.conf"
     cat >"$SLURM_CONF" <<CONF
 ClusterName=lab
 SlurmctldHost=$host(127.0.0.1)
@@ -147,8 +149,9 @@ MailProg=/bin/true
 MpiDefault=none
 ReturnToService=2
 KillWait=5
-GresTypes=gpu
-NodeName=node[1-$NODES] NodeAddr=127.0.0.1 Port=[$((PORT + 1))-$((PORT + NODES))] CPUs=$cpus RealMemory=$mem$( ((GPUS == 0)) || echo " Gres=gpu:${type:+$type:}$GPUS")
+GresTypes=gpu${more:+,${more%:*}}
+Licenses=lab:9
+NodeName=node[1-$NODES] Feature=lab TmpDisk=9000 NodeAddr=127.0.0.1 Port=[$((PORT + 1))-$((PORT + NODES))] CPUs=$cpus RealMemory=$mem$( ((GPUS == 0)) || echo " Gres=gpu:${type:+$type:}$GPUS${more:+,$more}")
 CONF
     i=YES n=1
     for p in ${SLURMLAB_PARTITIONS:-main}; do

@@ -84,31 +84,6 @@ def test_every_rank_s_failure_is_in_the_log_under_its_name(desk):
     assert all(rank == device for rank, _, device in failed)
 
 
-def test_an_apptainer_image_is_run_with_the_site_s_words(desk):
-    """There is no apptainer here: one of ours shows its command line and runs what it is given."""
-    tools = desk.folder / "tools"
-    tools.mkdir()
-    (tools / "apptainer").write_text('#!/bin/bash\necho "apptainer $*" >>$STAGE_PATH/lines\nexec "${@:(-3)}"\n')
-    (tools / "apptainer").chmod(0o755)
-    site = SITE + 'shared_paths = ["/data"]\n[python]\nkind = "apptainer"\nimage = "$STAGE_PATH/nemo.sif"\n'
-    path = {"PATH": f"{tools}:{desk.cluster.environment['PATH']}"}
-    job = run(desk, 2, site + 'mounts = ["/a:/b:ro"]\nwritable = true\n', **path)
-    assert desk.job(job).state == "COMPLETED", desk.everything()
-    assert sorted(table(desk, job)) == [0, 1]
-    lines = set((desk.stage / "lines").read_text().splitlines())
-    stage = desk.stage
-    words = f"--writable-tmpfs --no-home --bind {stage}:{stage},/data:/data,/a:/b:ro {stage}/nemo.sif {desk.python}"
-    assert all(line.startswith(f"apptainer exec {words} {stage}/logs/") for line in lines)
-    assert len(lines) == 3  # check, convert, finetune
-
-
-def test_a_container_needs_pyxis_and_slurm_says_so(desk):
-    """There is no pyxis here: Slurm does not know the option, and its line is in the log."""
-    job = run(desk, 2, SITE + '[python]\nkind = "container"\nimage = "$STAGE_PATH/nemo.sqsh"\n')
-    assert desk.job(job).state == "FAILED"
-    assert f"unrecognized option '--container-image={desk.stage}/nemo.sqsh'" in desk.log(job)
-
-
 def test_variables_that_override_the_header_are_warned_of(desk):
     environment = {"SBATCH_TIMELIMIT": "5", "SBATCH_GRES": "gpu:3", "SBATCH_GPUS_PER_TASK": "1", "SBATCH_PARTITION": "other"}
     job = run(desk, 1, 'partition = "main"\n', **{k: v for k, v in environment.items() if k != "SBATCH_GPUS_PER_TASK"})

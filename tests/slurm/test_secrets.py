@@ -52,9 +52,7 @@ def test_the_token_is_in_no_file_no_command_line_and_nothing_that_slurm_shows(de
 def test_a_real_fine_tune_over_two_nodes_trains_and_keeps_the_token_to_itself(desk):
     """NeMo itself, two ranks on two nodes that talk by gloo, the checkpoint made by the job before."""
     extra = "max_steps = 22\nglobal_batch_size = 4\nwindow = { last_steps = 2 }\n"
-    script = desk.compile(
-        "real", gpus=2, source="random", site='gpus_per_node = 1\nmpi = "pmix"\ngpu_request = "gres"\n', extra=extra
-    )
+    script = desk.compile("real", gpus=2, source="random", site='gpus_per_node = 1\ngpu_request = "gres"\n', extra=extra)
     first = desk.submit(script, HF_TOKEN=TOKEN, FTGEN_PYTHON=sys.executable, FTGEN_STALE_S="60")
     assert desk.ended(first, 120).state == "COMPLETED", desk.everything()
     seen = ""

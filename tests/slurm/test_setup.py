@@ -61,7 +61,9 @@ def wheels(folder: Path) -> None:
         files[f"{info}/WHEEL"] = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         package = module or name
         files[f"{package}/__init__.py"] = f"__version__ = {version!r}\n"
-        more = {"transformer_engine": ["pytorch.py"], "nemo_toolkit": ["../lightning.py", "../transformers.py"]}
+        beside = ["../lightning.py", "../transformers.py", "../nemo_run.py", "../fiddle.py"]
+        beside += ["../nemo/collections/llm/recipes/llama3_8b.py"]
+        more = {"transformer_engine": ["pytorch.py"], "nemo_toolkit": beside}
         files |= {f"{name}/{path}".replace("nemo_toolkit/../", ""): "" for path in more.get(name, [])}
         with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
             for path, text in files.items():
@@ -95,7 +97,10 @@ def test_a_stack_that_cannot_be_imported_fails_the_job(desk):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", desk.folder / "bare"], check=True)
     job = desk.submit(script, FTGEN_PYTHON=str(desk.folder / "bare/bin/python"))
     assert desk.ended(job).exit_code == 1
-    assert "ftgen: error: megatron.core cannot be imported: ModuleNotFoundError" in desk.output(job)
+    said = desk.output(job)
+    assert "ftgen: error: the package megatron-core is not installed\n" in said
+    assert "ftgen: error: megatron.core cannot be imported: ModuleNotFoundError" in said
+    assert "  hint: install ftgen's extra gpu into this Python, or export FTGEN_PYTHON=" in said
 
 
 @pytest.fixture
@@ -143,11 +148,16 @@ def test_other_sources_are_cloned_at_their_commit_and_come_first_on_the_job_s_pa
 
 
 @pytest.mark.parametrize(
-    ("kind", "tool", "words"), [("container", "enroot", "import --output"), ("apptainer", "apptainer", "pull")]
+    ("kind", "tool", "words", "name"),
+    [
+        ("container", "enroot", "import --output", "docker://nvcr.io#nvidia/nemo:24.12"),
+        ("apptainer", "apptainer", "pull", "docker://nvcr.io/nvidia/nemo:24.12"),
+        ("singularity", "singularity", "pull", "docker://nvcr.io/nvidia/nemo:24.12"),
+    ],
 )
-def test_an_image_is_made_once_under_its_name_only_when_it_is_whole(desk, kind, tool, words):
-    """Neither program is here: only the command line is looked at, and what becomes of a broken import."""
-    profile = f'[python]\nkind = "{kind}"\nimage = "$STAGE_PATH/nemo.img"\nimage_from = "docker://r#nvidia/nemo:24.12"\n'
+def test_an_image_is_made_once_under_its_name_only_when_it_is_whole(desk, kind, tool, words, name):
+    """None of these programs is here: only the command line is looked at, and what becomes of a broken import."""
+    profile = f'[python]\nkind = "{kind}"\nimage = "$STAGE_PATH/nemo.img"\nimage_from = "nvcr.io/nvidia/nemo:24.12"\n'
     script = setup(desk, profile)
     tools = desk.folder / "tools"
     tools.mkdir()
@@ -155,14 +165,13 @@ def test_an_image_is_made_once_under_its_name_only_when_it_is_whole(desk, kind, 
         f'#!/bin/bash\necho "{tool} $*"\n[ -e {tools}/works ] || exit 3\n'
         "[ $1 = exec ] || touch $STAGE_PATH/nemo.img.partial\n"
     )
-    for name in ("enroot", "apptainer"):
-        (tools / name).write_text(fake.replace(tool, name, 1))
-        (tools / name).chmod(0o755)
+    (tools / tool).write_text(fake)
+    (tools / tool).chmod(0o755)
     path = {"PATH": f"{tools}:{desk.cluster.environment['PATH']}"}
     broken = desk.submit(script, **path)
     assert desk.ended(broken).exit_code == 3
     assert not (desk.stage / "nemo.img").exists()
-    assert f"{tool} {words} {desk.stage}/nemo.img.partial docker://r#nvidia/nemo:24.12" in desk.output(broken)
+    assert f"{tool} {words} {desk.stage}/nemo.img.partial {name}\n" in desk.output(broken)
     (tools / "works").touch()
     job = desk.submit(script, **path)
     ended = desk.ended(job)
@@ -171,6 +180,39 @@ def test_an_image_is_made_once_under_its_name_only_when_it_is_whole(desk, kind, 
         assert ended.state == "FAILED"
         assert "unrecognized option '--container-image=" in desk.output(job)
     else:
-        assert f"apptainer exec --no-home --bind {desk.stage}:{desk.stage} {desk.stage}/nemo.img python3 -" in desk.output(
-            job
-        )
+        line = f"{kind} exec --no-home --bind {desk.stage}:{desk.stage} {desk.stage}/nemo.img python3 -"
+        assert line in desk.output(job)
+
+
+def test_the_set_up_job_asks_for_what_the_site_wants_and_runs_its_lines_and_variables(desk):
+    """The same keys as for the other jobs. Its Python is one that shows its environment."""
+    folder = desk.folder / "out of slurm"
+    folder.mkdir()
+    site = f"""\
+gpu_request = "gres"
+exclusive = false
+cpus_per_gpu = 2
+mem_per_cpu = "300"
+gres = ["nvme:1"]
+job_name_prefix = "acct."
+output_folder = "{folder}"
+stage_path = "~/stage"
+setup_lines = ['export PROXY="http://proxy"; name=x; die() {{ :; }}']
+sbatch_flags = ['--comment={{"a": "it is"}}']
+[environment]
+BOTH = "$PROXY:$NOT_SET:$HOME"
+"""
+    (desk.folder / "lab.toml").write_text(site)
+    command = [sys.executable, "-m", "ftgen", "setup", "--site", desk.folder / "lab.toml", "--out", desk.folder / "out"]
+    subprocess.run([str(word) for word in command], check=True, capture_output=True, cwd=ROOT)
+    script = desk.folder / "out/setup/lab.sh"
+    subprocess.run(["shellcheck", script], check=True)
+    desk.python.write_text('#!/bin/sh\necho "it has $BOTH in $STAGE_PATH"\n')
+    job = desk.submit(script, STAGE_PATH="", HOME=str(desk.folder))
+    ended = desk.ended(job)
+    assert ended.state == "COMPLETED", desk.everything()
+    for record in ("JobName=acct.ftgen_setup", "CPUs/Task=2", "MinMemoryCPU=300M", "gres:nvme:1", 'Comment={"a": "it is"}'):
+        assert record in ended.text
+    said = (folder / f"sbatch_ftgen_setup_{job}.out").read_text()
+    assert f"it has http://proxy:{desk.folder} in {desk.folder}/stage\n" in said
+    assert "ftgen: warning: BOTH refers to $NOT_SET, which is not set\n" in said

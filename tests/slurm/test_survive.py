@@ -1,6 +1,11 @@
 """What a job leaves behind that did not come to its end, and what the next one makes of it."""
 
+import os
+import re
+import signal
 import subprocess
+import time
+from pathlib import Path
 
 import pytest
 from cluster import Desk, until
@@ -27,11 +32,33 @@ def test_cancelled_in_any_phase_a_job_leaves_nothing_that_the_next_one_would_tru
     nothing_partial(desk)
     log = desk.log(job)
     assert "ftgen: error: SIGTERM: cancelled, pre-empted or requeued\n" in log
-    assert log.endswith("ftgen: exit status 143\n")
+    assert "ftgen: exit status 143\n" in log  # bash may add "wait_for: No record of process"
     again = desk.submit(script)
     assert desk.ended(again).state == "COMPLETED", desk.everything()
     nothing_partial(desk)
     assert len(desk.events("converted")) == 1
+
+
+def test_a_step_that_ends_before_the_script_has_its_own_signal_is_a_cancelled_job(desk):
+    script, after = desk.compile("spec", site=TASK), desk.compile("after", site=TASK)
+    job = desk.submit(script, after, PROGRAM_CHECK_S="30")
+    until(lambda: desk.events("check"), 30, desk.everything)
+    (step,) = (path.parent for path in Path("/proc").glob("[0-9]*/cmdline") if is_check_of(desk, path))
+    parent = int(re.findall(r"^PPid:\s+(\d+)", (step / "status").read_text(), re.MULTILINE)[0])
+    os.kill(int(step.name), signal.SIGTERM)
+    time.sleep(0.3)
+    os.kill(parent, signal.SIGTERM)
+    assert desk.ended(job).exit_code == 143
+    assert "ftgen: error: SIGTERM: cancelled, pre-empted or requeued\n" in desk.log(job)
+    assert not desk.queue()  # the second script was not submitted
+
+
+def is_check_of(desk: Desk, path: Path) -> bool:
+    try:
+        words = path.read_bytes().split(b"\0")
+    except OSError:
+        return False  # it has ended
+    return b"check" in words and any(word.startswith(str(desk.stage).encode()) for word in words)
 
 
 def test_before_the_time_limit_the_step_is_ended_and_the_log_says_so(desk):

@@ -85,6 +85,7 @@ LEFT_OUT = {
     "catalogue",
     "profile",
     "optimizations",
+    "fp8_scaling",
 }
 
 
@@ -93,6 +94,12 @@ def _workable(document: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in document.items() if key not in LEFT_OUT}
     if kept.get("scheme") != "lora":
         kept.pop("lora", None)
+    if "save" not in kept:
+        kept.pop("export", None)
+    if "max_steps" in kept:
+        kept.pop("epochs", None)
+    if kept.get("engine") == "megatron_bridge":
+        kept.pop("sources", None)
     path = kept.get("data", {}).get("path")
     data = {"kind": "jsonl", "path": path} if path else {}
     window = {"last_steps": min(kept.get("max_steps", 100), 20)}
@@ -109,10 +116,14 @@ def _workable(document: dict[str, Any]) -> dict[str, Any]:
 
 def _workable_site(document: dict[str, Any]) -> dict[str, Any]:
     python = dict(document.get("python", {}))
-    image = {"kind": python.get("kind") if python.get("kind") in {"container", "apptainer"} else "container"}
+    images = {"container", "apptainer", "singularity"}
+    image = {"kind": python.get("kind") if python.get("kind") in images else "container"}
     if python.get("image"):
-        python |= image
+        python |= image | {"image": f"/{python['image']}"}
         python.pop("path", None)
+        python.pop("container_env", None)
+        if image["kind"] != "container":
+            python.pop("container_name", None)
     else:
         python = {"kind": "venv", "path": python["path"]} if python.get("path") else {}
     dropped = {
@@ -124,12 +135,24 @@ def _workable_site(document: dict[str, Any]) -> dict[str, Any]:
         "end_before_limit_s",
         "sbatch_flags",
         "convert_flags",
+        "segment",
+        "setup_lines",  # these would run
+        "master_addr",
+        "prefix",
+        "mem" if "mem_per_cpu" in document else "mem_per_cpu",
+        "mem_per_gpu",
     }
     kept = {key: value for key, value in document.items() if key not in dropped}
+    if not {"price_per_gpu_hour", "currency"} <= kept.keys():
+        kept.pop("price_per_gpu_hour", None)
+        kept.pop("currency", None)
     kept["srun_flags"] = [f"--x={flag}" for flag in kept.get("srun_flags", [])]
     kept["sbatch_flags"] = [f"--mail-user={flag}" for flag in document.get("sbatch_flags", [])]
+    kept["gres"] = [f"nvme:{each}" for each in document.get("gres", [])]
+    if "output_folder" in kept:
+        kept["output_folder"] = "/" + kept["output_folder"].replace("$", "").replace("~", "")
     if "stage_path" in kept:
-        kept["stage_path"] = f"/no such folder/{kept['stage_path']}"
+        kept["stage_path"] = f"/no such folder/{kept['stage_path'].replace('STAGE_PATH', 'PATH')}"
     return kept | {"python": python}
 
 

@@ -41,7 +41,8 @@ def test_a_spec_says_only_what_differs_from_the_one_it_extends(ftgen, specs):
     (specs / "one.toml").write_text('extends = "base.toml"\nprecision = "bf16"\ngpus = 8\ndata.examples = 400\n')
     plan = compiled(ftgen, specs / "one.toml")["one"]
     assert (plan["scheme"], plan["max_steps"], plan["gpus"]) == ("lora", 60, 8)
-    assert plan["data"] == {"kind": "synthetic", "path": None, "examples": 400, "packed": True}
+    expected = {"kind": "synthetic", "path": None, "examples": 400, "packed": True}
+    assert {key: plan["data"][key] for key in expected} == expected
 
 
 def test_the_plan_names_the_file_that_said_each_key(ftgen, specs):
@@ -142,3 +143,15 @@ def test_a_spec_with_many_points_must_be_told_which_one_is_meant(ftgen, specs):
         "has 4 experiments\n  hint: use --name with one of sweep_bf16_8, sweep_bf16_16, sweep_fp8_8, sweep_fp8_16"
         in done.stderr
     )
+
+
+@pytest.mark.parametrize(
+    ("base", "own", "steps"), [("max_steps = 60", "epochs = 2", (None, 2)), ("epochs = 2", "", (None, 2))]
+)
+def test_epochs_replace_the_steps_of_a_base_and_the_other_way_round(ftgen, tmp_path, base, own, steps):
+    (tmp_path / "base.toml").write_text(f'scheme = "lora"\nprecision = "bf16"\ngpus = 8\n{base}\n')
+    (tmp_path / "one.toml").write_text(f'extends = "base.toml"\n{own}\n')
+    plan = json.loads(ftgen("plan", tmp_path / "one.toml", "--json").stdout)
+    assert (plan["max_steps"], plan["epochs"]) == (None, 2)
+    plan = json.loads(ftgen("plan", tmp_path / "one.toml", "--json", "--set", "max_steps=70").stdout)
+    assert (plan["max_steps"], plan["epochs"]) == (70, None)

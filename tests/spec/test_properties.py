@@ -5,8 +5,8 @@
 
 import json
 import re
+import shlex
 import subprocess
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,13 +20,16 @@ from ftgen.documents import has
 from ftgen.errors import SpecError
 from ftgen.plan.experiments import load_one
 from ftgen.plan.plan import Plan
+from ftgen.script.paths import VARIABLE
 from ftgen.script.render import render, sbatch_lines
+from runtime.job import variables
 
 STAGE = "/no such folder/of mine"
 # Runs the script's own functions without doing its work, and says what bash then holds, each value ended by a NUL.
 PROBE = r"""
 die() { printf '%s\0' "$STAGE_PATH"; exit 0; }
 module() { printf 'module %s\0' "$2"; }
+export -f module
 scontrol() { echo n1; }
 command() { :; }
 tell() { :; }
@@ -108,8 +111,27 @@ def test_any_override_is_recorded_or_refused(folder, keys, values):
         assert set(result.overrides) == {key.strip() for key in keys[: len(values)]}
 
 
+HERE = {"PATH": "/usr/bin:/bin", "HOME": "/home/it's me"}  # the job's environment
+
+
 def expanded(path: str) -> str:
-    return re.sub(r"\$STAGE_PATH\b|\$\{STAGE_PATH\}", lambda _: STAGE, path)
+    """A path as a job expands it, with ~ and the variables that the strategies know."""
+    path = re.sub(r"\A~(?=/|\Z)", "$HOME", path)
+    values = HERE | {"STAGE_PATH": STAGE}
+    return re.sub(
+        r"\$(?:(PATH|HOME|STAGE_PATH)(?![A-Za-z0-9_])|\{(PATH|HOME|STAGE_PATH)\})", lambda it: values[it[1] or it[2]], path
+    )
+
+
+def paths_of(plan: Plan) -> list[str]:
+    """The paths of a plan that a job expands."""
+    python = plan.python
+    return [path for path in (plan.stage_path, python.path, python.image, *python.mounts) if path]
+
+
+def in_environment(name: str, text: str, environment: dict[str, str]) -> str:
+    """A value of [environment] as the entrypoint expands it, which has the same rules as the script."""
+    return variables.expanded(name, text, environment) if "$" in text else text
 
 
 @settings(max_examples=settings.default.max_examples // 2)
@@ -117,18 +139,26 @@ def expanded(path: str) -> str:
 def test_bash_reads_back_every_value_and_does_nothing_else(folder, spec, site):
     plan = load(folder, tomli_w.dumps(spec), tomli_w.dumps(site))
     assume(isinstance(plan, Plan))
+    named = {name for path in paths_of(plan) for found in VARIABLE.findall(path) for name in found if name}
+    assume(named <= {*HERE, "STAGE_PATH"})  # a path with a variable that is not set ends the job
     files = render(plan)
     (folder / "any.sh").write_text(files["any.sh"], newline="\n")
     checked = subprocess.run(["bash", "-n", folder / "any.sh"], capture_output=True, check=False)
     assert (checked.returncode, checked.stderr) == (0, b"")
     seen = values_in_bash(folder, files["any.sh"], plan.stage_path)
-    assert {name: seen["env"][name] for name in plan.environment} == plan.environment
-    assert seen["stage"] == (plan.stage_path or "")
+    environment = HERE | {"STAGE_PATH": STAGE}
+    for name, text in plan.environment.items():
+        if "$" in text and plan.python.image:
+            assert name not in seen["env"]
+            continue
+        environment[name] = in_environment(name, text, environment)
+        assert seen["env"][name] == environment[name]
+    assert seen["stage"] == expanded(plan.stage_path or "")
     assert seen["modules"] == plan.modules
     assert (seen["python"], seen["flags"]) == words_of_srun(plan)
     unpacked = (folder / "unpacked/any.py").read_bytes()
     assert unpacked.decode() == files["any.py"]
-    assert plan_in(files["any.py"]) == asdict(plan)
+    assert plan_in(files["any.py"]) == plan.document()
     assert directives(files["any.sh"]) == sbatch_lines(plan)
     assert {path.name for path in folder.iterdir()} == {"any.toml", "site.toml", "any.sh", "unpacked"}
 
@@ -141,10 +171,11 @@ def words_of_srun(plan: Plan) -> tuple[list[str], list[str]]:
     if python.kind == "container":
         home = "--container-mount-home" if python.mount_home else "--no-container-mount-home"
         writable = ["--container-writable"] * python.writable
-        return ["python3"], [*flags, f"--container-image={image}", f"--container-mounts={mounts}", home, *writable]
-    if python.kind == "apptainer":
+        name = ["--container-name=ftgen_7"] * python.container_name
+        return ["python3"], [*flags, f"--container-image={image}", f"--container-mounts={mounts}", home, *writable, *name]
+    if python.kind in {"apptainer", "singularity"}:
         options = ["--nv", *["--writable-tmpfs"] * python.writable, *["--no-home"] * (not python.mount_home)]
-        return ["apptainer", "exec", *options, "--bind", mounts, image, "python3"], flags
+        return [python.kind, "exec", *options, "--bind", mounts, image, "python3"], flags
     path = f"{python.path}/bin/python" if python.kind == "venv" else python.path or "python3"
     return [expanded(path)], flags
 
@@ -156,7 +187,7 @@ def values_in_bash(folder: Path, script: str, stage: str | None) -> dict:
         input=(functions + PROBE).encode(),
         capture_output=True,
         cwd=folder,
-        env={"PATH": "/usr/bin:/bin"},
+        env=HERE,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, b"")
@@ -178,7 +209,7 @@ def directives(script: str) -> list[str]:
         if line.strip() and not line.startswith("#"):
             break
         if line.startswith("#SBATCH"):
-            found.append(line.removeprefix("#SBATCH "))
+            found += shlex.split(line.removeprefix("#SBATCH "))
     return found
 
 

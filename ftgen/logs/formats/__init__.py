@@ -4,10 +4,18 @@ In: a line of bytes. Out: the step that it tells of; None for a line that is dam
 `nemo.py` also has `scan`, which reads many lines at once: logs of millions of steps need it.
 """
 
-from ftgen.logs.formats import bridge, megatron, nemo, nemo_bar, nemo_untimed
+from collections.abc import Callable
+
+from ftgen.logs.formats import bridge, megatron, nemo, nemo_bar
 from ftgen.logs.step import StepLine, StepTime
 
-FORMATS = (nemo_bar, nemo, megatron, bridge, nemo_untimed)  # the word of nemo is a part of nemo_bar's
+PARSERS: dict[bytes, Callable[[bytes], StepLine | StepTime | None]] = {
+    nemo_bar.WORD: nemo_bar.parse,  # nemo's is a part of it
+    nemo.WORD: nemo.parse,
+    megatron.WORD: megatron.parse,
+    bridge.WORD: bridge.parse,
+    nemo.UNTIMED: nemo.parse_untimed,
+}
 
 
 def words_in(text: bytes) -> list[bytes]:
@@ -15,13 +23,9 @@ def words_in(text: bytes) -> list[bytes]:
     if nemo.WORD in text:
         return [nemo.WORD]
     found = [word for word in (megatron.WORD, bridge.WORD) if word in text]
-    return found or ([nemo_untimed.WORD] if nemo_untimed.WORD in text else [])
+    return found or ([nemo.UNTIMED] if nemo.UNTIMED in text else [])
 
 
 def parse(line: bytes) -> StepLine | StepTime | None:
     """What a step line says, in whatever format; None if it is damaged."""
-    for format_ in FORMATS:
-        if format_.WORD in line:
-            found: StepLine | StepTime | None = format_.parse(line)
-            return found
-    return None
+    return next((parser(line) for word, parser in PARSERS.items() if word in line), None)

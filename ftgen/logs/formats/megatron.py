@@ -6,7 +6,7 @@ In: one line of bytes. Out: a `StepLine`, or None for a damaged line.
 import re
 
 from ftgen.logs.formats.nemo import fields_of
-from ftgen.logs.step import Keys, StepLine, can_be_time, not_finite, number, step_from
+from ftgen.logs.step import Keys, StepLine, is_time, number, step_line
 
 WORD = b"elapsed time per iteration ("
 MILLISECONDS, SECONDS = WORD + b"ms)", WORD + b"s)"
@@ -32,17 +32,18 @@ def parse(line: bytes) -> StepLine | None:
         if match := WITHOUT_COLON.fullmatch(key):
             fields[match[1].strip()] = match[2]
     unit = SECONDS if SECONDS in fields else MILLISECONDS
-    if not can_be_time(fields.get(unit, b"none").partition(b"/")[0]):
+    if not is_time(fields.get(unit, b"none").partition(b"/")[0]):
         return None
     last, iteration = fields.get(b"last iteration"), fields.get(b"iteration")
-    step = step_from(fields, KEYS, second=1.0 if unit == SECONDS else 1000.0, planned=int(last) if last else None)
-    other_losses = (key for key in fields if key.endswith((b" loss", b"_loss")))  # such as mtp_1 loss
-    invalid = not_finite(fields, (*KEYS["loss"], *KEYS["grad_norm"], *other_losses))
+    number_ = max(int(iteration) - 1, 0) if iteration else None
+    second = 1.0 if unit == SECONDS else 1000.0
+    others = [key for key in fields if key.endswith((b" loss", b"_loss"))]  # such as mtp_1 loss
+    read = step_line(number_, fields, KEYS, planned=int(last) if last else None, second=second, others=others)
     skipped = bool(number(fields.get(SKIPPED)))
     scales = number(fields.get(b"loss scale")) not in {None, 1.0}  # fp16's loss scale, which settles in the first steps
+    invalid = read.invalid
     for key in (NAN,) if scales else (SKIPPED, NAN):
         if not invalid and number(fields.get(key)):
             invalid = f"{key.decode()} is {fields[key].strip().decode()}"
-    number_ = max(int(iteration) - 1, 0) if iteration else None
-    left_out = step.loss is None and not skipped
-    return StepLine(number_, step, invalid, skipped=skipped and scales, left_out=left_out)
+    left_out = read.step.loss is None and not skipped
+    return read._replace(invalid=invalid, skipped=skipped and scales, left_out=left_out)

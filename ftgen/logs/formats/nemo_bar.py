@@ -6,7 +6,7 @@ In: one line of bytes. Out: a `StepLine`, or None for a damaged line.
 import re
 
 from ftgen.logs.formats import nemo
-from ftgen.logs.step import StepLine, can_be_time, not_finite, number, step_from
+from ftgen.logs.step import StepLine, is_time, step_line
 
 WORD = nemo.WORD + b"="
 BAR = re.compile(rb"(?:\| *(\d{1,9})/(\d{1,9}) )?\[[^\[\]\n]*?, ([^\[\]\n]*)\]")
@@ -20,30 +20,26 @@ def parse(line: bytes) -> StepLine | None:
     if not match or line.count(nemo.WORD) != 1:
         return None
     fields = dict(part.strip().partition(b"=")[::2] for part in match[3].split(b", "))
-    if not can_be_time(fields.get(nemo.WORD, b"none")):
+    if not is_time(fields.get(nemo.WORD)):
         return None
     if b"e+" in fields.get(b"consumed_samples", b""):
         del fields[b"consumed_samples"]  # rounded: 7.4e+4
     epoch = EPOCH.search(line)
     counter = int(match[1]) if match[1] else None
     before = int(epoch[1]) * int(match[2]) if epoch and match[2] else 0
-    number_, accumulates = _step_number(fields, None if counter is None else before + counter - 1)
+    number_, accumulates = _number(nemo.step_number(fields), None if counter is None else before + counter - 1)
     planned = int(match[2]) if match[2] and not accumulates and not before else None
-    step = step_from(fields, nemo.KEYS, planned=planned)
-    invalid = not_finite(fields, (*nemo.KEYS["loss"], *nemo.KEYS["grad_norm"]))
-    return StepLine(number_, step, invalid, bar=True, counter=counter if accumulates else None)
+    read = step_line(number_, fields, nemo.KEYS, planned=planned)
+    return read._replace(bar=True, counter=counter if accumulates else None)
 
 
-def _step_number(fields: dict[bytes, bytes], counted: int | None) -> tuple[int | None, bool]:
+def _number(printed: int | None, counted: int | None) -> tuple[int | None, bool]:
     """The step's number, and whether several bars tell of one step: gradient accumulation.
 
     The bar's counter is exact. The printed number is rounded from 1000 on, and one too high after a validation.
     """
-    printed = number(fields.get(nemo.NUMBER))
-    if printed is None or not (0 <= printed < 1e9 and printed.is_integer()):
-        return counted, False
-    if counted is None:
-        return int(printed), False
+    if printed is None or counted is None:
+        return counted if printed is None else printed, False
     if printed == counted + 1 or (printed >= 1000 and abs(printed - counted) <= ROUNDED * printed):
         return counted, False
-    return int(printed), printed < counted
+    return printed, printed < counted

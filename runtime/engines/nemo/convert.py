@@ -1,155 +1,31 @@
-"""Convert a Hugging Face checkpoint to NeMo's format, once for all jobs.
+"""Convert a Hugging Face checkpoint with NeMo's own importer. runtime/weights/checkpoint.py has what both engines share.
 
-In: a plan. Out: $NEMO_HOME/models/<place>/{context,weights}.
+In: a plan. Out: $NEMO_HOME/models/<place>/{context,weights,hugging_face}.
 
-checkpoint.source in the plan says where the weights come from: "hub" (downloaded from Hugging Face into the cache of
-$HF_HOME), "directory" (a Hugging Face checkpoint on a disk), "random" (generated). NeMo's own importer converts them.
-The guard publishes the result. If the converted checkpoint exists, this module does not import NeMo.
-
-Environment: NEMO_HOME (default $STAGE_PATH/HF_ckpt), HF_HOME, HF_TOKEN or HF_TOKEN_PATH, HF_HUB_OFFLINE.
+If the converted checkpoint exists, this module does not import NeMo.
 """
 
-import json
-import os
-import shutil
-import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from runtime.engines.nemo import imports
-from runtime.guard import manifest, publish
-from runtime.job.errors import JobError
-from runtime.job.progress import say, timed
-from runtime.weights import hub, random_llama
+from runtime.job.progress import timed
+from runtime.weights import base, checkpoint
+from runtime.weights.checkpoint import converted, directory, origin, source, user_directory, verify, weight_bytes
 
-Plan = dict[str, Any]
-ARCHITECTURE = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "vocab_size",
-)
-CONTEXT_BYTES = 64 << 20  # tokenizer, config and manifest: an upper bound
-MARGIN = 1.05  # of the estimate of what is written
+__all__ = ["convert", "converted", "directory", "origin", "source", "user_directory", "verify", "weight_bytes"]
 
 
-def convert(plan: Plan) -> int:
+def convert(plan: dict[str, Any]) -> int:
     """Convert the checkpoint unless that is done; exit code 0. JobError: no access, network or disk space; wrong shape."""
-    begin = time.monotonic()
-    place = directory(plan)
-    if converted(plan):
-        say(f"the converted checkpoint exists: {place} (checked in {time.monotonic() - begin:.1f} s)")
-        return 0
-    publish.ensure(place, source(plan), lambda staging: _build(plan, staging), need_bytes=lambda: _need_bytes(plan))
-    say(f"the converted checkpoint is ready: {place} (after {time.monotonic() - begin:.0f} s)")
-    return 0
+    return checkpoint.convert(plan, _import)
 
 
-def converted(plan: Plan) -> bool:
-    """Whether the plan's converted checkpoint exists and has no flaw. Takes milliseconds."""
-    return manifest.flaw(directory(plan), source(plan)) is None
-
-
-def verify(plan: Plan) -> int:
-    """Read every byte of the checkpoint. Exit code 0 if it is unchanged; otherwise 1, and the checkpoint is renamed."""
-    with timed(f"reading every byte of {directory(plan)}"):
-        flaw = manifest.flaw(directory(plan), source(plan), thorough=True)
-    if flaw:
-        say(f"the checkpoint in {directory(plan)} cannot be used: {flaw}. The next job converts it again")
-        publish.set_aside(directory(plan), source(plan), thorough=True)
-    return 1 if flaw else 0
-
-
-def directory(plan: Plan) -> Path:
-    """Path of the plan's converted checkpoint."""
-    home = os.environ.get("NEMO_HOME") or Path(os.environ.get("STAGE_PATH") or Path.cwd(), "HF_ckpt")
-    return Path(home, "models", plan["checkpoint"]["place"])
-
-
-def source(plan: Plan) -> dict[str, Any]:
-    """What identifies the checkpoint: two plans with the same source use the same checkpoint."""
-    kind = plan["checkpoint"]["source"]
-    identity = {"kind": "nemo checkpoint", "source": kind} | {key: plan["model"][key] for key in ARCHITECTURE}
-    if kind == "hub":
-        return identity | {"hf_id": plan["model"]["hf_id"], "revision": plan["checkpoint"]["revision"]}
-    if kind == "random":
-        return identity | {"seed": plan["seed"]}
-    return identity | {"path": str(user_directory(plan))}
-
-
-def _build(plan: Plan, staging: Path) -> dict[str, Any]:
-    weights, origin = _fetch(plan, staging / "from")
-    _refuse_unfit(plan, weights)
+def _import(weights: Path, staging: Path) -> dict[str, Any]:
+    base.keep(weights, staging / base.FOLDER)
     with timed("importing NeMo"):
         imports.defer()
         from runtime.engines.nemo.importer import import_directory
     with timed(f"converting {weights}"):
-        origin["layers"] = import_directory(weights, staging, staging / "tokenizer")
-    shutil.rmtree(staging / "from", ignore_errors=True)
-    return origin | {name: _version(name) for name in ("nemo_toolkit", "megatron-core", "torch", "transformers")}
-
-
-def _fetch(plan: Plan, scratch: Path) -> tuple[Path, dict[str, Any]]:
-    """A directory in Hugging Face format, and its origin for the manifest."""
-    kind, model = plan["checkpoint"]["source"], plan["model"]
-    if kind == "hub":
-        with timed(f"downloading {model['hf_id']}"):
-            path = hub.download(model["hf_id"], plan["checkpoint"]["revision"])
-        return path, {"commit": path.name}
-    if kind == "random":
-        with timed(f"generating random weights: {model['parameters']:,} parameters"):
-            random_llama.write(plan, scratch)
-        return scratch, {}
-    return user_directory(plan), {}
-
-
-def _need_bytes(plan: Plan) -> int:
-    """Bytes that download and conversion write. Weights have two bytes per parameter, in small models four."""
-    parameters, kind = plan["model"]["parameters"], plan["checkpoint"]["source"]
-    weights = parameters * (2 if parameters >= random_llama.LARGE else 4)
-    if kind == "hub":
-        weights += hub.bytes_to_download(plan["model"]["hf_id"], plan["checkpoint"]["revision"])
-    if kind == "random":
-        weights *= 2
-    return int(weights * MARGIN) + CONTEXT_BYTES
-
-
-def user_directory(plan: Plan) -> Path:
-    """Path of a checkpoint of source "directory"; a relative checkpoint.path is below STAGE_PATH."""
-    return Path(os.environ.get("STAGE_PATH") or Path.cwd(), plan["checkpoint"]["path"])
-
-
-def _refuse_unfit(plan: Plan, weights: Path) -> None:
-    """JobError if a file is missing or the shape is not the model's: the importer would notice late, or never."""
-    names = {
-        "num_layers": "num_hidden_layers",
-        "hidden_size": "hidden_size",
-        "ffn_hidden_size": "intermediate_size",
-        "num_attention_heads": "num_attention_heads",
-        "num_query_groups": "num_key_value_heads",
-        "vocab_size": "vocab_size",
-    }
-    try:
-        config = json.loads((weights / "config.json").read_text())
-        index = weights / "model.safetensors.index.json"
-        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    except (OSError, ValueError) as error:
-        raise JobError(f"{weights} is not a Hugging Face checkpoint: {error}", "set checkpoint.path to one") from error
-    if missing := sorted(shard for shard in shards if not (weights / shard).is_file()):
-        raise JobError(f"{weights}: files are missing: {', '.join(missing)}", "complete the download of *.safetensors")
-    for key, name in names.items():
-        if config.get(name, plan["model"][key]) != plan["model"][key]:
-            raise JobError(
-                f"{weights} has {name} = {config[name]}, but model {plan['model']['name']} has {plan['model'][key]}",
-                "set model to the model of this checkpoint, or checkpoint.path to another checkpoint",
-            )
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
+        layers = import_directory(weights, staging, staging / "tokenizer")
+    return {"layers": layers} | checkpoint.versions("nemo_toolkit", "megatron-core", "torch", "transformers")

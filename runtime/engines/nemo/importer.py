@@ -5,27 +5,23 @@ In: a directory in Hugging Face format. Out: a directory in NeMo's format.
 This module imports NeMo (15-40 s), so only a conversion imports it.
 """
 
-import ctypes
 import json
-import os
 import queue
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import base, filesystem_async
 from nemo.collections.llm.gpt.model.llama import HFLlamaImporter
 from nemo.collections.llm.gpt.model.mistral import HFMistralImporter
 from nemo.collections.llm.gpt.model.qwen2 import HFQwen2Importer
 from transformers import AutoTokenizer
 
 from runtime.engines.nemo import cpu
+from runtime.job import children
 from runtime.job.errors import JobError
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-LIBC = ctypes.CDLL(None)
 # By the `model_type` of a config.json.
 IMPORTERS = {"llama": HFLlamaImporter, "mistral": HFMistralImporter, "qwen2": HFQwen2Importer}
 
@@ -45,6 +41,24 @@ class OneDirectory:
     def nemo_setup(self, model: Any, trainer: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Save in this process. A second process would import everything again, and could outlive this one."""
         return super().nemo_setup(model, trainer, *args, ckpt_async_save=False, **kwargs)  # type: ignore[misc]
+
+
+class SavesHere:
+    """Stands in for Megatron-Core's queue of asynchronous saves. Before 0.15, it forks a process for every save."""
+
+    def schedule_async_request(self, request: Any) -> None:
+        """Save and finish."""
+        arguments = list(request.async_fn_args)
+        if preload := getattr(request, "preload_fn", None):
+            arguments[1] = preload()  # the tensors, on the CPU
+        if request.async_fn:
+            request.async_fn(*arguments, **getattr(request, "async_fn_kwargs", {}))
+        torch.distributed.barrier()
+        for finish in request.finalize_fns:
+            finish()
+
+    def maybe_finalize_async_calls(self, *_args: Any, **_kwargs: Any) -> None:
+        """Do nothing: it is done."""
 
 
 def importer_of(source: Path) -> Any:
@@ -76,14 +90,11 @@ def import_directory(source: Path, output: Path, scratch: Path) -> str:
 
 
 def _keep_to_this_process() -> None:
-    """Make Megatron's forked processes end with this one. Otherwise they would keep our memory and our output open.
+    """Make Megatron's forked processes end with this one.
 
-    Saving is not asynchronous here, so a plain queue replaces Megatron's, which needs a server process (two seconds
-    to start).
+    Saving is not asynchronous here, so a plain queue replaces Megatron-Core's, which needs a server process (two
+    seconds to start).
     """
+    base.async_calls = SavesHere()
     filesystem_async._results_queue = queue.Queue()
-    os.register_at_fork(after_in_child=_die_with_the_parent)
-
-
-def _die_with_the_parent() -> None:
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    children.end_with_this_process()

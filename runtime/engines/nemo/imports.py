@@ -22,6 +22,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from runtime.engines.nemo import compatibility
+
 OFF = "FTGEN_IMPORT_ALL"
 # Package: who imports it, and what for. Names of these packages must not be compared: a stand-in is equal only to itself.
 DEFERRED = {
@@ -46,17 +48,18 @@ NOTHING_TO_DO = {
     "nemo.collections.llm.modelopt.model_utils.save_modelopt_state",
     "nemo.collections.llm.modelopt.distill.utils.get_tensor_shapes_adjust_fn_for_distillation",
 }
-# Megatron-Core's memory for inference. Its import compiles a CUDA extension and initializes CUDA, in every process.
+# Megatron-Core's memory for inference. In 0.15, its import compiles a CUDA extension and initializes CUDA, in every
+# process, to set has_unified_memory. 0.14 has no such module, and in 0.16 its import does neither.
 MANAGED_MEMORY = "megatron.core.inference.unified_memory"
 
 
 def defer() -> None:
     """Defer the packages in `DEFERRED` from now on. A package that is already imported stays as it is."""
+    compatibility.before_imports()
     if os.environ.get(OFF, "0") in {"", "0"} and not any(isinstance(finder, Deferring) for finder in sys.meta_path):
         sys.meta_path.insert(0, Deferring(DEFERRED))
-        without = ModuleType(MANAGED_MEMORY)
-        vars(without).update(has_unified_memory=False, create_unified_mempool=None)
-        sys.modules.setdefault(MANAGED_MEMORY, without)
+        if "has_unified_memory" in compatibility.source(MANAGED_MEMORY):
+            compatibility.stand_in(MANAGED_MEMORY, has_unified_memory=False, create_unified_mempool=None)
 
 
 class Deferring(MetaPathFinder, Loader):

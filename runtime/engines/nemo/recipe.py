@@ -11,15 +11,19 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import fiddle
 import nemo_run as run
+import torch
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
+from nemo.collections.llm.gpt.data.fine_tuning import FineTuningDataModule
 from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
 from nemo.collections.llm.recipes.precision.mixed_precision import bf16_with_fp8_mixed
 from nemo.lightning import _strategy_lib
 
 from runtime.data.prepare import Files
+from runtime.data.split import is_recipes
 from runtime.job.progress import say
 
 Plan = dict[str, Any]
@@ -60,7 +64,20 @@ def stock(plan: Plan, log_directory: Path) -> Any:
         "performance_mode": True,
     }
     accepted = inspect.signature(library.finetune_recipe).parameters
+    vars(library)["default_finetune_recipe"] = _with_a_list_of_callbacks(library.default_finetune_recipe)
     return library.finetune_recipe(**{key: value for key, value in arguments.items() if key in accepted})
+
+
+def _with_a_list_of_callbacks(default: Any) -> Any:
+    """NeMo 2.1 appends to the callbacks of its default recipe, which has none."""
+
+    @functools.wraps(default)
+    def with_a_list(*args: Any, **kwargs: Any) -> Any:
+        recipe = default(*args, **kwargs)
+        recipe.trainer.callbacks = recipe.trainer.callbacks or []
+        return recipe
+
+    return with_a_list
 
 
 def set_model(recipe: Any, plan: Plan) -> None:
@@ -74,9 +91,14 @@ def set_model(recipe: Any, plan: Plan) -> None:
     config.add_qkv_bias = model["qkv_bias"]
     if model["rope_scaling_factor"]:
         config.scale_factor = model["rope_scaling_factor"]
+    if model["nemo_recipe"].startswith("mistral"):
+        # NeMo's Mistral 7B has the sliding window of v0.1. Later versions have none (sliding_window in config.json).
+        config.window_size = None
     config.seq_length = recipe.data.seq_length = plan["seq_length"]
     # some of NeMo's recipes count embedding and loss as pipeline layers; the plan counts only transformer layers
-    config.account_for_embedding_in_pipeline_split = config.account_for_loss_in_pipeline_split = False
+    for key in ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"):
+        if hasattr(config, key):  # since NeMo 2.2
+            setattr(config, key, False)
 
 
 def _set_scheme(recipe: Any, plan: Plan) -> None:
@@ -129,19 +151,29 @@ def _set_precision(recipe: Any, plan: Plan) -> None:
 
 
 def _set_data(recipe: Any, plan: Plan, files: Files) -> None:
-    # The recipe's data module is SquadDataModule. It downloads nothing if training.jsonl exists.
-    recipe.data.dataset_root = str(files.examples)
+    # The recipe's data module is SquadDataModule. It downloads nothing if training.jsonl exists. In NeMo 2.1, it takes no
+    # folder; the class that it derives from does.
+    root, packs, ending = files.examples, files.packed, "npy"
+    if not is_recipes(plan):
+        from runtime.engines.nemo.data import TokensDataModule  # NeMo 2.3 and later have what it derives from
+
+        fiddle.update_callable(recipe.data, TokensDataModule)
+        root, packs, ending = files.tokens, files.tokens, "packs.npy"
+    elif not hasattr(recipe.data, "dataset_root"):
+        recipe.data = run.Config(FineTuningDataModule, **recipe.data.__arguments__)
+    recipe.data.dataset_root = str(root)
     recipe.data.seed = plan["seed"]
     recipe.data.global_batch_size = plan["global_batch_size"]
     recipe.data.micro_batch_size = plan["micro_batch_size"]
-    if files.packed:
+    if packs and plan["data"]["packed"]:
         recipe.data.packed_sequence_specs = run.Config(
             PackedSequenceSpecs,
             packed_sequence_size=plan["seq_length"],
-            packed_train_data_path=str(files.packed / "training.npy"),
-            packed_val_data_path=str(files.packed / "validation.npy"),
-            packed_metadata_path=str(files.packed / "metadata.json"),
+            packed_train_data_path=str(packs / f"training.{ending}"),
+            packed_val_data_path=str(packs / f"validation.{ending}"),
         )
+        if (packs / "metadata.json").is_file():  # since NeMo 2.2
+            recipe.data.packed_sequence_specs.packed_metadata_path = str(packs / "metadata.json")
 
 
 def _set_trainer(recipe: Any, plan: Plan) -> None:
@@ -158,7 +190,7 @@ def _set_trainer(recipe: Any, plan: Plan) -> None:
 def _for_the_cpu(recipe: Any) -> None:
     from runtime.engines.nemo import cpu
 
-    for key, value in cpu.plain().items():
+    for key, value in (cpu.plain() | {"params_dtype": torch.float32}).items():  # NeMo's config of Mistral 7B has bfloat16
         setattr(recipe.model.config, key, value)
     trainer, optimizer = recipe.trainer, recipe.optim.config
     trainer.accelerator = "cpu"

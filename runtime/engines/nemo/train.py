@@ -7,48 +7,74 @@ Environment: RANK, LOCAL_RANK, WORLD_SIZE, NODE_RANK, MASTER_ADDR, MASTER_PORT (
 """
 
 import os
-import socket
-from pathlib import Path
 from typing import Any
 
+from runtime.data import report
 from runtime.data.prepare import prepare
-from runtime.engines.nemo import convert, imports
+from runtime.engines import attempt
+from runtime.engines.nemo import compatibility, convert, imports, trackers
 from runtime.engines.nemo.optimizations import switch
-from runtime.job import environment, profile
+from runtime.engines.trackers import asked
+from runtime.job import environment, profile, ranks
 from runtime.job.errors import JobError
+from runtime.job.places import run_directory
 from runtime.job.progress import say, timed
+from runtime.node import beside, telemetry
 from runtime.weights import read_ahead
 
 Plan = dict[str, Any]
 
 
 def train(plan: Plan) -> int:
-    """Train plan["max_steps"] steps; exit code 0. JobError: no checkpoint, no GPU, a wrong WORLD_SIZE, faulty data."""
-    _set_ranks(plan)
+    """Train the plan's steps or epochs; exit code 0. JobError: no checkpoint, no GPU, a wrong WORLD_SIZE, faulty data."""
+    ranks.set_defaults(plan)
     profile.enter(plan)
     weights = convert.directory(plan)
     if not convert.converted(plan):
         raise JobError(f"there is no converted checkpoint in {weights}", "run the command convert first")
+    this = attempt.begin(plan) if plan.get("save") else None
+    if this and this.step == attempt.steps(plan):
+        say("the run is complete: its last step is saved")
+        return 0
+    telemetry.begin(plan)
     read_ahead.begin(weights / "weights")
-    with timed("importing NeMo"):
+    with beside.checked(plan), timed("importing NeMo"):
         _set_variables(plan)
         switch.before_imports(plan)
+        trackers.before_imports(plan)
         imports.defer()
         import fiddle
         import torch
 
-        from runtime.engines.nemo import recipe
+        from runtime.engines.nemo import profiling, recipe, step_ends, validate
+
+        compatibility.after_imports()
     if plan["gpu"]["name"] == "cpu":
         from runtime.engines.nemo import cpu
 
         cpu.stand_in()
     elif not torch.cuda.is_available():
         raise JobError("PyTorch finds no GPU in this process", 'see nvidia-smi; gpu = "cpu" in the spec needs no GPU')
-    environment.tell(plan)
+    off = switch.unavailable(recipe.stock(plan, run_directory()), plan)
+    environment.tell(plan, off)
     files = prepare(plan, weights / "context" / "nemo_tokenizer")
-    recipe_of_run = recipe.build(plan, weights, files, _log_directory())
-    switch.apply(recipe_of_run, plan)
-    profile.add(recipe_of_run, plan)
+    plan = report.planned(plan, files.tokens)
+    recipe_of_run = recipe.build(plan, weights, files, run_directory())
+    switch.apply(recipe_of_run, plan, off)
+    profiling.add(recipe_of_run, plan)
+    step_ends.add(recipe_of_run)
+    if asked(plan):
+        trackers.add(recipe_of_run, plan, run_directory(), this.step if this else 0)
+    if plan.get("validation"):
+        validate.add(recipe_of_run, plan)
+    if this:
+        from runtime.engines.nemo import resume, save  # NeMo before 2.6 lacks what they import
+
+        saves = attempt.saves(plan, this, files)
+        resume.prepare(recipe_of_run, plan)
+        if this.checkpoint:
+            resume.resume(recipe_of_run, this.checkpoint.path)
+        save.add(recipe_of_run, saves)
     training = fiddle.build(recipe_of_run)
     say(f"training: {plan['experiment']}, {plan['max_steps']} steps")
     training()
@@ -57,34 +83,8 @@ def train(plan: Plan) -> int:
     return 0
 
 
-def _set_ranks(plan: Plan) -> None:
-    """Set defaults for a single process, and GROUP_RANK, which is PyTorch's name for NODE_RANK."""
-    env = os.environ
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in alone.items():
-        env.setdefault(name, value)
-    if "MASTER_PORT" not in env:
-        env["MASTER_PORT"] = str(_free_port())
-    env["GROUP_RANK"] = env["NODE_RANK"]
-    if int(env["WORLD_SIZE"]) != plan["gpus"]:
-        raise JobError(
-            f"{env['WORLD_SIZE']} processes train, but the plan has {plan['gpus']} GPUs",
-            "start one process per GPU, as the job's script does",
-        )
-
-
 def _set_variables(plan: Plan) -> None:
     """Set the variables that NeMo and Lightning read when they are imported or built."""
     os.environ["PL_GLOBAL_SEED"] = str(plan["seed"])
     if plan["gpu"]["name"] != "cpu":
         os.environ.setdefault("NEMO_LOG_MEMORY_USAGE", "1")
-
-
-def _log_directory() -> Path:
-    return Path(os.environ.get("FTGEN_RUN_DIR") or Path(os.environ.get("STAGE_PATH") or Path.cwd(), "logs"))
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -17,6 +17,25 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from runtime.engines.nemo.optimizations import needs
+
+
+def missing(recipe: Any, plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing. In FP8, also what the corrections change."""
+    fp8 = (
+        "transformer_engine.pytorch.tensor.float8_tensor:Float8Tensor._create_transpose",
+        "transformer_engine.pytorch.tensor.float8_tensor:Float8Tensor._transpose_invalid",
+        "transformer_engine.pytorch.ops.op:BasicOperation._save_fp8_metas",
+        "transformer_engine.pytorch.ops.op:BasicOperation._load_fp8_metas",
+    )
+    return needs.missing_in_config(recipe, "cuda_graph_impl") or needs.missing(
+        "megatron.core.transformer.cuda_graphs:_CudaGraphRunner.replay_graph_capture",
+        "megatron.core.transformer.cuda_graphs:_CudaGraphRunner.create_fwd_graph",
+        "nemo.lightning:MegatronStrategy(use_te_rng_tracker)",
+        "nemo.collections.llm.gpt.data.packed_sequence:PackedSequenceSpecs.pad_cu_seqlens",
+        *(fp8 if plan["precision"] == "fp8" else ()),
+    )
+
 
 def apply(recipe: Any, _plan: dict[str, Any]) -> None:
     """Switch local graphs on."""

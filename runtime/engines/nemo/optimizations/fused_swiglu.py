@@ -5,6 +5,13 @@ In: a recipe. Out: the recipe with the op fuser on for the MLP.
 
 from typing import Any
 
+from runtime.engines.nemo.optimizations import op_fuser
+
+
+def missing(recipe: Any, plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing."""
+    return op_fuser.missing(recipe, plan)
+
 
 def apply(recipe: Any, plan: dict[str, Any]) -> None:
     """Switch the op fuser on for the MLP. Adapters are not fused, unless the plan also has op_fuser on."""

@@ -9,11 +9,27 @@ each example. The gradient equals the stock gradient, which averages the mean lo
 token gets a weight to that end. The logged loss is the mean over all tokens, as before.
 """
 
-from typing import Any
+import inspect
+from typing import Any, get_args
 
 import torch
 
+from runtime.engines.nemo.optimizations import needs
 from runtime.engines.nemo.optimizations.packs import ChangedStep, cu_seqlens, ends_of
+
+
+def missing(recipe: Any, _plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing."""
+    lacking = needs.missing_in_config(recipe, "data_step_fn") or needs.missing(
+        "nemo.collections.llm.gpt.data.fine_tuning:FineTuningDataModule.validate_batch_size_for_packed_sequence",
+        "nemo.lightning.megatron_parallel:MaskedTokenLossReduction.forward",
+    )
+    if lacking:
+        return lacking
+    from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
+
+    returned = get_args(inspect.signature(MaskedTokenLossReduction.forward).return_annotation)
+    return "" if len(returned) == 3 else "NeMo's loss does not come with its number of tokens"
 
 
 def apply(recipe: Any, plan: dict[str, Any]) -> None:

@@ -7,16 +7,21 @@ examples, it is much longer than any example. With padded cu_seqlens, the kernel
 were that long. This optimization cuts the padding into sequences that are no longer than the longest example.
 """
 
-import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from runtime.engines import padding
+from runtime.engines.nemo.optimizations import needs
 from runtime.engines.nemo.optimizations.packs import ChangedStep, cu_seqlens, ends_of
 
-MULTIPLE = 64  # tokens in a tile of the attention kernel; the longest sequence is rounded up to a multiple
+
+def missing(recipe: Any, _plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing."""
+    return needs.missing_in_config(recipe, "data_step_fn") or needs.missing(
+        "nemo.collections.llm.gpt.data.packed_sequence:PackedSequenceSpecs.packed_metadata_path"
+    )
 
 
 def apply(recipe: Any, _plan: dict[str, Any]) -> None:
@@ -26,9 +31,7 @@ def apply(recipe: Any, _plan: dict[str, Any]) -> None:
 
 def install(data: Any, config: Any) -> None:
     """Change the data step of a GPTConfig. The packs' metadata has the length of the longest example."""
-    metadata = json.loads(Path(data.packed_sequence_specs.packed_metadata_path).read_text())
-    longest = max(split["dataset_max_seqlen"] for split in metadata)
-    limit = -(-longest // MULTIPLE) * MULTIPLE
+    limit = padding.longest_sequence(Path(data.packed_sequence_specs.packed_metadata_path))
     config.data_step_fn = ChangedStep(config.data_step_fn, lambda batch: cut_padding(batch, limit))
 
 
@@ -38,10 +41,5 @@ def cut_padding(batch: dict[str, Any], longest: int) -> dict[str, Any]:
     cu_seqlens [1, n] always gets as many entries as the longest possible padding needs, because CUDA graphs need a
     fixed shape.
     """
-    ends = ends_of(batch)[0]
-    cut = [0]
-    for begin, end in pairwise(ends):
-        cut += [*range(begin + longest, end, longest), end]
-    count = len(ends) + ends[-1] // longest
-    cut += [ends[-1]] * (count - len(cut))
+    cut = padding.cut(ends_of(batch)[0], longest)
     return batch | cu_seqlens(cut) | {"max_seqlen": torch.tensor([[longest]], dtype=torch.int32)}

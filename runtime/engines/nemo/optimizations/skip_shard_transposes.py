@@ -9,6 +9,17 @@ all shards are gathered, Transformer Engine transposes the whole weight.
 
 from typing import Any
 
+from runtime.engines.nemo.optimizations import needs
+
+
+def missing(_recipe: Any, _plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing."""
+    return needs.missing(
+        "transformer_engine.pytorch.tensor.utils:_cast_master_weights_to_fp8_delayed_scaling",
+        "transformer_engine.pytorch.tensor.float8_tensor:Float8Tensor._get_quantizer",
+        "transformer_engine.pytorch.tensor.float8_tensor:Float8Quantizer.set_usage(columnwise)",
+    )
+
 
 def apply(_recipe: Any, _plan: dict[str, Any]) -> None:
     """Leave out the transposes in this process."""
