@@ -4467,7 +4467,7 @@ from nemo.lightning import _strategy_lib
 
 from runtime.data.prepare import Files
 from runtime.data.split import is_recipes
-from runtime.job.progress import say
+from runtime.engines import plan_values
 
 Plan = dict[str, Any]
 ARCHITECTURE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
@@ -4546,19 +4546,12 @@ def set_model(recipe: Any, plan: Plan) -> None:
 
 def _set_scheme(recipe: Any, plan: Plan) -> None:
     if plan["scheme"] == "lora":
-        recipe.peft.dim = plan["lora"]["rank"]
-        recipe.peft.alpha = plan["lora"]["alpha"]
-        recipe.peft.dropout = plan["lora"]["dropout"]
-        recipe.peft.target_modules = plan["lora"]["targets"]
+        plan_values.set_lora(recipe.peft, plan)
 
 
 def _set_optimizer(recipe: Any, plan: Plan) -> None:
     recipe.optim.config.lr = plan["optimizer"]["learning_rate"]
-    # the scheduler requires fewer warmup steps than steps
-    warmup = min(plan["optimizer"]["warmup_steps"], plan["max_steps"] - 1)
-    if warmup != plan["optimizer"]["warmup_steps"]:
-        say(f"warmup is shortened to {warmup} steps, because max_steps = {plan['max_steps']}")
-    recipe.optim.lr_scheduler.warmup_steps = warmup
+    recipe.optim.lr_scheduler.warmup_steps = plan_values.warmup_steps(plan)
 
 
 def _set_parallelism(recipe: Any, plan: Plan) -> None:
@@ -5275,6 +5268,34 @@ def cut(ends: list[int], longest: int) -> list[int]:
         short += [*range(begin + longest, end, longest), end]
     count = len(ends) + ends[-1] // longest
     return short + [ends[-1]] * (count - len(short))
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/plan_values.py <<'END_OF_FTGEN_FILE' || return
+"""Values of the plan that both engines set in their recipe.
+
+In: a plan. Out: the adapter's values in a recipe, the number of warmup steps.
+"""
+
+from typing import Any
+
+from runtime.job.progress import say
+
+Plan = dict[str, Any]
+
+
+def set_lora(peft: Any, plan: Plan) -> None:
+    """Set rank, alpha, dropout and targets; both engines name them alike."""
+    peft.dim = plan["lora"]["rank"]
+    peft.alpha = plan["lora"]["alpha"]
+    peft.dropout = plan["lora"]["dropout"]
+    peft.target_modules = plan["lora"]["targets"]
+
+
+def warmup_steps(plan: Plan) -> int:
+    """The plan's warmup steps, but fewer than the steps: Megatron-Core's scheduler requires that."""
+    warmup: int = min(plan["optimizer"]["warmup_steps"], plan["max_steps"] - 1)
+    if warmup != plan["optimizer"]["warmup_steps"]:
+        say(f"warmup is shortened to {warmup} steps, because max_steps = {plan['max_steps']}")
+    return warmup
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/saving.py <<'END_OF_FTGEN_FILE' || return
 """Save a training while it runs, and stop it between two steps when Slurm asks for that. This is the same for each engine.

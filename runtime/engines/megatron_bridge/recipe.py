@@ -24,9 +24,8 @@ from torch.utils.data import DataLoader
 
 from runtime.data.prepare import Files
 from runtime.data.split import is_recipes
-from runtime.engines import no_gpu, wgrad
+from runtime.engines import no_gpu, plan_values, wgrad
 from runtime.job.errors import JobError
-from runtime.job.progress import say
 
 Plan = dict[str, Any]
 Batch = dict[str, Any]
@@ -119,19 +118,13 @@ def _set_model(config: Any, plan: Plan) -> None:
 
 def _set_scheme(config: Any, plan: Plan) -> None:
     if plan["scheme"] == "lora":
-        config.peft.dim = plan["lora"]["rank"]
-        config.peft.alpha = plan["lora"]["alpha"]
-        config.peft.dropout = plan["lora"]["dropout"]
-        config.peft.target_modules = plan["lora"]["targets"]
+        plan_values.set_lora(config.peft, plan)
 
 
 def _set_optimizer(config: Any, plan: Plan) -> None:
     """Adam and its schedule, as NeMo's recipe has them."""
     optimizer, scheduler, rate = config.optimizer, config.scheduler, plan["optimizer"]["learning_rate"]
-    # the scheduler requires fewer warmup steps than steps
-    warmup = min(plan["optimizer"]["warmup_steps"], plan["max_steps"] - 1)
-    if warmup != plan["optimizer"]["warmup_steps"]:
-        say(f"warmup is shortened to {warmup} steps, because max_steps = {plan['max_steps']}")
+    warmup = plan_values.warmup_steps(plan)
     optimizer.lr, optimizer.min_lr, optimizer.adam_eps, optimizer.weight_decay = rate, 0.0, ADAM_EPS, WEIGHT_DECAY
     scheduler.start_weight_decay = scheduler.end_weight_decay = WEIGHT_DECAY
     scheduler.lr_warmup_iters = warmup

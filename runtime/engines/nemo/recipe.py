@@ -24,7 +24,7 @@ from nemo.lightning import _strategy_lib
 
 from runtime.data.prepare import Files
 from runtime.data.split import is_recipes
-from runtime.job.progress import say
+from runtime.engines import plan_values
 
 Plan = dict[str, Any]
 ARCHITECTURE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
@@ -103,19 +103,12 @@ def set_model(recipe: Any, plan: Plan) -> None:
 
 def _set_scheme(recipe: Any, plan: Plan) -> None:
     if plan["scheme"] == "lora":
-        recipe.peft.dim = plan["lora"]["rank"]
-        recipe.peft.alpha = plan["lora"]["alpha"]
-        recipe.peft.dropout = plan["lora"]["dropout"]
-        recipe.peft.target_modules = plan["lora"]["targets"]
+        plan_values.set_lora(recipe.peft, plan)
 
 
 def _set_optimizer(recipe: Any, plan: Plan) -> None:
     recipe.optim.config.lr = plan["optimizer"]["learning_rate"]
-    # the scheduler requires fewer warmup steps than steps
-    warmup = min(plan["optimizer"]["warmup_steps"], plan["max_steps"] - 1)
-    if warmup != plan["optimizer"]["warmup_steps"]:
-        say(f"warmup is shortened to {warmup} steps, because max_steps = {plan['max_steps']}")
-    recipe.optim.lr_scheduler.warmup_steps = warmup
+    recipe.optim.lr_scheduler.warmup_steps = plan_values.warmup_steps(plan)
 
 
 def _set_parallelism(recipe: Any, plan: Plan) -> None:
