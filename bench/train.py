@@ -1,11 +1,12 @@
 """NeMo's stock recipe and ftgen's side by side, on the GPUs at hand. In: specs. Out: bench/results/<date>-<gpu>.json.
 
-    python bench/train.py bench/specs/*.toml --gpu h200 [--steps 60] [--repeats 1] [--set KEY=VALUE] [--also NAME]
+    python bench/train.py bench/specs/*.toml --gpu h200 [--steps 60] [--repeats 1] [--set KEY=VALUE] [--also NAME] \
+        [--without NAME]
 
 Each spec is compiled twice, with `optimizations.preset` "stock" and as the spec has it, and both scripts run in turn, once a
-repeat, with FTGEN_PYTHON or this interpreter; `--also NAME` adds the spec with one optimization more. The step times are
-those of the logs. `--kernels` profiles four more steps of each with the PyTorch profiler: how long the GPU was busy, and
-with what.
+repeat, with FTGEN_PYTHON or this interpreter. `--also NAME` adds the spec with one optimization more, `--without NAME` with
+one less. The step times are those of the logs. `--kernels` profiles four more steps of each with the PyTorch profiler: how
+long the GPU was busy, and with what.
 """
 
 import argparse
@@ -37,6 +38,7 @@ def main() -> int:
     options = _options()
     python = os.environ.get("FTGEN_PYTHON", sys.executable)
     variants = VARIANTS | {f"ftgen, {name}": ["--set", f"optimizations.{name}=true"] for name in options.also}
+    variants |= {f"ftgen without {name}": ["--set", f"optimizations.{name}=false"] for name in options.without}
     scripts = [
         (spec, variant, _compile(spec, variant, changes, options))
         for spec in options.specs
@@ -64,6 +66,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--set", action="append", default=[], help="a change to all specs, as of ftgen compile")
     parser.add_argument("--also", action="append", default=[], help="an optimization to measure on top of the spec's")
+    parser.add_argument("--without", action="append", default=[], help="an optimization of the spec to measure the lack of")
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--stage", type=Path, default=Path("bench-stage"), help="STAGE_PATH of the runs")
     parser.add_argument("--out", type=Path, default=HERE / "results")
@@ -72,7 +75,7 @@ def _options() -> argparse.Namespace:
 
 
 def _compile(spec: Path, variant: str, changes: list[str], options: argparse.Namespace) -> Path:
-    out: Path = options.stage / "scripts" / variant.replace(", ", "-")
+    out: Path = options.stage / "scripts" / variant.replace(", ", "-").replace(" ", "-")
     settings = [f"gpu={options.gpu}", f"max_steps={options.steps}", *options.set]
     common = [word for setting in settings for word in ("--set", setting)]
     command = [sys.executable, "-m", "ftgen", "compile", str(spec), *common, *changes, "--out", str(out)]
