@@ -130,6 +130,7 @@ PLAN = json.loads(r"""
     "skip_nan_check": true,
     "skip_shard_transposes": false,
     "short_padding": true,
+    "fused_rotary": false,
     "fused_swiglu": true,
     "merge_micro_batches": false,
     "op_fuser": false

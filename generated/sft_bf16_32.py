@@ -123,6 +123,7 @@ PLAN = json.loads(r"""
     "skip_nan_check": true,
     "skip_shard_transposes": false,
     "short_padding": true,
+    "fused_rotary": false,
     "fused_swiglu": false,
     "merge_micro_batches": false,
     "op_fuser": false

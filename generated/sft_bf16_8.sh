@@ -3861,6 +3861,44 @@ def apply(recipe: Any, _plan: dict[str, Any]) -> None:
     recipe.model.config.cross_entropy_loss_fusion = True
     recipe.model.config.cross_entropy_fusion_impl = "te"
 END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/optimizations/fused_rotary.py <<'END_OF_FTGEN_FILE' || return
+"""Rotate the queries and keys of packed sequences with a kernel of ftgen, in Triton.
+
+In: a recipe with packed data. Out: the recipe; Megatron-Core is changed for this process.
+"""
+
+import functools
+from typing import Any
+
+from runtime.engines.nemo.optimizations import needs
+
+
+def missing(_recipe: Any, _plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing."""
+    return needs.missing(
+        "triton:jit",
+        "megatron.core.models.common.embeddings.rope_utils:fused_apply_rotary_pos_emb_thd",
+    )
+
+
+def apply(_recipe: Any, _plan: dict[str, Any]) -> None:
+    """Put the kernel in the place of Transformer Engine's. Call it once, before the model is built."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    rope_utils.fused_apply_rotary_pos_emb_thd = _with_own_kernel(rope_utils.fused_apply_rotary_pos_emb_thd)
+
+
+def _with_own_kernel(stock: Any) -> Any:
+    from runtime.engines.rotary import Rotate
+
+    @functools.wraps(stock)
+    def rotate(heads: Any, cu_seqlens: Any, angles: Any, cp_size: int = 1, cp_rank: int = 0) -> Any:
+        if cp_size > 1 or angles.shape[-1] != heads.shape[-1]:  # a part of each sequence, or of each head
+            return stock(heads, cu_seqlens, angles, cp_size=cp_size, cp_rank=cp_rank)
+        return Rotate.apply(heads, cu_seqlens, angles)
+
+    return rotate
+END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/fused_swiglu.py <<'END_OF_FTGEN_FILE' || return
 """Use Transformer Engine's fused SwiGLU, which in FP8 includes the cast.
 
@@ -5296,6 +5334,98 @@ def warmup_steps(plan: Plan) -> int:
     if warmup != plan["optimizer"]["warmup_steps"]:
         say(f"warmup is shortened to {warmup} steps, because max_steps = {plan['max_steps']}")
     return warmup
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/rotary.py <<'END_OF_FTGEN_FILE' || return
+"""Rotary embedding of packed sequences: a Triton kernel.
+
+In: queries or keys of packed sequences, and the angles of each position. Out: the same, rotated. With autograd.
+
+A program of the kernel rotates all heads of one token. It computes the sines and cosines of the token once, in float32, as
+Transformer Engine's kernel does. That kernel has a program for each position of the longest sequence in each sequence, and
+reads two bytes at a time.
+
+This module imports Triton, so only a training on a GPU imports it.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+
+class Rotate(torch.autograd.Function):  # type: ignore[misc]
+    """rotate(heads [tokens, heads, size], cu_seqlens [sequences + 1], angles [positions, ..., size]) -> like heads."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: torch.Tensor, cu_seqlens: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+        """Rotate by the angle of the position in the own sequence."""
+        ctx.save_for_backward(cu_seqlens, angles)
+        return _launch(heads, cu_seqlens, angles, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Rotate back: the inverse of a rotation is its transpose."""
+        cu_seqlens, angles = ctx.saved_tensors
+        return _launch(gradient, cu_seqlens, angles, -1.0), None, None
+
+
+def _launch(heads: torch.Tensor, cu_seqlens: torch.Tensor, angles: torch.Tensor, sign: float) -> torch.Tensor:
+    if heads.stride(-1) != 1:
+        heads = heads.contiguous()
+    tokens, count, size = heads.shape
+    out = torch.empty((tokens, count, size), dtype=heads.dtype, device=heads.device)
+    _rotate[(tokens,)](
+        heads,
+        out,
+        cu_seqlens,
+        angles,
+        heads.stride(0),
+        heads.stride(1),
+        angles.stride(0),
+        count,
+        cu_seqlens.numel(),
+        sign,
+        half=size // 2,
+        padded_count=triton.next_power_of_2(count),
+        padded_bounds=triton.next_power_of_2(cu_seqlens.numel()),
+    )
+    return out
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rotate(  # type: ignore[no-untyped-def]
+    heads,
+    out,
+    cu_seqlens,
+    angles,
+    token_stride,
+    head_stride,
+    position_stride,
+    count,
+    bounds,
+    sign,
+    half: tl.constexpr,
+    padded_count: tl.constexpr,
+    padded_bounds: tl.constexpr,
+):
+    """Program t rotates token t. The two halves of a head are the two coordinates of each rotation."""
+    token = tl.program_id(0)
+    bound = tl.arange(0, padded_bounds)
+    begins = tl.load(cu_seqlens + bound, mask=bound < bounds, other=0)
+    begin = tl.max(tl.where(begins <= token, begins, 0), axis=0)  # of the token's own sequence
+    pair = tl.arange(0, half)
+    angle = tl.load(angles + (token - begin) * position_stride + pair)
+    cos = tl.cos(angle)[None, :]
+    sin = (tl.sin(angle) * sign)[None, :]
+    head = tl.arange(0, padded_count)[:, None]
+    inside = head < count
+    at = heads + token.to(tl.int64) * token_stride + head * head_stride + pair[None, :]
+    first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
+    to = out + token.to(tl.int64) * (count * 2 * half) + head * (2 * half) + pair[None, :]
+    tl.store(to, (first * cos - second * sin).to(out.dtype.element_ty), mask=inside)
+    tl.store(to + half, (second * cos + first * sin).to(out.dtype.element_ty), mask=inside)
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/saving.py <<'END_OF_FTGEN_FILE' || return
 """Save a training while it runs, and stop it between two steps when Slurm asks for that. This is the same for each engine.
@@ -10977,6 +11107,7 @@ PLAN = json.loads(r"""
     "skip_nan_check": true,
     "skip_shard_transposes": false,
     "short_padding": true,
+    "fused_rotary": false,
     "fused_swiglu": false,
     "merge_micro_batches": false,
     "op_fuser": false

@@ -285,6 +285,7 @@ def forbids(name: str, spec: Spec) -> str:
         "fused_wgrad_accumulation": {'scheme = "sft"': spec.scheme == "sft"},
         "skip_shard_transposes": {'scheme = "sft" and precision = "fp8"': (spec.scheme, spec.precision) == ("sft", "fp8")},
         "short_padding": {"packed sequences": is_packed(spec), "CP = 1": cp == 1},
+        "fused_rotary": {"packed sequences": is_packed(spec), "CP = 1": cp == 1},
         "fused_swiglu": {
             **frozen,
             "no adapters on linear_fc1 and linear_fc2": not {"linear_fc1", "linear_fc2"} & set(spec.lora.targets),

@@ -203,6 +203,7 @@ class Optimizations(Table):
     fused_swiglu: bool | None = _optimization("Uses Transformer Engine's fused SwiGLU, which includes the cast to FP8")
     skip_shard_transposes: bool | None = _optimization("Does not transpose the shards of FP8 weights")
     short_padding: bool | None = _optimization("Divides the padding of a pack into several short sequences")
+    fused_rotary: bool | None = _optimization("Rotates queries and keys with a kernel of ftgen, in Triton")
     merge_micro_batches: bool | None = _optimization("Trains on all packs of a GPU in one micro-batch per step")
     op_fuser: bool | None = _optimization("Uses Transformer Engine's op fuser, which rounds differently")
 
