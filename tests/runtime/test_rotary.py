@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 WITH_TRITON = Path(__file__).parents[2] / ".venv-sets" / "triton" / "bin" / "python"
-ROUNDING = {"float32": 1e-6, "bfloat16": 2**-6}  # half a unit in the last place of values up to 4
+# A unit in the last place of values up to 8. Triton's interpreter cuts off where a GPU rounds.
+ROUNDING = {"float32": 1e-6, "bfloat16": 2**-5}
 pytestmark = pytest.mark.runtime
 
 
