@@ -42,11 +42,11 @@ class HfPeer:
     def loss(self, batch: Batch) -> torch.Tensor:
         """The mean over the tokens that have a loss."""
         output = self.model(**self._inputs(batch), labels=batch.labels, shift_labels=batch.labels)
-        return output.loss  # type: ignore[no-any-return]
+        return output.loss
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """What the last layer says of each token: [1, tokens, hidden]."""
-        return self.model.base_model.model.model(**self._inputs(batch)).last_hidden_state  # type: ignore[no-any-return]
+        return self.model.base_model.model.model(**self._inputs(batch)).last_hidden_state
 
     def finish(self) -> None:
         """Switch on what changes the layers of the model."""
@@ -68,11 +68,19 @@ class HfPeer:
 
 
 def _attend(
-    _module: Any, query: Any, key: Any, value: Any, _mask: Any, scaling: float, cu_seq_lens_q: Any, max_length_q: int, **_: Any
+    _module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    _mask: Any,
+    scaling: float,
+    cu_seq_lens_q: Any,
+    max_length_q: int,
+    **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Transformers' attention interface: query, key and value are [1, heads, tokens, size]."""
-    rows = (each[0].transpose(0, 1).contiguous() for each in (query, key, value))
-    return attention.attend(*rows, cu_seq_lens_q, max_length_q, scaling)[None], None
+    query, key, value = (each[0].transpose(0, 1).contiguous() for each in (query, key, value))
+    return attention.attend(query, key, value, cu_seq_lens_q, max_length_q, scaling)[None], None
 
 
 def _base(plan: Plan, variant: Variant, weights: Weights, device: str, dtype: torch.dtype) -> Any:
@@ -86,7 +94,7 @@ def _base(plan: Plan, variant: Variant, weights: Weights, device: str, dtype: to
         every = variant.liger == "all"
         apply_liger_kernel_to_llama(rope=every, rms_norm=every, swiglu=every, fused_linear_cross_entropy=True)
     if device == "cuda" and not variant.sdpa:
-        attention.must_repeat()
+        attention.choose()
     torch.set_default_dtype(dtype)
     with torch.device(device), no_init_weights():
         model = LlamaForCausalLM(_config(plan, "sdpa" if variant.sdpa else "packed"))

@@ -2,10 +2,10 @@
 
     python bench/peers/one.py PLAN.json PEER OUT.json [--weights FOLDER] [--adapters FILE.npz]
 
-A step line is one as NeMo writes it, so ftgen reads it and the telemetry beside it as those of its own runs. Before it trains,
-the peer must show that no token sees another example: it exits if other tokens in the first example change what the last
-layer says of the others. `--weights` has a Hugging Face checkpoint, in place of random weights; `--adapters` has the adapters
-to start from.
+A step line is one as NeMo writes it, so ftgen reads it and the telemetry beside it as those of its own runs. Before it
+trains, the peer must show that no token sees another example: it exits if other tokens in the first example change what the
+last layer says of the others. `--weights` has a Hugging Face checkpoint, in place of random weights; `--adapters` has the
+adapters to start from.
 
 Environment: STAGE_PATH, with the converted checkpoint (its tokenizer) and the packs; FTGEN_RUN_DIR, for the telemetry.
 """
@@ -108,14 +108,13 @@ def _checked_parameters(peer: Any, plan: Plan) -> int:
     return int(found)
 
 
-@torch.no_grad()
 def refuse_a_leak(peer: Any, batch: Batch, vocabulary: int) -> float:
     """How much other tokens in the first example change the rest, as a part of the largest value. SystemExit: they do."""
     end = int(batch.ends[1])
     tokens = batch.tokens.clone()
     tokens[0, :end] = (tokens[0, :end] + 1) % vocabulary
-    # a mask that a peer keeps is that of the boundaries, which are the same
-    one, other = peer.hidden(batch).float(), peer.hidden(batch._replace(tokens=tokens)).float()
+    with torch.no_grad():
+        one, other = peer.hidden(batch).float(), peer.hidden(batch._replace(tokens=tokens)).float()
     changed = (one - other).abs().amax(-1)[0] / one.abs().max()
     if float(changed[:end].max()) <= NO_CHANGE:
         raise SystemExit("peers: error: other tokens in the first example change nothing at all")

@@ -22,7 +22,8 @@ class TorchtunePeer:
 
         self.compiles = compiles
         self.model = _model(plan, device, dtype)
-        _fill(self.model, plan, weights)
+        with torch.no_grad():
+            _fill(self.model, plan, weights)
         self.parameters = _trainable(self.model)
         self.compute_loss = CEWithChunkedOutputLoss(ignore_index=NO_LOSS)
         self.model.set_num_output_chunks(self.compute_loss.num_output_chunks)
@@ -31,22 +32,24 @@ class TorchtunePeer:
     def loss(self, batch: Batch) -> torch.Tensor:
         """The mean over the tokens that have a loss."""
         chunks = self.model(batch.tokens, mask=self._mask(batch), input_pos=batch.positions)
-        return self.compute_loss(chunks, batch.labels)  # type: ignore[no-any-return]
+        return self.compute_loss(chunks, batch.labels)
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """What the last layer says of each token: [1, tokens, hidden]."""
         found = self.model.tok_embeddings(batch.tokens)
         for layer in self.model.layers:
             found = layer(found, mask=self._mask(batch), input_pos=batch.positions)
-        return self.model.norm(found)  # type: ignore[no-any-return]
+        return self.model.norm(found)
 
     def finish(self) -> None:
-        """Compile each layer and the loss."""
-        if self.compiles:
-            from torchtune import training
+        """Compile each layer and the loss, as torchtune.training.compile_model and compile_loss do.
 
-            training.compile_model(self.model, verbose=False)
-            training.compile_loss(self.compute_loss, verbose=False)
+        They cannot be imported beside a torchao that PEFT accepts: torchtune.training wants an old name of torchao's.
+        """
+        if self.compiles:
+            for layer in self.model.layers:
+                layer.compile()
+            self.compute_loss.compute_cross_entropy = torch.compile(self.compute_loss.compute_cross_entropy)
 
     def prepare(self, batches: list[Batch]) -> None:
         """Make the masks before the first step: torchtune's data loader makes them beside the training."""
@@ -86,7 +89,6 @@ def _model(plan: Plan, device: str, dtype: torch.dtype) -> Any:
     return made.train()
 
 
-@torch.no_grad()
 def _fill(model: Any, plan: Plan, weights: Weights) -> None:
     """Write all weights. torchtune has another order of the rows of queries and keys; its own converter knows it."""
     from torchtune.models.convert_weights import hf_to_tune, tune_to_hf

@@ -116,16 +116,23 @@ def _batch(row: dict[str, Any], length: int, pad: int, longest: int) -> Batch:
         ends.append(place.stop)
     if ends[-1] != length:
         ends.append(length)
-    digest = sha256(b"".join(np.asarray(each, np.int64).tobytes() for each in (tokens, following, counted, ends))).hexdigest()
+    seen = b"".join(np.asarray(each, np.int64).tobytes() for each in (tokens, following, counted, ends))
     ends = padding.cut(ends, longest)
     positions = np.concatenate([np.arange(end - begin) for begin, end in pairwise(ends)])
     labels = np.where(counted, following, NO_LOSS)
-    whole = [torch.from_numpy(each)[None] for each in (tokens, labels, positions)]
-    return Batch(*whole, torch.tensor(ends, dtype=torch.int32), longest, int(counted.sum()), digest)
+    return Batch(
+        tokens=torch.from_numpy(tokens)[None],
+        labels=torch.from_numpy(labels)[None],
+        positions=torch.from_numpy(positions)[None],
+        ends=torch.tensor(ends, dtype=torch.int32),
+        longest=longest,
+        loss_tokens=int(counted.sum()),
+        sha256=sha256(seen).hexdigest(),
+    )
 
 
 def _on(batch: Batch, ends: int, device: str) -> Batch:
     """The batch on a device, with so many `ends`: the last one stands for sequences of no length."""
     filled = torch.cat([batch.ends, batch.ends[-1:].expand(ends - len(batch.ends))])
-    moved = (each.to(device) for each in (batch.tokens, batch.labels, batch.positions, filled))
-    return Batch(*moved, *batch[4:])
+    tokens, labels, positions, filled = (each.to(device) for each in (batch.tokens, batch.labels, batch.positions, filled))
+    return batch._replace(tokens=tokens, labels=labels, positions=positions, ends=filled)
