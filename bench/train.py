@@ -5,8 +5,8 @@
 
 Each spec is compiled twice, with `optimizations.preset` "stock" and as the spec has it, and both scripts run in turn, once a
 repeat, with FTGEN_PYTHON or this interpreter. `--also NAME` adds the spec with one optimization more, `--without NAME` with
-one less. The step times are those of the logs. `--kernels` profiles four more steps of each with the PyTorch profiler: how
-long the GPU was busy, and with what.
+one less, and `--variants` chooses among them. The step times are those of the logs. `--kernels` profiles four more steps of
+each with the PyTorch profiler: how long the GPU was busy, and with what.
 """
 
 import argparse
@@ -39,8 +39,10 @@ def main() -> int:
     python = os.environ.get("FTGEN_PYTHON", sys.executable)
     variants = VARIANTS | {f"ftgen, {name}": ["--set", f"optimizations.{name}=true"] for name in options.also}
     variants |= {f"ftgen without {name}": ["--set", f"optimizations.{name}=false"] for name in options.without}
+    if options.variants:
+        variants = {name: variants[name] for name in options.variants}
     scripts = [
-        (spec, variant, _compile(spec, variant, changes, options))
+        (spec, variant, compiled(spec, variant, changes, options))
         for spec in options.specs
         for variant, changes in variants.items()
     ]
@@ -48,13 +50,14 @@ def main() -> int:
     for repeat in range(options.repeats):
         for spec, variant, script in scripts:
             print(f"bench: {spec.stem}, {variant}, repeat {repeat + 1}", file=sys.stderr, flush=True)
-            runs.append({"spec": spec.stem, "variant": variant, "repeat": repeat} | _run(script, python, options))
+            runs.append({"spec": spec.stem, "variant": variant, "repeat": repeat} | job(script, python, options))
             _write(runs, options)
             print(json.dumps({key: runs[-1][key] for key in ("spec", "variant", "status", "step_time_s")}), flush=True)
     if options.kernels:
         for run, (_, _, script) in zip(runs, scripts, strict=False):
-            run["kernels"] = _kernels(script, python, run["gpus"], options)
-            _write(runs, options)
+            if "gpus" in run:
+                run["kernels"] = _kernels(script, python, run["gpus"], options)
+                _write(runs, options)
     return int(any(run["status"] != "complete" for run in runs))
 
 
@@ -67,6 +70,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], help="a change to all specs, as of ftgen compile")
     parser.add_argument("--also", action="append", default=[], help="an optimization to measure on top of the spec's")
     parser.add_argument("--without", action="append", default=[], help="an optimization of the spec to measure the lack of")
+    parser.add_argument(
+        "--variants", type=lambda text: text.split(";"), help="only these, for example 'ftgen;ftgen, op_fuser'"
+    )
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--stage", type=Path, default=Path("bench-stage"), help="STAGE_PATH of the runs")
     parser.add_argument("--out", type=Path, default=HERE / "results")
@@ -74,28 +80,40 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _compile(spec: Path, variant: str, changes: list[str], options: argparse.Namespace) -> Path:
+def compiled(spec: Path, variant: str, changes: list[str], options: argparse.Namespace) -> Path:
+    """The spec's script. SystemExit: ftgen refuses the spec, and has said why."""
     out: Path = options.stage / "scripts" / variant.replace(", ", "-").replace(" ", "-")
     settings = [f"gpu={options.gpu}", f"max_steps={options.steps}", *options.set]
     common = [word for setting in settings for word in ("--set", setting)]
     command = [sys.executable, "-m", "ftgen", "compile", str(spec), *common, *changes, "--out", str(out)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    if subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode:
+        raise SystemExit(1)
     return (out / f"{spec.stem}.sh").resolve()
 
 
-def _environment(options: argparse.Namespace, python: str) -> dict[str, str]:
+def environment(options: argparse.Namespace, python: str) -> dict[str, str]:
+    """Of a job."""
     return os.environ | {"STAGE_PATH": str(options.stage.resolve()), "FTGEN_PYTHON": python}
 
 
-def _run(script: Path, python: str, options: argparse.Namespace) -> dict[str, Any]:
+def job(script: Path, python: str, options: argparse.Namespace) -> dict[str, Any]:
     """One job; what its log says, and what nvidia-smi said meanwhile."""
     before = {run.log for run in _runs(options)}
-    clocks = _Clocks()
+    clocks = Clocks()
     with clocks, (script.parent / f"{script.stem}.out").open("w") as output:
         command = ["timeout", str(options.limit), "bash", str(script)]
-        subprocess.run(command, env=_environment(options, python), stdout=output, stderr=output, check=False)
-    (run,) = [run for run in _runs(options) if run.log not in before]
+        subprocess.run(command, env=environment(options, python), stdout=output, stderr=output, check=False)
+    found = [run for run in _runs(options) if run.log not in before]
+    if not found:
+        reason = f"it left no log; the end of its output: {tail(script.parent / f'{script.stem}.out')}"
+        return {"gpu": options.gpu, "status": "failed", "reason": reason, "step_time_s": None}
+    (run,) = found
     return {"gpu": options.gpu, **described(run, options.stage), "clocks": clocks.medians(), "versions": _versions()}
+
+
+def tail(output: Path) -> str:
+    """The last words of an output, on one line."""
+    return " / ".join(output.read_text(errors="replace").split("\n")[-8:])[-800:].strip(" /")
 
 
 def described(run: Run, stage: Path) -> dict[str, Any]:
@@ -136,14 +154,14 @@ def _kernels(script: Path, python: str, gpus: int, options: argparse.Namespace) 
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(gpus)] if gpus > 1 else []
     command = ["timeout", str(options.limit), python, *launcher, *map(str, (HERE / "kernels.py", entrypoint, output))]
     with output.with_suffix(".out").open("w") as log:
-        done = subprocess.run(command, env=_environment(options, python), stdout=log, stderr=log, check=False)
+        done = subprocess.run(command, env=environment(options, python), stdout=log, stderr=log, check=False)
     return json.loads(output.read_text()) if done.returncode == 0 and output.exists() else None
 
 
-class _Clocks:
+class Clocks:
     """Asks nvidia-smi every few seconds while it is entered."""
 
-    def __enter__(self) -> "_Clocks":
+    def __enter__(self) -> "Clocks":
         self.seen: list[list[float]] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)

@@ -48,3 +48,15 @@ def test_a_nudge_is_seen_and_a_second_run_is_not(tmp_path):
     rows = {line[:32].strip(): [float(cell) for cell in line[32:].split()] for line in table.splitlines()[1:]}
     assert rows["stock again"] == rows["all"] == [0.0, 0.0, 0.0]
     assert min(rows["stock, one weight nudged"]) > 0
+
+
+def test_a_spec_that_is_refused_ends_with_the_words_of_ftgen(tmp_path):
+    spec = tmp_path / "wrong.toml"
+    spec.write_text('scheme = "lorra"\nprecision = "bf16"\ngpus = 1\ngpu = "h200"\n')
+    for name in ("train.py", "peers/run.py"):
+        command = [sys.executable, ROOT / "bench" / name, spec, "--gpu", "h200", "--stage", tmp_path / "stage"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"{spec}:1: scheme: must be 'sft' or 'lora', found \"lorra\"\n")
+        assert "Traceback" not in done.stderr
