@@ -44,7 +44,8 @@ def main() -> None:
     def own(heads: Any) -> Any:
         return Rotate.apply(heads, bounds, angles)
 
-    rows = [_row(name, count, stock, own, options) for name, count in HEADS.items()]
+    with torch.cuda.stream(torch.cuda.Stream()):  # a graph cannot be captured on the default stream
+        rows = [_row(name, count, stock, own, options) for name, count in HEADS.items()]
     print(
         json.dumps(
             {"gpu": torch.cuda.get_device_name(), "tokens": options.tokens, "length": options.length, "rows": rows}, indent=1
@@ -82,7 +83,7 @@ def _microseconds(call: Callable[[], Any], repeats: int) -> float:
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         for _ in range(repeats):
             call()
     graph.replay()
