@@ -13,6 +13,7 @@ import torch
 
 from runtime.engines import packed_attention
 
+BF16 = 0.02  # the error of sums in BF16, as a part of the result
 _choice = {"repeats": False}  # keys and values
 
 
@@ -52,7 +53,11 @@ def choose() -> None:
     expected = packed_attention.attention(query, key, value, ends.tolist(), 0.125)
     wanted = torch.autograd.grad(expected.square().sum(), inputs)
     for one, other in zip((done, *found), (expected, *wanted), strict=True):
-        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
+        apart = float((one - other).float().norm() / other.float().norm())
+        if not apart < BF16:
+            raise SystemExit(
+                f"peers: error: varlen_attn differs by {apart:.2g} from the attention of each sequence by itself"
+            )
 
 
 def _random(shape: tuple[int, ...]) -> torch.Tensor:

@@ -60,6 +60,7 @@ def main() -> int:
     peer.prepare(batches)
     facts["start_s"] = time.monotonic() - begun
     facts["versions"] = versions()
+    facts["device"] = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     telemetry.begin(plan)
     facts |= train(peer, plan, batches)
     options.out.write_text(json.dumps(facts, indent=1) + "\n")

@@ -3,12 +3,13 @@
     python bench/peers/run.py bench/specs/lora_bf16.toml --gpu h200 [--steps 60] [--repeats 1] [--variants ftgen,hf-compile]
 
 In: specs of LoRA on one GPU. Out: bench/results/<date>-<gpu>-peers.json, written after each run, so that a cut-off keeps
-what has ended. A run that fails is in it with its error, and the exit status is 1.
+what has ended; a second call of the same day adds to it. A run that fails is in it with its error, and the exit status is 1.
 
 NeMo's stock recipe ("stock") and ftgen run as in bench/train.py. A peer trains on the packs that they left in STAGE_PATH, so
-ftgen comes first (bench/peers/one.py lists the peers). All run with FTGEN_PYTHON or this interpreter, which needs
-bench/peers/requirements.txt. Step time, spread, memory and energy are read by ftgen from the step lines and the telemetry
-of each run, in the same way for all.
+ftgen comes first (bench/peers/one.py lists the peers). All peers start from the same random weights: one whose first loss
+differs from that of the first peer does other work, and has failed. All run with FTGEN_PYTHON or this interpreter, which
+needs bench/peers/requirements.txt. Step time, spread, memory and energy are read by ftgen from the step lines and the
+telemetry of each run, in the same way for all.
 """
 
 import argparse
@@ -37,6 +38,7 @@ PEERS = {
     "fp8": ["hf-fp8-compile", "hf-fp8-liger-compile"],
     "fp32": ["hf", "hf-sdpa"],
 }
+SAME_LOSS = 0.05  # between the first losses of two peers, in BF16 or FP8; a leak of attention or other labels change more
 ALLOCATED = re.compile(r"max_memory_allocated: (\d+)")
 OWN = ("optimizations", "mfu", "published_step_time_s")  # what a plan says of ftgen, and not of a peer
 
@@ -45,15 +47,17 @@ def main() -> int:
     """Run in turn, collect; 1 if any run failed."""
     options = _options()
     python = os.environ.get("FTGEN_PYTHON", sys.executable)
-    runs: list[dict[str, Any]] = []
+    runs: list[dict[str, Any]] = []  # of this call
+    earlier = _earlier(options)
     plans = {spec: _plan(spec, options) for spec in options.specs}
     for repeat in range(options.repeats):
         for spec, plan in plans.items():
             for variant in options.variants or [*NEMO, *PEERS[plan["precision"]]]:
                 print(f"bench: {spec.stem}, {variant}, repeat {repeat + 1}", file=sys.stderr, flush=True)
                 found = _nemo(spec, variant, python, options) if variant in NEMO else _peer(plan, variant, python, options)
+                found |= _other_work(found, [*earlier, *runs])
                 runs.append({"spec": spec.stem, "variant": variant, "repeat": repeat} | found)
-                _write(runs, options)
+                _file(options).write_text(json.dumps({"runs": [*earlier, *runs]}, indent=1) + "\n")
                 print(json.dumps(_short(runs[-1])), flush=True)
     return int(any(run["status"] != "complete" for run in runs))
 
@@ -127,10 +131,23 @@ def _short(run: dict[str, Any]) -> dict[str, Any]:
     return {key: run[key] for key in keys if run.get(key) is not None} | {"first_losses": run.get("losses", [])[:2]}
 
 
-def _write(runs: list[dict[str, Any]], options: argparse.Namespace) -> None:
+def _other_work(found: dict[str, Any], before: list[dict[str, Any]]) -> dict[str, Any]:
+    """What to change in a run whose first loss is not that of the first peer."""
+    firsts = [run["losses"][0] for run in before if "peer" in run and run["status"] == "complete"]
+    if "peer" not in found or not firsts or abs(found["losses"][0] - firsts[0]) <= SAME_LOSS:
+        return {}
+    why = f"not the same work: its first loss is {found['losses'][0]:.4f}, that of the first peer {firsts[0]:.4f}"
+    return {"status": "failed", "error": why}
+
+
+def _file(options: argparse.Namespace) -> Path:
+    return Path(options.out, f"{date.today().isoformat()}-{options.gpu}-peers.json")
+
+
+def _earlier(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The runs of earlier calls of this day."""
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{date.today().isoformat()}-{options.gpu}-peers.json"
-    path.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+    return list(json.loads(_file(options).read_text())["runs"]) if _file(options).exists() else []
 
 
 if __name__ == "__main__":
