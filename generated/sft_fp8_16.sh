@@ -5341,8 +5341,7 @@ END_OF_FTGEN_FILE
 In: queries or keys of packed sequences, and the angles of each position. Out: the same, rotated. With autograd.
 
 A program of the kernel rotates all heads of one token. It computes the sines and cosines of the token once, in float32, as
-Transformer Engine's kernel does. That kernel has a program for each position of the longest sequence in each sequence, and
-reads two bytes at a time.
+Transformer Engine's kernel does. Measured in docs/performance.md.
 
 This module imports Triton, so only a training on a GPU imports it.
 """

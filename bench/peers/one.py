@@ -19,7 +19,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(1, str(Path(__file__).resolve().parent))  # with PYTHONSAFEPATH, Python leaves it out
+sys.path.insert(2, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import work

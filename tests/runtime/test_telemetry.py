@@ -292,4 +292,6 @@ def test_lightning_tells_the_end_of_each_step(running, tmp_path):
 
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     Trainer(max_steps=3, accelerator="cpu", limit_val_batches=0, callbacks=[TellSteps()], **quiet).fit(BoringModel())
-    assert wait_until(lambda: [line["step"] for line in lines_of(tmp_path)[2]] == [-1, 0, 1, 2])
+    assert wait_until(
+        lambda: list(tmp_path.glob("telemetry.*")) and [line["step"] for line in lines_of(tmp_path)[2]] == [-1, 0, 1, 2]
+    )
