@@ -74,7 +74,7 @@ def _take_alike(log: Log, text: bytes, start: int) -> int:
     if not alike:
         return start
     part_rows = rows(part)
-    others = part_rows > len(alike.lines)
+    others = part_rows > len(alike.numbers)
     if others and failures.has_words(part, failures.WORDS_BETWEEN_STEPS):
         return start
     if not attempts.goes_on(log, alike.numbers[0]) or not log.steps.add_alike(alike):
@@ -83,7 +83,7 @@ def _take_alike(log: Log, text: bytes, start: int) -> int:
         log.marks += marks.find(part)
     log.last_of[failures.rank_of(part[:LABEL])] = alike.numbers[-1]
     log.has_losses = True
-    log.step_lines += len(alike.lines)
+    log.step_lines += len(alike.numbers)
     log.rows += part_rows
     log.width = len(part) - part.rfind(b"\n", 0, len(part) - 1) - 1
     return end

@@ -1,6 +1,6 @@
 """The steps of a run. In: step lines, one by one or many at once. Out: `Step`s by number.
 
-Of lines that were read at once, number, loss and time are kept in arrays, and the lines themselves only of the last steps:
+Of lines that were read at once, number, loss and time are kept in arrays, and the text only of the last steps:
 the rest of a step is read when somebody asks for it. So the memory hardly grows with the log.
 """
 
@@ -15,6 +15,7 @@ from ftgen.logs.formats import nemo
 from ftgen.logs.step import Step, StepLine
 
 KEPT = 10_000  # lines, the last ones: the window is there
+SPARSE = 4096  # bytes a step: where other lines take more room, they are not kept
 
 
 class Steps(Mapping[int, Step]):
@@ -24,7 +25,8 @@ class Steps(Mapping[int, Step]):
         self._whole = dict(steps or {})  # of lines that were read one by one, or have been asked for
         self._bars: dict[int, int | None] = {}  # steps of bars, with their counter where they accumulate gradients
         self._numbers, self._losses, self._times = array("q"), array("d"), array("d")  # of lines read at once, ascending
-        self._lines: list[bytes] = []  # of the last of these
+        self._texts: list[tuple[int, bytes]] = []  # of the last of these; steps before it, and a text with their lines
+        self._lines: list[bytes] = []  # the lines of such texts, when somebody has asked for one
         self.first = min(self._whole, default=-1)  # the lowest and the highest number; -1 where there is no step
         self.last = max(self._whole, default=-1)
 
@@ -46,8 +48,9 @@ class Steps(Mapping[int, Step]):
         place = self._place(number)
         if place is None:
             raise KeyError(number)
-        kept = place - len(self._numbers) + len(self._lines)
-        read = nemo.parse(self._lines[kept]) if kept >= 0 else None
+        lines = self._last_lines()
+        kept = place - len(self._numbers) + len(lines)
+        read = nemo.parse(lines[kept]) if kept >= 0 else None
         if read is None:
             return Step(self._times[place], self._losses[place])
         self._whole[number] = read.step
@@ -84,11 +87,13 @@ class Steps(Mapping[int, Step]):
         numbers = alike.numbers
         if numbers[0] <= self.last or not all(map(lt, numbers, numbers[1:])):
             return False
+        sparse = len(alike.text) > SPARSE * len(numbers)
+        self._texts.append((len(self._numbers), b"".join(_step_lines(alike.text)) if sparse else alike.text))
         self._numbers.extend(numbers)
         self._losses.extend(alike.losses)
         self._times.extend(alike.times_s)
-        self._lines += alike.lines
-        del self._lines[:-KEPT]
+        while len(self._texts) > 1 and len(self._numbers) - self._texts[1][0] >= KEPT:
+            del self._texts[0], self._lines[:]
         self.first = self.first if self else numbers[0]
         self.last = numbers[-1]
         return True
@@ -114,7 +119,8 @@ class Steps(Mapping[int, Step]):
     def cut(self, number: int) -> None:
         """Forget the steps from this one on: a resumed run makes them again."""
         place = bisect_left(self._numbers, number)
-        del self._lines[max(0, place - len(self._numbers) + len(self._lines)) :]
+        lines = self._last_lines()
+        del lines[max(0, place - len(self._numbers) + len(lines)) :]
         del self._numbers[place:], self._losses[place:], self._times[place:]
         self._whole = {each: step for each, step in self._whole.items() if each < number}
         self.last = max((*self._whole, *self._numbers[-1:]), default=-1)
@@ -125,9 +131,21 @@ class Steps(Mapping[int, Step]):
         place = bisect_left(self._numbers, number)
         return place if place < len(self._numbers) and self._numbers[place] == number else None
 
+    def _last_lines(self) -> list[bytes]:
+        """The lines of the last steps in the arrays."""
+        if self._texts:
+            self._lines += [line for _, text in self._texts for line in _step_lines(text)]
+            self._texts.clear()
+            del self._lines[:-KEPT]
+        return self._lines
+
     def _others(self) -> list[int]:
         """Numbers of the steps that are not in the arrays."""
         return [number for number in sorted(self._whole) if self._place(number) is None]
+
+
+def _step_lines(text: bytes) -> list[bytes]:
+    return [line for line in text.splitlines(keepends=True) if nemo.WORD in line]
 
 
 def _slower(one: Step, other: Step) -> Step:
