@@ -8,6 +8,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from copy import copy
+from functools import lru_cache
 from heapq import merge
 from operator import lt
 
@@ -25,8 +26,7 @@ class Steps(Mapping[int, Step]):
         self._whole = dict(steps or {})  # of lines that were read one by one, or have been asked for
         self._bars: dict[int, int | None] = {}  # steps of bars, with their counter where they accumulate gradients
         self._numbers, self._losses, self._times = array("q"), array("d"), array("d")  # of lines read at once, ascending
-        self._texts: list[tuple[int, bytes]] = []  # of the last of these; steps before it, and a text with their lines
-        self._lines: list[bytes] = []  # the lines of such texts, when somebody has asked for one
+        self._texts: list[tuple[int, bytes]] = []  # with the lines of the last of these, each with the place of its first
         self.first = min(self._whole, default=-1)  # the lowest and the highest number; -1 where there is no step
         self.last = max(self._whole, default=-1)
 
@@ -48,9 +48,8 @@ class Steps(Mapping[int, Step]):
         place = self._place(number)
         if place is None:
             raise KeyError(number)
-        lines = self._last_lines()
-        kept = place - len(self._numbers) + len(lines)
-        read = nemo.parse(lines[kept]) if kept >= 0 else None
+        text = next(((first, text) for first, text in reversed(self._texts) if first <= place), None)
+        read = nemo.parse(_step_lines(text[1])[place - text[0]]) if text else None
         if read is None:
             return Step(self._times[place], self._losses[place])
         self._whole[number] = read.step
@@ -93,7 +92,7 @@ class Steps(Mapping[int, Step]):
         self._losses.extend(alike.losses)
         self._times.extend(alike.times_s)
         while len(self._texts) > 1 and len(self._numbers) - self._texts[1][0] >= KEPT:
-            del self._texts[0], self._lines[:]
+            del self._texts[0]
         self.first = self.first if self else numbers[0]
         self.last = numbers[-1]
         return True
@@ -119,8 +118,7 @@ class Steps(Mapping[int, Step]):
     def cut(self, number: int) -> None:
         """Forget the steps from this one on: a resumed run makes them again."""
         place = bisect_left(self._numbers, number)
-        lines = self._last_lines()
-        del lines[max(0, place - len(self._numbers) + len(lines)) :]
+        self._texts = [(first, text) for first, text in self._texts if first < place]
         del self._numbers[place:], self._losses[place:], self._times[place:]
         self._whole = {each: step for each, step in self._whole.items() if each < number}
         self.last = max((*self._whole, *self._numbers[-1:]), default=-1)
@@ -131,19 +129,12 @@ class Steps(Mapping[int, Step]):
         place = bisect_left(self._numbers, number)
         return place if place < len(self._numbers) and self._numbers[place] == number else None
 
-    def _last_lines(self) -> list[bytes]:
-        """The lines of the last steps in the arrays."""
-        if self._texts:
-            self._lines += [line for _, text in self._texts for line in _step_lines(text)]
-            self._texts.clear()
-            del self._lines[:-KEPT]
-        return self._lines
-
     def _others(self) -> list[int]:
         """Numbers of the steps that are not in the arrays."""
         return [number for number in sorted(self._whole) if self._place(number) is None]
 
 
+@lru_cache(maxsize=1)  # it is asked for one line after the other
 def _step_lines(text: bytes) -> list[bytes]:
     return [line for line in text.splitlines(keepends=True) if nemo.WORD in line]
 
