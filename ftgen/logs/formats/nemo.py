@@ -33,6 +33,7 @@ PLAIN = re.compile(
     rb"\| consumed_samples: (\d{1,15})\n"
 )
 # Number, loss and time of a line.
+ALIKE_NUMBER = b"| global_step: "
 ALIKE = re.compile(
     rb"\| global_step: (\d{1,9}) \|.*\| reduced_train_loss: ([-+\d.e]+) \| train_step_timing in s: ([-+\d.e]+)(?: \|.*)?\n"
 )
@@ -73,7 +74,9 @@ def parse_untimed(line: bytes) -> StepLine | None:
 def read_alike(text: bytes) -> Alike | None:
     """All step lines of a text at once; None if one of them is not plain, or has an impossible number."""
     found = ALIKE.findall(text)
-    if not found or len(found) != text.count(WORD) or text.rfind(GRAD_NORM) >= 0:  # which may be infinite
+    if not found or not len(found) == text.count(WORD) == text.count(ALIKE_NUMBER):  # as where lines ran into each other
+        return None
+    if text.rfind(GRAD_NORM) >= 0:  # which may be infinite
         return None
     numbers, losses, times = zip(*found, strict=True)
     try:
