@@ -61,21 +61,15 @@ def _forget_untimed(log: Log) -> None:
 
 
 def _take_alike(log: Log, text: bytes, start: int) -> int:
-    """NeMo's step lines at once, with whatever stands between them, if they are that plain. Where those begin that are not.
-
-    The last step lines are not taken: what stands between them may be near the end of the run.
-    """
-    end = len(text)
-    for _ in range(NEAR + 1):
-        end = max(start, text.rfind(nemo.WORD, start, end))
-    end = text.rfind(b"\n", start, end) + 1
+    """NeMo's step lines at once, if all are that plain and what stands between them tells nothing. Where the rest begins."""
+    end = text.find(b"\n", text.rfind(nemo.WORD)) + 1 or text.rfind(b"\n") + 1
     part = text[start:end]
-    alike = nemo.read_alike(part) if part and not log.traceback else None
+    alike = nemo.read_alike(part) if not log.traceback else None
     if not alike:
         return start
     part_rows = rows(part)
-    others = part_rows > len(alike.lines)
-    if others and failures.has_words(part, failures.WORDS_BETWEEN_STEPS):
+    others = part_rows > len(alike.numbers)
+    if others and _tells(part):
         return start
     if not attempts.goes_on(log, alike.numbers[0]) or not log.steps.add_alike(alike):
         return start
@@ -83,10 +77,18 @@ def _take_alike(log: Log, text: bytes, start: int) -> int:
         log.marks += marks.find(part)
     log.last_of[failures.rank_of(part[:LABEL])] = alike.numbers[-1]
     log.has_losses = True
-    log.step_lines += len(alike.lines)
+    log.step_lines += len(alike.numbers)
     log.rows += part_rows
     log.width = len(part) - part.rfind(b"\n", 0, len(part) - 1) - 1
     return end
+
+
+def _tells(text: bytes) -> bool:
+    """Whether what stands between step lines may tell something; most kinds of lines do so only near the end of the run."""
+    near = len(text)
+    for _ in range(NEAR + 1):
+        near = max(0, text.rfind(nemo.WORD, 0, near))
+    return failures.has_words(text, failures.WORDS_BETWEEN_STEPS) or failures.has_words(text[near:])
 
 
 def _take_lines(log: Log, lines: list[bytes]) -> None:

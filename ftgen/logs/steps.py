@@ -1,6 +1,6 @@
 """The steps of a run. In: step lines, one by one or many at once. Out: `Step`s by number.
 
-Of lines that were read at once, number, loss and time are kept in arrays, and the lines themselves only of the last steps:
+Of lines that were read at once, number, loss and time are kept in arrays, and the text only of the last steps:
 the rest of a step is read when somebody asks for it. So the memory hardly grows with the log.
 """
 
@@ -8,6 +8,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from copy import copy
+from functools import lru_cache
 from heapq import merge
 from operator import lt
 
@@ -15,6 +16,7 @@ from ftgen.logs.formats import nemo
 from ftgen.logs.step import Step, StepLine
 
 KEPT = 10_000  # lines, the last ones: the window is there
+SPARSE = 4096  # bytes a step: where other lines take more room, they are not kept
 
 
 class Steps(Mapping[int, Step]):
@@ -24,7 +26,7 @@ class Steps(Mapping[int, Step]):
         self._whole = dict(steps or {})  # of lines that were read one by one, or have been asked for
         self._bars: dict[int, int | None] = {}  # steps of bars, with their counter where they accumulate gradients
         self._numbers, self._losses, self._times = array("q"), array("d"), array("d")  # of lines read at once, ascending
-        self._lines: list[bytes] = []  # of the last of these
+        self._texts: list[tuple[int, bytes]] = []  # with the lines of the last of these, each with the place of its first
         self.first = min(self._whole, default=-1)  # the lowest and the highest number; -1 where there is no step
         self.last = max(self._whole, default=-1)
 
@@ -46,8 +48,8 @@ class Steps(Mapping[int, Step]):
         place = self._place(number)
         if place is None:
             raise KeyError(number)
-        kept = place - len(self._numbers) + len(self._lines)
-        read = nemo.parse(self._lines[kept]) if kept >= 0 else None
+        text = next(((first, text) for first, text in reversed(self._texts) if first <= place), None)
+        read = nemo.parse(_step_lines(text[1])[place - text[0]]) if text else None
         if read is None:
             return Step(self._times[place], self._losses[place])
         self._whole[number] = read.step
@@ -84,11 +86,13 @@ class Steps(Mapping[int, Step]):
         numbers = alike.numbers
         if numbers[0] <= self.last or not all(map(lt, numbers, numbers[1:])):
             return False
+        sparse = len(alike.text) > SPARSE * len(numbers)
+        self._texts.append((len(self._numbers), b"".join(_step_lines(alike.text)) if sparse else alike.text))
         self._numbers.extend(numbers)
         self._losses.extend(alike.losses)
         self._times.extend(alike.times_s)
-        self._lines += alike.lines
-        del self._lines[:-KEPT]
+        while len(self._texts) > 1 and len(self._numbers) - self._texts[1][0] >= KEPT:
+            del self._texts[0]
         self.first = self.first if self else numbers[0]
         self.last = numbers[-1]
         return True
@@ -114,7 +118,7 @@ class Steps(Mapping[int, Step]):
     def cut(self, number: int) -> None:
         """Forget the steps from this one on: a resumed run makes them again."""
         place = bisect_left(self._numbers, number)
-        del self._lines[max(0, place - len(self._numbers) + len(self._lines)) :]
+        self._texts = [(first, text) for first, text in self._texts if first < place]
         del self._numbers[place:], self._losses[place:], self._times[place:]
         self._whole = {each: step for each, step in self._whole.items() if each < number}
         self.last = max((*self._whole, *self._numbers[-1:]), default=-1)
@@ -128,6 +132,11 @@ class Steps(Mapping[int, Step]):
     def _others(self) -> list[int]:
         """Numbers of the steps that are not in the arrays."""
         return [number for number in sorted(self._whole) if self._place(number) is None]
+
+
+@lru_cache(maxsize=1)  # it is asked for one line after the other
+def _step_lines(text: bytes) -> list[bytes]:
+    return [line for line in text.splitlines(keepends=True) if nemo.WORD in line]
 
 
 def _slower(one: Step, other: Step) -> Step:

@@ -4,7 +4,6 @@ A file has a head with the GPUs of its node, then a sample a second and the end 
 attempt of a run begins with a head of its own. Samples are parsed when somebody asks for them: a day has 86,400 of them.
 """
 
-import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +11,8 @@ from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any
+
+from ftgen.logs.identity import document
 
 FORMAT = 1
 FIGURES = ("power_w", "energy_j", "sm_clock_mhz", "throttle_reasons", "temperature_c")  # those that results need
@@ -91,14 +92,14 @@ def parse(text: bytes) -> Node | None:
         elif step := STEP.fullmatch(line):
             if node:
                 node.attempts[-1].ends_s[int(step[1])] = float(step[2])
-        elif (head := _document(line)) and head.get("format") == FORMAT and isinstance(head.get("gpus"), list):
+        elif (head := document(line)) and head.get("format") == FORMAT and isinstance(head.get("gpus"), list):
             node = node or Node(str(head.get("node")))
             node.attempts.append(Attempt(len(head["gpus"])))
     return node
 
 
 def _figures(line: bytes, gpus: int) -> Sample:
-    said = _document(line) or {}
+    said = document(line) or {}
     nothing: Values = [None] * gpus
     return {name: _numbers(said.get(name), gpus) or nothing for name in FIGURES}
 
@@ -111,11 +112,3 @@ def _numbers(values: Any, gpus: int) -> Values | None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value) and 0 <= value < LARGEST
-
-
-def _document(line: bytes) -> dict[str, Any] | None:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None

@@ -152,6 +152,9 @@ def test_a_value_that_was_cut_off_is_no_value():
 def test_two_lines_run_together_are_neither():
     assert not read(LINE.rstrip() + LINE).steps
     assert not read(LINE[:50] + LINE).steps
+    lines = [LINE.replace(b"p: 7 |", b"p: %d | max_memory_reserved: 9 |" % step) for step in range(12)]
+    log = read(b"".join([*lines[:6], lines[6].partition(b"reduced")[0], *lines[7:]]))
+    assert (sorted(log.steps), log.damaged) == ([0, 1, 2, 3, 4, 5, 8, 9, 10, 11], 1)
 
 
 def test_the_slowest_rank_gives_a_step_its_time_in_any_order():

@@ -32,20 +32,20 @@ PLAIN = re.compile(
     rb"reduced_train_loss: (-?\d{1,9}\.\d{1,9}) \| train_step_timing in s: (\d{1,5}\.\d{1,9}) "
     rb"\| consumed_samples: (\d{1,15})\n"
 )
-# A line from its iteration on, and in it number, loss and time.
+# Number, loss and time of a line.
+ALIKE_NUMBER = b"| global_step: "
 ALIKE = re.compile(
-    rb"(iteration \d{1,9}/\d{1,9} .*\| global_step: (\d{1,9}) \|.*\| reduced_train_loss: ([-+\d.e]+) "
-    rb"\| train_step_timing in s: ([-+\d.e]+)(?: \|.*)?\n)"
+    rb"\| global_step: (\d{1,9}) \|.*\| reduced_train_loss: ([-+\d.e]+) \| train_step_timing in s: ([-+\d.e]+)(?: \|.*)?\n"
 )
 
 
 class Alike(NamedTuple):
-    """Step lines that are read at once: what every step needs, and the lines, which have the rest."""
+    """Step lines that are read at once: what every step needs, and the text, which has the rest."""
 
     numbers: list[int]
     losses: "array[float]"
     times_s: "array[float]"
-    lines: tuple[bytes, ...]
+    text: bytes
 
 
 def parse(line: bytes) -> StepLine | None:
@@ -74,11 +74,13 @@ def parse_untimed(line: bytes) -> StepLine | None:
 def read_alike(text: bytes) -> Alike | None:
     """All step lines of a text at once; None if one of them is not plain, or has an impossible number."""
     found = ALIKE.findall(text)
-    if not found or len(found) != text.count(WORD) or text.rfind(GRAD_NORM) >= 0:  # which may be infinite
+    if not found or not len(found) == text.count(WORD) == text.count(ALIKE_NUMBER):  # as where lines ran into each other
         return None
-    lines, numbers, losses, times = zip(*found, strict=True)
+    if text.rfind(GRAD_NORM) >= 0:  # which may be infinite
+        return None
+    numbers, losses, times = zip(*found, strict=True)
     try:
-        alike = Alike([*map(int, numbers)], array("d", map(float, losses)), array("d", map(float, times)), lines)
+        alike = Alike([*map(int, numbers)], array("d", map(float, losses)), array("d", map(float, times)), text)
     except ValueError:  # 2.6.9
         return None
     possible = min(alike.times_s) > SHORTEST_STEP_S and max(alike.times_s) < LONGEST_STEP_S
