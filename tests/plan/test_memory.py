@@ -10,7 +10,8 @@ from ftgen.plan import memory
 from ftgen.plan.experiments import load_one
 
 LOGS = Path(__file__).parents[1] / "logs"
-RUNS = sorted(log for case in ("h100", "h200", "h200_pair", "h200_parallel") for log in (LOGS / case).rglob("log-*.out"))
+CASES = ("h100", "h200", "h200_pair", "h200_parallel", "h200_energy")
+RUNS = sorted(log for case in CASES for log in (LOGS / case).rglob("log-*.out"))
 BENCH = Path(__file__).parents[2] / "bench/specs"
 PEAK = re.compile(r"max_memory_allocated: (\d+)")
 
@@ -34,7 +35,7 @@ def estimated_and_measured(log):
 
 
 SPLITS = [("llama3_8b", 1, 1, 1), ("llama3_8b", 2, 1, 1), ("llama3_8b", 1, 2, 1)]  # eight layers keep little
-WHOLE = [log for log in RUNS if log.parts[-7] != "h200_parallel" or split_of(log) in SPLITS]
+WHOLE = [log for log in RUNS if log.parts[-7] not in {"h200_parallel", "h200_energy"} or split_of(log) in SPLITS]
 
 
 @pytest.mark.parametrize("log", WHOLE, ids=lambda log: log.parent.parent.name)

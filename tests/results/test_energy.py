@@ -65,6 +65,18 @@ def test_joules_a_token_are_the_difference_of_the_counters(run):
     assert not [text for text in (*found.warnings, *found.notes) if "telemetry" in text]
 
 
+def test_a_real_run_has_the_energy_of_its_counter():
+    """LoRA in FP8 on an H200: the counter and the power that NVML gives are of different making, and agree."""
+    (folder,) = CASES.glob("h200_energy/logs/experiments/*/lora_nemo_llama3_8b_fp8_1_1795853375/*/")
+    found = summary(folder)
+    seen = [json.loads(line) for line in (folder / "telemetry.vm.jsonl").read_text().splitlines()]
+    ends = {line["step"]: line["time_s"] for line in seen if "step" in line}
+    powers = [line["power_w"][0] for line in seen if "power_w" in line and ends[20] < line["time_s"] < ends[39]]
+    assert found.gpu_power_w == pytest.approx(sum(powers) / len(powers), rel=0.01)
+    assert found.joules_per_token == pytest.approx(found.gpu_power_w * found.step_time_s / (4 * 4096), rel=0.01)
+    assert found.throttle_reasons == ("power cap 100%",)
+
+
 def test_without_a_counter_the_power_is_integrated(run):
     """A power that rises evenly has a known integral, also between the samples."""
     telemetry.write(run, telemetry.lines(ENDS, power=lambda time, _gpu: 400 + 10 * time))
