@@ -219,7 +219,9 @@ def plan_in(entrypoint: str) -> dict:
     return json.loads(text, parse_constant=pytest.fail)
 
 
-@settings(max_examples=settings.default.max_examples // 25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=max(1, settings.default.max_examples // 25), suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(spec=strategies.any_spec, override=strategies.raw_text)
 def test_the_command_line_never_ends_in_a_traceback(ftgen, folder, spec, override):
     (folder / "any.toml").write_text(tomli_w.dumps(spec))
