@@ -15,6 +15,11 @@ KIND: KeyPath = ("data", "kind")
 PATH: KeyPath = ("data", "path")
 
 
+def is_packed(spec: Spec) -> bool:
+    """Whether examples are packed into full sequences. The default is true on GPUs and false on a CPU."""
+    return spec.gpu != "cpu" if spec.data.packed is None else spec.data.packed
+
+
 def problems(spec: Spec) -> Iterator[Problem]:
     """The broken rules of the table `data`, and of epochs."""
     if spec.epochs and spec.max_steps:

@@ -10,7 +10,8 @@ from ftgen import __version__, catalogue
 from ftgen.catalogue import Gpu, Model
 from ftgen.errors import SpecError
 from ftgen.plan import checkpoints, memory
-from ftgen.plan.data_rules import max_steps, order, too_long
+from ftgen.plan.data_rules import is_packed, max_steps, order, too_long
+from ftgen.plan.engine_rules import forbids, fp8_scaling
 from ftgen.plan.images import image_for, import_name
 from ftgen.plan.plan import (
     FORMAT,
@@ -33,7 +34,7 @@ from ftgen.plan.plan import (
     SourcePlan,
     ValidationPlan,
 )
-from ftgen.plan.rules import HELD_OUT, broken_rules, forbids, fp8_scaling, global_batch_size, gpus_of_a_node, is_packed
+from ftgen.plan.rules import HELD_OUT, broken_rules, global_batch_size, gpus_of_a_node
 from ftgen.spec.site import Site
 from ftgen.spec.spec import Spec
 from ftgen.units import parse_walltime

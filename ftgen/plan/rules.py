@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterator
 
 from ftgen.catalogue import Gpu, Model, gpus, models
-from ftgen.catalogue import optimizations as catalogue_optimizations
 from ftgen.errors import KeyPath, Problem, closest, quoted
-from ftgen.plan import data_rules
+from ftgen.plan import data_rules, engine_rules
+from ftgen.plan.data_rules import is_packed
+from ftgen.plan.engine_rules import CP, PP, TP
 from ftgen.plan.flags import flag_problems
 from ftgen.plan.site_rules import site_problems
 from ftgen.spec.site import Site
@@ -39,10 +40,6 @@ SET_BY_THE_SCRIPT = {
 }
 RECIPE_SEQUENCES_PER_GPU = 4  # per step: GBS = 4 x GPUs
 HELD_OUT = 0.05  # fraction of the examples that is held out by default, as in NeMo's SquadDataModule
-TP: KeyPath = ("parallelism", "tensor_model_parallel_size")
-PP: KeyPath = ("parallelism", "pipeline_model_parallel_size")
-KIND: KeyPath = ("data", "kind")
-CP: KeyPath = ("parallelism", "context_parallel_size")
 VP: KeyPath = ("parallelism", "virtual_pipeline_model_parallel_size")
 GBS: KeyPath = ("global_batch_size",)
 
@@ -54,8 +51,8 @@ def broken_rules(spec: Spec, site: Site, model: Model | None, gpu: Gpu | None) -
         *_whole_nodes(spec, gpus_of_a_node(spec, site, gpu)),
         *_split(spec),
         *_data(spec),
-        *_engine(spec),
-        *_optimizations(spec),
+        *engine_rules.engine(spec),
+        *engine_rules.optimizations(spec),
         *_profile(spec),
         *_save(spec),
         *_validation(spec),
@@ -69,7 +66,7 @@ def broken_rules(spec: Spec, site: Site, model: Model | None, gpu: Gpu | None) -
         problems.append(Problem(("model",), f"must be in the catalogue, found {spec.model}", closest(spec.model, models())))
     else:
         problems += _fits_the_model(spec, model)
-        problems += _engine_has(spec, model)
+        problems += engine_rules.recipe(spec, model)
     if gpu is None:
         problems.append(Problem(("gpu",), f"must be in the catalogue, found {spec.gpu}", closest(spec.gpu, gpus())))
     else:
@@ -125,18 +122,6 @@ def _split(spec: Spec) -> Iterator[Problem]:
 def global_batch_size(spec: Spec) -> int:
     """Sequences per step. The default is that of the recipe: 4 x GPUs."""
     return spec.global_batch_size or RECIPE_SEQUENCES_PER_GPU * spec.gpus
-
-
-def fp8_scaling(spec: Spec) -> str | None:
-    """How FP8 values are scaled; None if the run is not in FP8. The defaults are those of the engines' recipes."""
-    if spec.precision != "fp8":
-        return None
-    return spec.fp8_scaling or {"nemo": "delayed", "megatron_bridge": "current"}[spec.engine]
-
-
-def is_packed(spec: Spec) -> bool:
-    """Whether examples are packed into full sequences. The default is true on GPUs and false on a CPU."""
-    return spec.gpu != "cpu" if spec.data.packed is None else spec.data.packed
 
 
 def _batch(spec: Spec, data_parallel_size: int) -> Iterator[Problem]:
@@ -213,89 +198,6 @@ def _export(spec: Spec) -> Iterator[Problem]:
         yield Problem(where, '"adapter" requires scheme = "lora", found "sft"', 'use "merged"', also=(("scheme",),))
     if len(set(spec.export.what)) < len(spec.export.what):
         yield Problem(where, f"must have each value once, found {', '.join(spec.export.what)}")
-
-
-def _engine(spec: Spec) -> Iterator[Problem]:
-    scaling: KeyPath = ("fp8_scaling",)
-    if spec.fp8_scaling and spec.precision != "fp8":
-        yield Problem(scaling, f'requires precision = "fp8", found "{spec.precision}"', also=(("precision",),))
-    if spec.fp8_scaling == "current" and spec.engine == "nemo":
-        rule = 'must be "delayed" with engine = "nemo": ftgen has no recipe of NeMo with current scaling'
-        yield Problem(scaling, rule, 'set engine = "megatron_bridge"', also=(("engine",),))
-    if spec.engine == "megatron_bridge":
-        for tree in ("megatron_lm", "nemo"):
-            if getattr(spec.sources, tree):
-                rule = 'requires engine = "nemo": with Megatron-Bridge, no source trees were tried'
-                yield Problem(("sources", tree), rule, "remove it", also=(("engine",),))
-        cp = spec.parallelism.context_parallel_size
-        if cp > 1 and is_packed(spec) and data_rules.order(spec) != "recipe":
-            # Each example of a pack must be padded, so that CP ranks can share it. Megatron-Bridge's own packs are.
-            rule = f"must be 1 with packs that ftgen makes, as for this data, found {cp}"
-            also: tuple[KeyPath, ...] = (("data", "packed"), KIND, ("data", "too_long"), ("epochs",))
-            yield Problem(CP, rule, "set data.packed = false", also=also)
-
-
-def _engine_has(spec: Spec, model: Model) -> Iterator[Problem]:
-    if spec.engine == "megatron_bridge" and not model.megatron_bridge_recipe:
-        rule = f"Megatron-Bridge has no recipe for {model.name} (megatron_bridge_recipe in the catalogue)"
-        yield Problem(("engine",), rule, 'set engine = "nemo", or another model', also=(("model",),))
-
-
-def _optimizations(spec: Spec) -> Iterator[Problem]:
-    for name in catalogue_optimizations():
-        reason = forbids(name, spec) if getattr(spec.optimizations, name) else ""
-        if reason:
-            also: tuple[KeyPath, ...] = (
-                ("engine",),
-                ("scheme",),
-                ("gpu",),
-                ("micro_batch_size",),
-                ("data", "packed"),
-                ("save",),
-                TP,
-                PP,
-                CP,
-            )
-            hint = "remove this key: the preset enables it where it helps"
-            yield Problem(("optimizations", name), reason, hint, also=(*also, ("save",)))
-
-
-def forbids(name: str, spec: Spec) -> str:
-    """What the optimization requires and the run does not have; "" if the run has everything."""
-    known = catalogue_optimizations()[name]
-    if spec.engine not in known.engines:
-        return f"requires engine = {' or '.join(map(quoted, known.engines))}" + (f": {known.lacks}" if known.lacks else "")
-    split = spec.parallelism
-    tp, pp, cp = split.tensor_model_parallel_size, split.pipeline_model_parallel_size, split.context_parallel_size
-    frozen = {'scheme = "lora" (with SFT, weights became NaN)': spec.scheme == "lora"}
-    needs = {
-        "cuda_graphs": {
-            "packed sequences": is_packed(spec),
-            "PP = CP = 1": pp * cp == 1,
-            # The first step after a resume runs without graphs, the same step of a run without a break with them. With LoRA,
-            # both give the same bits: bench/results/2026-11-27-h200-resume.json
-            'scheme = "lora" with [save] (no SFT was shown to resume exactly)': spec.save is None or spec.scheme == "lora",
-        },
-        "fused_cross_entropy": {"micro_batch_size = 1 (otherwise its gradients are wrong)": spec.micro_batch_size == 1},
-        "loss_tokens_only": {"TP = PP = CP = 1": tp * pp * cp == 1},
-        "scale_small_tensor": {
-            'scheme = "lora"': spec.scheme == "lora",
-            "TP = 1 and no dropout in the adapters": tp == 1 and not spec.lora.dropout,
-        },
-        "fused_wgrad_accumulation": {'scheme = "sft"': spec.scheme == "sft"},
-        "skip_shard_transposes": {'scheme = "sft" and precision = "fp8"': (spec.scheme, spec.precision) == ("sft", "fp8")},
-        "short_padding": {"packed sequences": is_packed(spec), "CP = 1": cp == 1},
-        "fused_rotary": {"packed sequences": is_packed(spec), "CP = 1": cp == 1},
-        "fused_swiglu": {
-            **frozen,
-            "no adapters on linear_fc1 and linear_fc2": not {"linear_fc1", "linear_fc2"} & set(spec.lora.targets),
-            "TP = 1": tp == 1,
-        },
-        "op_fuser": frozen,
-        "merge_micro_batches": {"packed sequences": is_packed(spec), "PP = CP = 1": pp * cp == 1},
-    }
-    missing = [what for what, there in {"a GPU": spec.gpu != "cpu", **needs.get(name, {})}.items() if not there]
-    return f"requires {missing[0]}" if missing else ""
 
 
 def _rest(spec: Spec, site: Site) -> Iterator[Problem]:

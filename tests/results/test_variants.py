@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from runs import summary_of
 
 from ftgen import catalogue
-from ftgen.plan.rules import forbids
+from ftgen.plan.engine_rules import forbids
 from ftgen.results import variants
 from ftgen.results.variants import numbered, variant
 from ftgen.spec.spec import Spec
