@@ -65,13 +65,7 @@ def resolve(
     chat_template: str | None = None,
 ) -> Plan:
     """The plan of a spec at a site; SpecError with every broken rule. `chat_template` is the text of the file."""
-    known = user_catalogue or catalogue.UserCatalogue({}, {})
-    model = known.models.get(spec.model) or catalogue.models().get(spec.model)
-    gpu = known.gpus.get(spec.gpu) or catalogue.gpus().get(spec.gpu)
-    spec = with_split(spec, model, gpu)
-    problems = broken_rules(spec, site, model, gpu)
-    if problems or not model or not gpu:
-        raise SpecError(*problems)
+    spec, model, gpu = _checked(spec, site, user_catalogue or catalogue.UserCatalogue({}, {}))
     gpus_per_node = gpus_of_a_node(spec, site, gpu)
     model_plan = _model(model, spec.seq_length)
     lora = LoraPlan(**dict(spec.lora)) if spec.scheme == "lora" else None
@@ -126,6 +120,17 @@ def resolve(
         telemetry=site.telemetry,
         price=_price(site),
     )
+
+
+def _checked(spec: Spec, site: Site, known: catalogue.UserCatalogue) -> tuple[Spec, Model, Gpu]:
+    """The spec with its split, and its model and GPU of the catalogues; SpecError with every broken rule."""
+    model = known.models.get(spec.model) or catalogue.models().get(spec.model)
+    gpu = known.gpus.get(spec.gpu) or catalogue.gpus().get(spec.gpu)
+    spec = with_split(spec, model, gpu)
+    problems = broken_rules(spec, site, model, gpu)
+    if problems or not model or not gpu:
+        raise SpecError(*problems)
+    return spec, model, gpu
 
 
 def _price(site: Site) -> PricePlan | None:
