@@ -3,9 +3,9 @@
     python bench/sampling.py [--rounds 10] [--seconds 4] [--host]
 
 A step replays a CUDA graph of matrix products, and takes about as long as a fast training step. It is repeated for some
-seconds without the sampler of runtime/node/telemetry.py, then as long with it, in turn. The sampler is a job's own,
-and it is told the end of each step. With `--host`, a step replays many small graphs, so that the host limits it, as
-in the stock recipe in FP8.
+seconds without the sampler of runtime/node/telemetry.py, then as long with it, in turn. The sampler is the program that a
+job starts, and it is told the end of each step. With `--host`, a step replays many small graphs, so that the host limits
+it, as in the stock recipe in FP8.
 """
 
 import argparse
