@@ -37,7 +37,7 @@ def shown(raw: bytes) -> bytes:
 def rows(text: bytes) -> int:
     """How many rows of the file end in a text that is `shown`."""
     newlines = len(text) - len(text.replace(b"\n", b""))  # a third of the time that count(b"\n") takes
-    return newlines - (text.count(b"\r") if b"\r" in text else 0)  # to look for a byte takes a sixth of counting it
+    return newlines - (text.count(b"\r") if b"\r" in text else 0)  # finding a byte is six times faster than counting it
 
 
 def stands_in(path: str | Path, offset: int, first: bytes, last: bytes) -> tuple[int, int] | None:

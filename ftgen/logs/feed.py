@@ -61,7 +61,10 @@ def _forget_untimed(log: Log) -> None:
 
 
 def _take_alike(log: Log, text: bytes, start: int) -> int:
-    """NeMo's step lines at once, if all are that plain and what stands between them tells nothing. Where the rest begins."""
+    """Read all of NeMo's step lines in a text at once. Returns where the unread rest begins.
+
+    That is `start` if the lines must be read one by one: one of them is unusual, or the lines between may tell something.
+    """
     end = text.find(b"\n", text.rfind(nemo.WORD)) + 1 or text.rfind(b"\n") + 1
     part = text[start:end]
     alike = nemo.read_alike(part) if not log.traceback else None
@@ -84,7 +87,7 @@ def _take_alike(log: Log, text: bytes, start: int) -> int:
 
 
 def _tells(text: bytes) -> bool:
-    """Whether what stands between step lines may tell something; most kinds of lines do so only near the end of the run."""
+    """Whether the lines between step lines may say how the run went. Most kinds count only near the end of the text."""
     near = len(text)
     for _ in range(NEAR + 1):
         near = max(0, text.rfind(nemo.WORD, 0, near))
