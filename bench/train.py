@@ -7,19 +7,27 @@ Each spec is compiled twice, with `optimizations.preset` "stock" and as the spec
 repeat, with FTGEN_PYTHON or this interpreter. `--also NAME` adds the spec with one optimization more, `--without NAME` with
 one less, and `--variants` chooses among them. The step times are those of the logs. `--kernels` profiles four more steps of
 each with the PyTorch profiler: how long the GPU was busy, and with what.
+
+`--at-once N` starts N jobs for each GPU at the same time. Each holds its loaded model until it is its turn: one at a time
+trains on a GPU (at_once.py). `--gpus-at-once 0,1` spreads jobs of one GPU over these GPUs, all jobs of a spec on the same
+one. Jobs at once have no node check, because it would measure the others too. `--limit` does not count the wait. Only NeMo's
+jobs wait. Measure runs that the host limits one by one: jobs that wait take some of the host's time.
 """
 
 import argparse
 import json
 import os
-import statistics
+import re
+import signal
 import subprocess
 import sys
-import threading
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import at_once
+from at_once import Job
 
 from ftgen.logs.find import Run, find_runs
 from ftgen.logs.read import read_log
@@ -29,36 +37,50 @@ HERE = Path(__file__).parent
 VARIANTS = {"stock": ["--set", "optimizations.preset=stock"], "ftgen": []}
 PACKAGES = ("torch", "nemo_toolkit", "megatron-core", "transformer-engine", "lightning")
 ENERGY = ("joules_per_token", "gpu_power_w", "sm_clock_mhz", "throttled", "throttle_reasons", "max_temperature_c")
-WORKING = 50  # percent of the time
-CLOCKS = ("clocks.sm", "power.draw", "temperature.gpu", "utilization.gpu")
+LOG = re.compile(r"^ftgen: log: (.+)$", re.MULTILINE)  # as a job's script says first
 
 
 def main() -> int:
     """Compile, run in turn, collect; 1 if any run failed."""
     options = _options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the jobs end with this program
     python = os.environ.get("FTGEN_PYTHON", sys.executable)
     variants = VARIANTS | {f"ftgen, {name}": ["--set", f"optimizations.{name}=true"] for name in options.also}
     variants |= {f"ftgen without {name}": ["--set", f"optimizations.{name}=false"] for name in options.without}
     if options.variants:
         variants = {name: variants[name] for name in options.variants}
+    if options.at_once > 1:
+        variants = {name: [*changes, "--site", str(at_once.TURN / "site.toml")] for name, changes in variants.items()}
+    jobs = _jobs(variants, options)
+    runs: dict[Job, dict[str, Any]] = {}
+    for batch in at_once.batches(list(jobs), options.at_once):
+        for what in (jobs[job] for job in batch):
+            print(f"bench: {what['spec']}, {what['variant']}, repeat {what['repeat'] + 1}", file=sys.stderr, flush=True)
+        for job in at_once.run(batch, environment(options, python), options.limit):
+            runs[job] = jobs[job] | result(job, options)
+            runs = {job: runs[job] for job in jobs if job in runs}
+            _write(runs, options)
+            print(json.dumps({key: runs[job][key] for key in ("spec", "variant", "status", "step_time_s")}), flush=True)
+    if options.kernels:
+        for job, run in runs.items():
+            if run["repeat"] == 0 and "gpus" in run:
+                run["kernels"] = _kernels(job.script, python, run["gpus"], options)
+                _write(runs, options)
+    return int(any(run["status"] != "complete" for run in runs.values()))
+
+
+def _jobs(variants: dict[str, list[str]], options: argparse.Namespace) -> dict[Job, dict[str, Any]]:
+    """Each job and what it is, in the order of the list. All jobs of a spec have the same GPU: they are compared."""
     scripts = [
-        (spec, variant, compiled(spec, variant, changes, options))
-        for spec in options.specs
+        (spec, options.gpus_at_once[number % len(options.gpus_at_once)], variant, compiled(spec, variant, changes, options))
+        for number, spec in enumerate(options.specs)
         for variant, changes in variants.items()
     ]
-    runs = []
-    for repeat in range(options.repeats):
-        for spec, variant, script in scripts:
-            print(f"bench: {spec.stem}, {variant}, repeat {repeat + 1}", file=sys.stderr, flush=True)
-            runs.append({"spec": spec.stem, "variant": variant, "repeat": repeat} | job(script, python, options))
-            _write(runs, options)
-            print(json.dumps({key: runs[-1][key] for key in ("spec", "variant", "status", "step_time_s")}), flush=True)
-    if options.kernels:
-        for run, (_, _, script) in zip(runs, scripts, strict=False):
-            if "gpus" in run:
-                run["kernels"] = _kernels(script, python, run["gpus"], options)
-                _write(runs, options)
-    return int(any(run["status"] != "complete" for run in runs))
+    return {
+        Job(script, f".{repeat}", gpu): {"spec": spec.stem, "variant": variant, "repeat": repeat}
+        for repeat in range(options.repeats)
+        for spec, gpu, variant, script in scripts
+    }
 
 
 def _options() -> argparse.Namespace:
@@ -77,6 +99,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--stage", type=Path, default=Path("bench-stage"), help="STAGE_PATH of the runs")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--limit", type=float, default=1800, help="seconds that a run may take")
+    parser.add_argument(
+        "--at-once", type=int, default=1, help="jobs of a GPU that start at the same time, and train in turn"
+    )
+    parser.add_argument(
+        "--gpus-at-once", type=lambda text: text.split(","), default=[None], help="numbers of GPUs to spread the specs over"
+    )
     return parser.parse_args()
 
 
@@ -97,18 +125,23 @@ def environment(options: argparse.Namespace, python: str) -> dict[str, str]:
 
 
 def job(script: Path, python: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One job; what its log says, and what nvidia-smi said meanwhile."""
-    before = {run.log for run in _runs(options)}
-    clocks = Clocks()
-    with clocks, (script.parent / f"{script.stem}.out").open("w") as output:
-        command = ["timeout", str(options.limit), "bash", str(script)]
-        subprocess.run(command, env=environment(options, python), stdout=output, stderr=output, check=False)
-    found = [run for run in _runs(options) if run.log not in before]
-    if not found:
-        reason = f"it left no log; the end of its output: {tail(script.parent / f'{script.stem}.out')}"
-        return {"gpu": options.gpu, "status": "failed", "reason": reason, "step_time_s": None}
-    (run,) = found
-    return {"gpu": options.gpu, **described(run, options.stage), "clocks": clocks.medians(), "versions": _versions()}
+    """One job alone; what `result` says."""
+    (done,) = at_once.run([Job(script)], environment(options, python), options.limit)
+    return result(done, options)
+
+
+def result(job: Job, options: argparse.Namespace) -> dict[str, Any]:
+    """What the job's log says, and what nvidia-smi said meanwhile."""
+    found: dict[str, Any] = {"gpu": options.gpu} | ({"gpu_number": job.gpu} if job.gpu else {})
+    log = LOG.search(job.output.read_text(errors="replace"))
+    if not log:
+        reason = f"it left no log; the end of its output: {tail(job.output)}"
+        return found | {"status": "failed", "reason": reason, "step_time_s": None}
+    (run,) = find_runs([log[1]])
+    found |= {**described(run, options.stage.resolve()), "clocks": job.clocks.medians(), "versions": _versions()}
+    if found["status"] == "complete" and job.loaded_s is None:
+        found |= {"status": "failed", "reason": "it did not wait for its turn"}
+    return found
 
 
 def tail(output: Path) -> str:
@@ -141,11 +174,6 @@ def described(run: Run, stage: Path) -> dict[str, Any]:
     }
 
 
-def _runs(options: argparse.Namespace) -> list[Run]:
-    logs = options.stage / "logs"
-    return find_runs([logs]) if any(logs.rglob("log-*.out")) else []
-
-
 def _kernels(script: Path, python: str, gpus: int, options: argparse.Namespace) -> Any:
     """GPU time by kernel over four steps, by bench/kernels.py; None where it failed."""
     output = script.with_suffix(".kernels.json")
@@ -158,37 +186,6 @@ def _kernels(script: Path, python: str, gpus: int, options: argparse.Namespace) 
     return json.loads(output.read_text()) if done.returncode == 0 and output.exists() else None
 
 
-class Clocks:
-    """Asks nvidia-smi every few seconds while it is entered."""
-
-    def __enter__(self) -> "Clocks":
-        self.seen: list[list[float]] = []
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def medians(self) -> dict[str, float] | None:
-        """Of the last ten looks at a GPU that was working: the job takes a while to end."""
-        working = [look for look in self.seen if look[CLOCKS.index("utilization.gpu")] > WORKING]
-        columns = zip(*working[-10:], strict=True)
-        return dict(zip(CLOCKS, map(statistics.median, columns), strict=True)) if working else None
-
-    def _watch(self) -> None:
-        gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-        query = ["nvidia-smi", "-i", gpu, f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader,nounits"]
-        while not self._stop.wait(3):
-            try:
-                answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20).stdout
-                self.seen.append([float(value) for value in answer.splitlines()[0].split(",")])
-            except (OSError, ValueError, IndexError, subprocess.TimeoutExpired):
-                return  # no clocks are reported
-
-
 def _versions() -> dict[str, str]:
     found = {}
     for package in PACKAGES:
@@ -199,10 +196,10 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _write(runs: list[dict[str, Any]], options: argparse.Namespace) -> None:
+def _write(runs: dict[Job, dict[str, Any]], options: argparse.Namespace) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{date.today().isoformat()}-{options.gpu}.json"
-    path.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+    path.write_text(json.dumps({"runs": list(runs.values())}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(2, str(Path(__file__).resolve().parents[2]))
 
 import train
+from clocks import Clocks
 
 from ftgen.logs.find import find_runs
 
@@ -102,10 +103,12 @@ def _peer(plan: dict[str, Any], peer: str, python: str, options: argparse.Namesp
     home = str(options.stage.resolve() / "HF_ckpt")
     own = {"FTGEN_RUN_DIR": str(folder.resolve()), "NEMO_HOME": home, "HF_HUB_OFFLINE": "1"}
     command = ["timeout", options.limit, python, "-u", HERE / "one.py", folder / "plan.json", peer, out]
-    clocks = train.Clocks()
-    with clocks, log.open("w") as output:
+    clocks = Clocks()
+    clocks.begin()
+    with log.open("w") as output:
         environment = train.environment(options, python) | own
         done = subprocess.run(list(map(str, command)), env=environment, stdout=output, stderr=output, check=False)
+    clocks.end()
     (run,) = find_runs([folder])
     found = {key: value for key, value in train.described(run, options.stage).items() if key not in OWN}
     found |= {"gpu": options.gpu, "clocks": clocks.medians(), **_more(found, options)}
