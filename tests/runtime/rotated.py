@@ -1,6 +1,6 @@
-"""Rotate random heads with the kernel of runtime/engines/rotary.py, and as the definition says. In: TRITON_INTERPRET=1.
+"""Split and rotate random heads with the kernels of runtime/engines/rotary.py, and as the definition says.
 
-Out: JSON, a list with the largest differences of results and gradients for each case: type, heads, and sequences.
+In: TRITON_INTERPRET=1. Out: JSON, the largest differences of results and gradients for each case: type, heads, sequences.
 """
 
 import itertools
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from runtime.engines.rotary import Rotate
+from runtime.engines.rotary import SplitAndRotate
 
 SIZE = 32
 SEQUENCES = {
@@ -19,6 +19,7 @@ SEQUENCES = {
     "ragged, empty ones, and bounds that are padded": [0, 3, 3, 10, 11, 40, 40, 40],
     "of one token": list(range(41)),
 }
+HEADS = [(1, 1), (2, 4), (3, 2)]  # groups, and queries in each
 
 
 def angles() -> torch.Tensor:
@@ -32,31 +33,40 @@ def rotated(heads: torch.Tensor, bounds: list[int]) -> torch.Tensor:
     """In float64: each pair of coordinates, as a complex number, times e^(i angle)."""
     position = torch.cat([torch.arange(end - begin) for begin, end in itertools.pairwise(bounds)])
     angle = angles()[position, 0, :, : SIZE // 2].double()
-    first, second = heads.double().chunk(2, -1)
+    first, second = heads.chunk(2, -1)
     turned = torch.complex(first, second) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat((turned.real, turned.imag), -1)
 
 
-def case(dtype: torch.dtype, count: int, bounds: list[int]) -> list[float]:
+def wanted(mixed: torch.Tensor, bounds: list[int]) -> list[torch.Tensor]:
+    """Queries, keys and values, split as Megatron-Core splits them."""
+    tokens, _, width = mixed.shape
+    queries, keys, values = mixed.split([width - 2 * SIZE, SIZE, SIZE], 2)
+    return [rotated(queries.reshape(tokens, -1, SIZE), bounds), rotated(keys, bounds), values]
+
+
+def case(dtype: torch.dtype, groups: int, queries: int, bounds: list[int]) -> list[float]:
     torch.manual_seed(0)
-    heads = torch.randn(bounds[-1], count, 3 * SIZE).to(dtype)[..., SIZE : 2 * SIZE].detach().requires_grad_()
-    out = Rotate.apply(heads, torch.tensor(bounds, dtype=torch.int32), angles())
-    gradient = torch.randn_like(out)
-    out.backward(gradient)
-    exact = heads.detach().double().requires_grad_()
-    wanted = rotated(exact, bounds)
-    wanted.backward(gradient.double())
-    assert heads.grad is not None
+    mixed = torch.randn(bounds[-1], groups, (queries + 2) * SIZE).to(dtype).requires_grad_()
+    found = SplitAndRotate.apply(mixed, torch.tensor(bounds, dtype=torch.int32), angles())
+    gradients = [torch.randn_like(part) for part in found]
+    torch.autograd.backward(found, gradients)
+    exact = mixed.detach().double().requires_grad_()
+    right = wanted(exact, bounds)
+    torch.autograd.backward(right, [gradient.double() for gradient in gradients])
+    assert mixed.grad is not None
     assert exact.grad is not None
-    return [float((a.double() - b).abs().max()) for a, b in ((out, wanted), (heads.grad, exact.grad))]
+    return [float((a.double() - b).abs().max()) for a, b in zip((*found, mixed.grad), (*right, exact.grad), strict=True)]
 
 
 print(
     json.dumps(
         {
-            f"{str(dtype).removeprefix('torch.')}, {count} heads, {name}": case(dtype, count, bounds)
+            f"{str(dtype).removeprefix('torch.')}, {groups} groups of {queries}, {name}": case(
+                dtype, groups, queries, bounds
+            )
             for dtype in (torch.float32, torch.bfloat16)
-            for count in (1, 3, 8)
+            for groups, queries in HEADS
             for name, bounds in SEQUENCES.items()
         }
     )
