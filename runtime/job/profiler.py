@@ -24,8 +24,9 @@ class Profiler:
         """Start the profiler before `first_step`."""
         if step != self.first_step:
             return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the GPU may still be at the step before
         if self.tool == "nsys":
-            torch.cuda.synchronize()
             torch.cuda.profiler.start()
             return
         activities = [torch.profiler.ProfilerActivity.CPU]

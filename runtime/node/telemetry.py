@@ -31,9 +31,9 @@ class Sampler:
         self.process, self.pipe = process, pipe
         self.began = False  # whether the beginning of the first step was told
 
-    def tell(self, step: int) -> None:
-        """Tell that a step ended now. OSError: nobody listens, or not fast enough."""
-        os.write(self.pipe, f"{step} {time.time():.3f}\n".encode())
+    def tell(self, step: int, time_s: float) -> None:
+        """Tell when a step ended. OSError: nobody listens, or not fast enough."""
+        os.write(self.pipe, f"{step} {time_s:.3f}\n".encode())
 
 
 _running: list[Sampler] = []
@@ -64,12 +64,12 @@ def before_step(step: int) -> None:
         after_step(step - 1)
 
 
-def after_step(step: int) -> None:
-    """Tell the sampler that a step, counted from 0, has ended."""
+def after_step(step: int, time_s: float | None = None) -> None:
+    """Tell the sampler that a step, counted from 0, has ended: now, or at this time in seconds since 1970."""
     if not _running:
         return
     try:
-        _running[0].tell(step)
+        _running[0].tell(step, time.time() if time_s is None else time_s)
     except OSError:
         _tell_why(_running.pop())
 

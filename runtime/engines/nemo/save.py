@@ -78,6 +78,8 @@ class Save(Checkpoint):  # type: ignore[misc]
         def write(folder: Path) -> None:
             trainer.save_checkpoint(folder, weights_only=False)
 
+        if finish := getattr(trainer.progress_bar_callback, "finish", None):  # with the optimization async_step
+            finish()
         self.saving.save(trainer.global_step, write)
         if self.saving.stopping:
             raise SystemExit(stop.AGAIN)
