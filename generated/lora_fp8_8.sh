@@ -995,10 +995,17 @@ PLAN = json.loads(r"""
     "scale_small_tensor": true,
     "fused_wgrad_accumulation": false,
     "skip_nan_check": true,
+    "async_step": true,
     "skip_shard_transposes": false,
     "short_padding": true,
-    "fused_rotary": false,
+    "fused_rotary": true,
+    "short_attention": true,
+    "fused_lora_add": true,
+    "fused_residual_add": true,
+    "fp8_swiglu": true,
     "fused_swiglu": true,
+    "early_gather": false,
+    "bf16_grads_in_adam": false,
     "merge_micro_batches": false,
     "op_fuser": false
   },
@@ -3178,9 +3185,9 @@ def module(plan: dict[str, Any], name: str) -> Any:
     return import_module(f"runtime.engines.{plan['engine']}.{name}")
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/adapters.py <<'END_OF_FTGEN_FILE' || return
-"""The forward pass of a LoRA adapter, with its scale on the small tensor. Both engines' adapters have the same parts.
+"""The forward pass of a LoRA adapter, in two faster forms. Both engines' adapters have the same parts.
 
-In: an adapter. Out: its output.
+In: an adapter. Out: its output, or the sum with that of the frozen layer. Requires TP = 1 and no dropout.
 """
 
 from typing import Any
@@ -3191,11 +3198,39 @@ import torch
 def forward(self: Any, x: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
     """Multiply [tokens, rank] by alpha / rank, instead of the adapter's output [tokens, features].
 
-    The result has the same bits if alpha / rank is a power of two. Requires TP = 1 and no dropout.
+    The result has the same bits if alpha / rank is a power of two.
     """
-    x, _ = self.linear_in(x)
-    x, _ = self.linear_out(self.activation(x) * (self.alpha / self.dim))
+    x, _ = self.linear_out(small(self, x))
     return x
+
+
+def small(adapter: Any, x: torch.Tensor) -> torch.Tensor:
+    """The tensor between the two matrices, [..., rank], times alpha / rank."""
+    x, _ = adapter.linear_in(x)
+    scaled: torch.Tensor = adapter.activation(x) * (adapter.alpha / adapter.dim)
+    return scaled
+
+
+class AddProduct(torch.autograd.Function):  # type: ignore[misc]
+    """add(sum [..., features], small [..., rank], weight [features, rank]) -> sum + small @ weight.T, in the memory of sum.
+
+    The GEMM itself adds, in float32, and rounds once. Nobody else may have kept the sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, total: torch.Tensor, factor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Add the product."""
+        ctx.save_for_backward(factor, weight)
+        total = total.detach()
+        total.view(-1, total.shape[-1]).addmm_(factor.reshape(-1, factor.shape[-1]), weight.t())
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The gradients of the three."""
+        factor, weight = ctx.saved_tensors
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        return gradient, (rows @ weight).view_as(factor), rows.t() @ factor.reshape(-1, factor.shape[-1])
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/attempt.py <<'END_OF_FTGEN_FILE' || return
 """One attempt of a run that is saved: which checkpoint it goes on from, and what it saves.
@@ -3300,6 +3335,22 @@ def _compare(checkpoint: Checkpoint, data: list[str], versions: dict[str, str]) 
     ]
     if changed:
         say(f"warning: packages have changed since {checkpoint.path}, so results may differ: {', '.join(changed)}")
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/clipping.py <<'END_OF_FTGEN_FILE' || return
+"""By what the gradients are scaled, without waiting for the GPU.
+
+In: the norm of all gradients, on the GPU. Out: the factor, on the GPU. Megatron-Core computes it on the CPU, in float64.
+"""
+
+import torch
+
+EPSILON = 1.0e-6  # that Megatron-Core adds to the norm
+
+
+def factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """The factor in float32, from a norm in float64: 1 if the norm is not larger than `max_norm`, or is NaN."""
+    by = torch.full_like(norm, max_norm) / (norm + EPSILON)  # a number / a tensor would be its reciprocal * number
+    return by.masked_fill(~(by < 1.0), 1.0).float()
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/installed.py <<'END_OF_FTGEN_FILE' || return
 """Find the packages that `import` would take, without importing them.
@@ -4076,6 +4127,371 @@ END_OF_FTGEN_FILE
 In: a recipe and a plan. Out: the recipe, changed. Start with `switch.py`.
 """
 END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/optimizations/async_step.py <<'END_OF_FTGEN_FILE' || return
+"""Let the host run ahead of the GPU: at the end of a step, nothing waits for it.
+
+In: a recipe. Out: the recipe with another printer of step lines, and NeMo, Megatron-Core and Lightning changed for this
+process.
+
+At the end of a step, the stock recipe reads values from the GPU again and again. Each time the host waits until the GPU
+has done all its work. Then the GPU waits until the host has launched the optimizer and the first layer of the next step.
+Here
+
+1. the loss is averaged without asking which micro-batches have a loss,
+2. the norm of the gradients stays on the GPU, and they are scaled by a factor that is computed there,
+3. what Lightning logs stays where it is: numbers on the CPU, tensors on the GPU,
+4. Transformer Engine's cross entropy does not compare its gradient with the number 1, which it copies to the GPU first, and
+   waits, once per micro-batch. The gradient has a value for each token, so they are never equal,
+5. the line of a step is printed when the next step has been launched, the last one at the end. The host is ahead by one
+   step at most. The time of a step is that from the end of the one before to its own, on the GPU.
+"""
+
+import contextlib
+import functools
+import time
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import nemo_run as run
+import torch
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.connectors.logger_connector import result
+from nemo.lightning.pytorch.callbacks.progress_printer import ProgressPrinter
+
+from runtime.engines import clipping
+from runtime.engines.nemo import step_ends
+from runtime.engines.nemo.optimizations import needs
+from runtime.node import telemetry
+
+TIME = "train_step_timing in s"  # as NeMo's TimingCallback calls it
+
+
+def missing(_recipe: Any, plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing."""
+    capturable = ("megatron.core.extensions.transformer_engine:te_parallel_cross_entropy(is_cg_capturable)",)
+    return needs.missing(
+        *(capturable if plan["optimizations"]["fused_cross_entropy"] else ()),
+        "megatron.core.optimizer.optimizer:get_grad_norm_fp32",
+        "megatron.core.optimizer.optimizer:clip_grad_by_total_norm_fp32(use_decoupled_grad)",
+        "megatron.core.optimizer.clip_grads:multi_tensor_applier",
+        "megatron.core.optimizer.clip_grads:l2_norm_impl",
+        "nemo.lightning.megatron_parallel:MaskedTokenLossReduction.reduce",
+        "lightning.pytorch.trainer.connectors.logger_connector.result:convert_tensors_to_scalars",
+        "lightning.pytorch.trainer.connectors.logger_connector.result:_ResultMetric.to",
+    )
+
+
+def apply(recipe: Any, _plan: dict[str, Any]) -> None:
+    """Change the packages, and print the step lines late."""
+    install()
+    recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), run.Config(LatePrinter)]
+
+
+def install() -> None:
+    """Change what waits for the GPU, in this process. Call it once."""
+    from megatron.core.models.common.language_module import language_module
+    from megatron.core.optimizer import optimizer
+    from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
+
+    language_module.te_parallel_cross_entropy = _without_comparing(language_module.te_parallel_cross_entropy)
+    MaskedTokenLossReduction.reduce = _without_asking(MaskedTokenLossReduction.reduce)
+    optimizer.get_grad_norm_fp32 = _on_the_gpu(optimizer.get_grad_norm_fp32)
+    optimizer.clip_grad_by_total_norm_fp32 = _scaled_on_the_gpu(optimizer.clip_grad_by_total_norm_fp32)
+    LightningModule.log = _with_numbers_on_the_cpu(LightningModule.log)
+    result.convert_tensors_to_scalars = _as_it_is  # it is called for all metrics whenever any is looked at
+    result._ResultMetric.to = _unless_there(result._ResultMetric.to)
+    tells: Any = step_ends.TellSteps
+    tells.on_train_batch_end = Callback.on_train_batch_end  # LatePrinter tells when a step has ended
+
+
+def _without_comparing(cross_entropy: Any) -> Any:
+    """Transformer Engine's loss as inside of a CUDA graph, where it must not wait: with the same kernels."""
+
+    def without_comparing(logits: Any, labels: Any, tp_group: Any, _is_cg_capturable: bool = False) -> Any:
+        return cross_entropy(logits, labels, tp_group, True)
+
+    return cross_entropy and without_comparing  # None without Transformer Engine
+
+
+def _without_asking(reduce: Any) -> Any:
+    """Stock asks the GPU for each micro-batch whether it has tokens with a loss. Those without count as zero here."""
+
+    @functools.wraps(reduce)
+    def reduce_without_asking(self: Any, losses_reduced_per_micro_batch: Any) -> Any:
+        from megatron.core import parallel_state
+
+        losses = [each.get("loss_sum_and_ub_size") for each in losses_reduced_per_micro_batch or ()]
+        if not losses or any(loss is None for loss in losses):
+            return reduce(self, losses_reduced_per_micro_batch)
+        each = torch.vstack(losses)  # sum of the losses, number of tokens
+        both = each.masked_fill(each[:, 1:] <= 0, 0).sum(dim=0)
+        torch.distributed.all_reduce(both, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        return both[0] / both[1]
+
+    return reduce_without_asking
+
+
+def _on_the_gpu(norm_of: Any) -> Any:
+    """The norm as a tensor. Its attribute `exact` is in float64, in which stock computes with it on the CPU."""
+    from megatron.core.optimizer import clip_grads
+
+    @functools.wraps(norm_of)
+    def norm_on_the_gpu(grads_for_norm: Any, norm_type: float = 2, grad_stats_parallel_group: Any = None) -> Any:
+        grads = [grads_for_norm] if isinstance(grads_for_norm, torch.Tensor) else grads_for_norm
+        if norm_type != 2 or not grads:
+            return norm_of(grads_for_norm, norm_type, grad_stats_parallel_group)
+        overflow = torch.zeros(1, dtype=torch.int, device="cuda")
+        norm, _ = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, overflow, [grads], False)
+        square = norm**2.0
+        torch.distributed.all_reduce(square, op=torch.distributed.ReduceOp.SUM, group=grad_stats_parallel_group)
+        exact = square.double().sqrt().squeeze()
+        total = exact.float()  # what NeMo logs
+        total.exact = exact
+        return total
+
+    return norm_on_the_gpu
+
+
+def _scaled_on_the_gpu(clip: Any) -> Any:
+    """Stock scales the gradients if the factor is below 1. Here the factor is 1 otherwise, also if the norm is NaN."""
+
+    @functools.wraps(clip)
+    def scale(parameters: Any, max_norm: float, total_norm: Any, use_decoupled_grad: bool = False) -> None:
+        exact = getattr(total_norm, "exact", None)
+        if exact is None or use_decoupled_grad:
+            clip(parameters, max_norm, float(total_norm if exact is None else exact), use_decoupled_grad)
+            return
+        if grads := [parameter.grad.detach() for parameter in parameters if parameter.grad is not None]:
+            torch._foreach_mul_(grads, clipping.factor(exact, max_norm))
+
+    return scale
+
+
+def _with_numbers_on_the_cpu(log: Any) -> Any:
+    """Lightning would copy a number to the GPU, and wait."""
+
+    @functools.wraps(log)
+    def log_on_the_cpu(self: Any, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        log(self, name, torch.tensor(float(value)) if isinstance(value, int | float) else value, *args, **kwargs)
+
+    return log_on_the_cpu
+
+
+def _unless_there(to: Any) -> Any:
+    """Lightning takes 0.4 ms to copy a metric, with all that it knows about it, each time that a value is logged."""
+
+    @functools.wraps(to)
+    def to_elsewhere(self: Any, device: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.is_tensor and self.value.device == torch.device(device):
+            return self
+        return to(self, device, *args, **kwargs)
+
+    return to_elsewhere
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+class Moment:
+    """When the GPU comes to what the host launches next; without a GPU, now."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+        self.now = time.time()
+
+    def wait(self) -> bool:
+        """Wait for it. Whether it was still to come, so that it is now."""
+        is_to_come = torch.cuda.is_available() and not self.event.query()
+        self.event.synchronize()
+        self.now = time.time() if is_to_come else self.now
+        return is_to_come
+
+    def since(self, other: "Moment") -> float:
+        """Seconds from another moment to this one, which has come."""
+        return other.event.elapsed_time(self.event) / 1e3 if torch.cuda.is_available() else self.now - other.now
+
+
+class Launched(NamedTuple):
+    """A step that the host has launched, and that the GPU may still be at."""
+
+    number: int  # of the run, counted from 0
+    then: Any  # what NeMo's printer asks a trainer, as it was then
+    metrics: dict[str, Any]  # on their way to the CPU
+    began: Moment
+    ended: Moment  # the metrics are there then
+
+
+class LatePrinter(ProgressPrinter):  # type: ignore[misc]
+    """Prints NeMo's line of a step when the next step was launched, and before anything that is not a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: Launched | None = None
+        self.began: Moment
+        self.known: Moment  # the last one whose time on the clock is known
+
+    def on_train_batch_start(self, *_args: Any) -> None:
+        """Note when a step begins, if it does not follow on another one."""
+        if not self.running:
+            self.began = self.known = Moment()
+            self.began.wait()
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_args: Any, **_kwargs: Any) -> None:
+        """A step is launched. Wait for the end of the one before it."""
+        strategy = trainer.strategy
+        values = {
+            name: value.detach().to("cpu", non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in super().get_metrics(trainer, module).items()
+        }
+        ended = Moment()
+        step = SimpleNamespace(current_epoch_step=strategy.current_epoch_step, timers=getattr(strategy, "timers", None))
+        then = SimpleNamespace(current_epoch=trainer.current_epoch, strategy=step)
+        self.finish()
+        self.running = Launched(trainer.global_step - 1, then, values, self.began, ended)
+        self.began = ended  # of the next step, if it follows on this one
+        if trainer.global_step == trainer.max_steps:
+            self.finish()
+
+    def get_metrics(self, _trainer: Any, metrics: Any) -> Any:
+        """What NeMo's printer prints: what `finish` gives it."""
+        return metrics
+
+    def finish(self) -> None:
+        """Wait for the end of the step that is running, if any, and print its line. A save calls it first (save.py)."""
+        if not self.running:
+            return
+        step, self.running = self.running, None
+        if step.ended.wait():
+            self.known = step.ended
+        telemetry.after_step(step.number, self.known.now + step.ended.since(self.known))
+        metrics = convert_tensors_to_scalars(step.metrics)
+        if TIME in metrics:
+            metrics[TIME] = step.ended.since(step.began)
+        super().on_train_batch_end(step.then, metrics)
+
+    def on_validation_start(self, *_args: Any) -> None:
+        """Before a validation."""
+        self.finish()
+
+    def on_train_end(self, *_args: Any) -> None:
+        """After the last step, if the training ends sooner than it could."""
+        self.finish()
+
+    def on_exception(self, *_args: Any) -> None:
+        """When the training fails or is asked to stop, print the line of a step that ended well."""
+        with contextlib.suppress(RuntimeError):
+            self.finish()
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/optimizations/bf16_grads_in_adam.py <<'END_OF_FTGEN_FILE' || return
+"""Let Adam read the BF16 gradients, instead of a copy of them in float32.
+
+In: a recipe, which stays as it is. Out: Megatron-Core, changed for this process.
+
+The distributed optimizer copies its shard of the gradients from BF16 to float32, computes their norm, scales them if the
+norm is larger than `clip_grad`, and updates the weights. Transformer Engine's kernels compute in float32 whatever they read.
+Here they read BF16. Only gradients that are scaled become float32, in the kernel that scales them. All values are the same
+bits.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from runtime.engines import clipping
+from runtime.engines.nemo.optimizations import needs
+
+READS_OTHERS = "use_precision_aware_optimizer_no_fp8_or_ds_fp8"  # whether gradients are in `decoupled_grad`
+
+
+def missing(_recipe: Any, _plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing."""
+    return needs.missing(
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._copy_model_grads_to_main_grads",
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.get_main_grads_for_grad_norm",
+        "megatron.core.optimizer.optimizer:clip_grad_by_total_norm_fp32",
+        "megatron.core.optimizer.optimizer_config:OptimizerConfig.__post_init__",
+        "transformer_engine.pytorch.optimizers:FusedAdam(use_decoupled_grad)",
+    )
+
+
+def apply(_recipe: Any, _plan: dict[str, Any]) -> None:
+    """Change the distributed optimizer in this process."""
+    from megatron.core.optimizer import optimizer
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    DistributedOptimizer._copy_model_grads_to_main_grads = give_views
+    DistributedOptimizer.get_main_grads_for_grad_norm = _of_views(DistributedOptimizer.get_main_grads_for_grad_norm)
+    DistributedOptimizer.step_with_ready_grads = _then_let_go(DistributedOptimizer.step_with_ready_grads)
+    optimizer.clip_grad_by_total_norm_fp32 = clip
+
+
+def give_views(self: Any) -> None:
+    """Give each float32 shard of the weights its shard of the gradients, as it is."""
+    if self.is_stub_optimizer:
+        return
+    self.optimizer.use_decoupled_grad = True
+    groups = [*zip(self.model_float16_groups, self.shard_fp32_from_float16_groups, strict=True)]
+    groups += zip(self.model_fp32_groups, self.shard_fp32_groups, strict=True)
+    for weights, shards in groups:
+        for weight, shard in zip(weights, shards, strict=True):
+            place = self._get_model_param_range_map(weight)["param"]
+            shard.decoupled_grad = weight.main_grad.view(-1)[place.start : place.end]
+
+
+def _of_views(get_gradients: Any) -> Any:
+    def get_views(self: Any) -> Any:
+        with _reading_others(self.config):
+            return get_gradients(self)
+
+    return get_views
+
+
+def _then_let_go(step: Any) -> Any:
+    """After the step, no shard keeps a gradient: those in float32 need memory."""
+
+    def step_and_let_go(self: Any, *args: Any, **kwargs: Any) -> Any:
+        done = step(self, *args, **kwargs)
+        for shard in self.get_parameters():
+            shard.decoupled_grad = None
+        return done
+
+    return step_and_let_go
+
+
+def clip(shards: list[Any], max_norm: float, total_norm: Any, use_decoupled_grad: bool = False) -> None:
+    """Megatron-Core's clip_grad_by_total_norm_fp32 that leaves the BF16 gradients alone, and scales into float32.
+
+    A norm that is still on the GPU (see async_step.py) gives a factor that is there too: 1 where nothing is to be scaled.
+    """
+    del use_decoupled_grad
+    import torch
+
+    with_gradients = [shard for shard in shards if getattr(shard, "decoupled_grad", None) is not None]
+    if hasattr(total_norm, "exact"):
+        factor = clipping.factor(total_norm.exact, max_norm).view(1)
+    else:
+        coefficient = max_norm / (total_norm + clipping.EPSILON)
+        if coefficient >= 1.0 or not with_gradients:
+            return
+        factor = torch.tensor([coefficient], dtype=torch.float32, device=with_gradients[0].decoupled_grad.device)
+    for shard in with_gradients:
+        gradient = shard.decoupled_grad
+        shard.decoupled_grad = torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=torch.float32))
+
+
+@contextmanager
+def _reading_others(config: Any) -> Iterator[None]:
+    before = getattr(config, READS_OTHERS)
+    setattr(config, READS_OTHERS, True)
+    try:
+        yield
+    finally:
+        setattr(config, READS_OTHERS, before)
+END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/cuda_graphs.py <<'END_OF_FTGEN_FILE' || return
 """Run each layer as a local CUDA graph of Megatron-Core, and correct two errors of these graphs in FP8.
 
@@ -4170,6 +4586,176 @@ def _fused_operations(layer: Any) -> Iterator[Any]:
         for fused in getattr(module, "_fused_impl", None) or ():
             yield from (operation for operation in fused.modules() if hasattr(operation, "_save_fp8_metas"))
 END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/optimizations/early_gather.py <<'END_OF_FTGEN_FILE' || return
+"""Start all gathers of weights when the optimizer's step ends, and sum the LM head's gradient first.
+
+In: a recipe, which stays as it is. Out: Megatron-Core, changed for this process.
+
+With a distributed optimizer, every GPU updates a part of the weights and gathers the others before it uses them.
+
+1. Megatron-Core starts the first gather when the next forward pass waits for it, and each further one when a layer begins.
+Here all start when the optimizer's step ends, in the order of their use. They run while the host logs and reads data.
+
+2. With weights in FP8, Megatron-Core sums the gradients of all BF16 weights (embedding, norms, LM head) with those of the
+first layer, when the backward pass has ended and nothing can hide it, and gathers them before the first layer. Here the LM
+head has a group of its own: its gradient is the first to be ready, and its weights are the last to be used.
+"""
+
+from typing import Any
+
+from runtime.engines.nemo.optimizations import needs
+
+
+def missing(_recipe: Any, _plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing."""
+    return needs.missing(
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.step_with_ready_grads",
+        "megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBucketGroup.start_param_sync",
+        "megatron.core.distributed.distributed_data_parallel:partition_buckets(buffers)",
+    )
+
+
+def apply(_recipe: Any, _plan: dict[str, Any]) -> None:
+    """Change both in this process."""
+    from megatron.core.distributed import distributed_data_parallel
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    DistributedOptimizer.step_with_ready_grads = then_gather(DistributedOptimizer.step_with_ready_grads)
+    distributed_data_parallel.partition_buckets = with_a_group_for_the_head(distributed_data_parallel.partition_buckets)
+
+
+def then_gather(step: Any) -> Any:
+    """An optimizer's step that starts all gathers when it ends. The forward pass waits for each, and starts none."""
+
+    def step_and_gather(self: Any, *args: Any, **kwargs: Any) -> Any:
+        done = step(self, *args, **kwargs)
+        if self.ddp_config.overlap_param_gather:
+            for chunk in self.model_chunks:
+                for group in reversed(chunk.bucket_groups):  # they are in the order of the backward pass
+                    group.next_param_gather_bucket_group = None
+                    if not group.param_gather_dispatched:
+                        group.start_param_sync()
+        return done
+
+    return step_and_gather
+
+
+def with_a_group_for_the_head(partition: Any) -> Any:
+    """Megatron-Core's groups of buckets, in the order of the backward pass, where the first BF16 bucket has a group."""
+
+    def partition_and_split(buffers: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        groups: list[Any] = partition(buffers, *args, **kwargs)
+        if len(groups) < 2 or len(groups[-1].buckets) < 3:  # an FP8 bucket, one of the LM head, one of the embedding
+            return groups
+        last = groups[-1]
+        fp8, head, *others = last.buckets
+        size = getattr(last, "intra_distributed_optimizer_instance_size", 0)
+        if not size or len(head.params_list) > 1:  # no distributed optimizer, or a head that is tied to the embedding
+            return groups
+        like = (last.ddp_config, last.intra_distributed_optimizer_instance_group, size)
+        return [type(last)([head], *like), *groups[:-1], type(last)([fp8, *others], *like)]
+
+    return partition_and_split
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/optimizations/fp8_swiglu.py <<'END_OF_FTGEN_FILE' || return
+"""Write SwiGLU's FP8 result and gradient with kernels of ftgen, in Triton.
+
+In: a recipe with fused_swiglu on, in FP8 with delayed scaling. Out: the recipe; Transformer Engine is changed for this
+process.
+
+The results are those of Transformer Engine's kernels for Hopper: the same bytes, scales and largest values. Its own
+kernels still work where it also asks for a transpose, or for anything but FP8 with delayed scaling. The catalogue names
+this optimization before fused_swiglu, so that it comes first: what fused_swiglu puts around the kernels stays around these.
+"""
+
+import functools
+from typing import Any
+
+from runtime.engines.nemo.optimizations import needs
+
+
+def missing(_recipe: Any, _plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing."""
+    return needs.missing(
+        "triton:jit",
+        "transformer_engine.pytorch.ops.basic.activation:SwiGLU._activation_forward_impl",
+        "transformer_engine.pytorch.ops.basic.activation:SwiGLU._activation_backward_impl",
+        "transformer_engine.pytorch.constants:TE_DType_To_Torch",
+        "transformer_engine.pytorch.tensor.float8_tensor:Float8Tensor",
+        "transformer_engine.pytorch.tensor.float8_tensor:Float8Quantizer.amax",
+        "transformer_engine.pytorch.tensor.float8_tensor:Float8Quantizer.columnwise_usage",
+        "transformer_engine.pytorch.tensor.float8_tensor:Float8Quantizer.internal",
+        "transformer_engine.pytorch.tensor.storage.float8_tensor_storage:Float8TensorStorage",
+    )
+
+
+def apply(_recipe: Any, _plan: dict[str, Any]) -> None:
+    """Put the kernels in the place of Transformer Engine's. Call it once, before the first step."""
+    from transformer_engine.pytorch.ops.basic.activation import SwiGLU
+
+    SwiGLU._activation_forward_impl = _result(SwiGLU._activation_forward_impl)
+    SwiGLU._activation_backward_impl = _gradient(SwiGLU._activation_backward_impl)
+
+
+def _result(stock: Any) -> Any:
+    from runtime.engines.swiglu import write_result
+
+    @functools.wraps(stock)
+    def result(self: Any, mixed: Any, quantizer: Any) -> Any:
+        if not _is_ours(mixed, quantizer):
+            return stock(self, mixed, quantizer)
+        shape = (*mixed.shape[:-1], mixed.shape[-1] // 2)
+        return _written(quantizer, shape, mixed.dtype, write_result, mixed)
+
+    return result
+
+
+def _gradient(stock: Any) -> Any:
+    from runtime.engines.swiglu import write_gradient
+
+    @functools.wraps(stock)
+    def gradient(self: Any, of_result: Any, mixed: Any, quantizer: Any) -> Any:
+        if not _is_ours(mixed, quantizer):
+            return stock(self, of_result, mixed, quantizer)
+        return _written(quantizer, tuple(mixed.shape), mixed.dtype, write_gradient, of_result, mixed)
+
+    return gradient
+
+
+def _is_ours(mixed: Any, quantizer: Any) -> bool:
+    """Whether a GPU shall write rows in FP8 with delayed scaling, without a transpose, from BF16."""
+    import torch
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer
+
+    return (
+        isinstance(quantizer, Float8Quantizer)
+        and quantizer.rowwise_usage
+        and not quantizer.columnwise_usage
+        and mixed.is_cuda
+        and mixed.dtype == torch.bfloat16
+    )
+
+
+def _written(quantizer: Any, shape: tuple[int, ...], dtype: Any, write: Any, *inputs: Any) -> Any:
+    """A new FP8 tensor that stands for the type, made as Transformer Engine makes it, with what `write` writes."""
+    import torch
+    from transformer_engine.pytorch.constants import TE_DType_To_Torch
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
+    from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
+
+    data = torch.empty(shape, dtype=torch.uint8, device=inputs[0].device)
+    scale_inv = torch.empty(1, dtype=torch.float32, device=inputs[0].device)
+    inputs = tuple(tensor.contiguous() for tensor in inputs)
+    write(*inputs, data.view(TE_DType_To_Torch[quantizer.dtype]), quantizer.scale, quantizer.amax, scale_inv)
+    parts = {
+        "data": data,
+        "fp8_scale_inv": scale_inv,
+        "fp8_dtype": quantizer.dtype,
+        "data_transpose": None,
+        "quantizer": quantizer,
+    }
+    return Float8TensorStorage(**parts) if quantizer.internal else Float8Tensor(shape=shape, dtype=dtype, **parts)
+END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/fused_cross_entropy.py <<'END_OF_FTGEN_FILE' || return
 """Use Transformer Engine's fused cross entropy.
 
@@ -4193,10 +4779,138 @@ def apply(recipe: Any, _plan: dict[str, Any]) -> None:
     recipe.model.config.cross_entropy_loss_fusion = True
     recipe.model.config.cross_entropy_fusion_impl = "te"
 END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/optimizations/fused_lora_add.py <<'END_OF_FTGEN_FILE' || return
+"""Add LoRA's branch to the output of the frozen layer in the GEMM that computes the branch.
+
+In: a recipe, which stays as it is. Out: NeMo's class of layers with adapters, changed for this process.
+
+The stock recipe writes the branch [tokens, features], multiplies it by alpha / rank, and adds it to the frozen layer's
+output, which reads and writes the widest tensors three times more. As with scale_small_tensor, the scale is applied to the
+small tensor.
+"""
+
+from typing import Any
+
+from runtime.engines import adapters
+from runtime.engines.nemo.optimizations import needs
+
+
+def missing(_recipe: Any, _plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing."""
+    return needs.missing(
+        "nemo.collections.llm.peft.lora:LoRALinear.base_linear_forward", "nemo.collections.llm.peft.lora:LoRALinear.forward"
+    )
+
+
+def apply(_recipe: Any, _plan: dict[str, Any]) -> None:
+    """Add in the GEMM in this process. Requires TP = 1 and no dropout."""
+    from nemo.collections.llm.peft.lora import LoRALinear
+
+    LoRALinear.forward = forward
+
+
+def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """The sum of the frozen layer's output and of its adapter's, and the bias."""
+    output, bias, normed = self.base_linear_forward(x, *args, **kwargs)
+    small = adapters.small(self.adapter, normed.contiguous())
+    return adapters.AddProduct.apply(output, small, self.adapter.linear_out.weight), bias
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/optimizations/fused_residual_add.py <<'END_OF_FTGEN_FILE' || return
+"""Add the gradient of the residual in the kernel of the norm's backward pass.
+
+In: a recipe, which stays as it is. Out: Megatron-Core and Transformer Engine, changed for this process.
+
+The input of a block goes two ways: into the norm, and, as the residual, into the sum after the block. In the backward pass
+PyTorch adds the two gradients in a kernel of its own. Transformer Engine has a kernel that adds while it computes the norm's
+gradient. Here the residual's gradient waits for that kernel: it is known long before, because the backward pass of the sum
+comes before that of the block.
+"""
+
+import functools
+from typing import Any
+
+import torch
+
+from runtime.engines.nemo.optimizations import needs
+
+WAITING: dict[int, torch.Tensor] = {}  # at most one gradient of a residual, by the address of the norm's input
+
+
+def missing(_recipe: Any, _plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing."""
+    return needs.missing(
+        "transformer_engine_torch:rmsnorm_bwd_add",
+        "transformer_engine.pytorch.module.layernorm_linear:tex",
+        "transformer_engine.pytorch.ops.basic.rmsnorm:rmsnorm_bwd",
+        "megatron.core.models.gpt.gpt_layer_specs:get_bias_dropout_add",
+    )
+
+
+def apply(_recipe: Any, _plan: dict[str, Any]) -> None:
+    """Let the norms add. Call it once, before the model is built. Requires RMSNorm, and blocks that begin with the norm."""
+    import transformer_engine_torch as kernels
+    from megatron.core.models.gpt import gpt_layer_specs
+    from transformer_engine.pytorch.ops.basic import rmsnorm
+
+    gpt_layer_specs.get_bias_dropout_add = with_waiting_residual(gpt_layer_specs.get_bias_dropout_add)
+    kernels.rmsnorm_bwd = rmsnorm.rmsnorm_bwd = adding(kernels.rmsnorm_bwd, kernels.rmsnorm_bwd_add)
+
+
+def with_waiting_residual(stock: Any) -> Any:
+    """Megatron-Core's `get_bias_dropout_add`, with residuals whose gradients wait."""
+
+    @functools.wraps(stock)
+    def get(*args: Any) -> Any:
+        add = stock(*args)
+
+        @functools.wraps(add)
+        def add_waiting(output: Any, residual: torch.Tensor, probability: float) -> Any:
+            return add(output, Wait.apply(residual), probability)
+
+        return add_waiting
+
+    return get
+
+
+class Wait(torch.autograd.Function):  # type: ignore[misc]
+    """wait(residual) -> residual. Its gradient does not go on to the residual: it waits until the norm takes it."""
+
+    @staticmethod
+    def forward(ctx: Any, residual: torch.Tensor) -> torch.Tensor:
+        """Remember where the residual is, which is where the norm's input is."""
+        ctx.place = residual.data_ptr()
+        return residual.view_as(residual)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> None:
+        """RuntimeError: the norm before has not taken the gradient that waited for it."""
+        if WAITING:
+            raise RuntimeError(
+                "fused_residual_add: no norm has taken a residual's gradient; set optimizations.fused_residual_add = false"
+            )
+        WAITING[ctx.place] = gradient
+
+
+def adding(backward: Any, backward_add: Any) -> Any:
+    """The norm's backward pass, which adds the gradient that waits for its input."""
+
+    @functools.wraps(backward)
+    def run(gradient: torch.Tensor, normed: torch.Tensor, *args: Any) -> Any:
+        waiting = WAITING.pop(normed.data_ptr(), None)
+        if waiting is None:
+            return backward(gradient, normed, *args)
+        return backward_add(gradient, normed, waiting.contiguous().view(normed.shape), *args)
+
+    return run
+END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/fused_rotary.py <<'END_OF_FTGEN_FILE' || return
-"""Rotate the queries and keys of packed sequences with a kernel of ftgen, in Triton.
+"""Split queries, keys and values, and rotate those of packed sequences, with a kernel of ftgen, in Triton.
 
 In: a recipe with packed data. Out: the recipe; Megatron-Core is changed for this process.
+
+Megatron-Core splits the output of the projection, copies the queries and the values so that they are contiguous, rotates
+queries and keys in a kernel each, and in the backward pass joins three gradients with a copy. Here one kernel does all of
+it, and one more in the backward pass.
 """
 
 import functools
@@ -4209,51 +4923,158 @@ def missing(_recipe: Any, _plan: dict[str, Any]) -> str:
     """What the installed packages lack; "" if they lack nothing."""
     return needs.missing(
         "triton:jit",
-        "megatron.core.models.common.embeddings.rope_utils:fused_apply_rotary_pos_emb_thd",
+        "megatron.core.transformer.attention:SelfAttention.forward(rotary_pos_emb)",
+        "megatron.core.transformer.attention:SelfAttention.forward(packed_seq_params)",
+        "megatron.core.transformer.attention:SelfAttention.get_query_key_value_tensors",
     )
 
 
 def apply(_recipe: Any, _plan: dict[str, Any]) -> None:
-    """Put the kernel in the place of Transformer Engine's. Call it once, before the model is built."""
-    from megatron.core.models.common.embeddings import rope_utils
+    """Put the kernels in the place of Megatron-Core's. Call it once, before the model is built. Requires CP = 1."""
+    from megatron.core.transformer.attention import SelfAttention
 
-    rope_utils.fused_apply_rotary_pos_emb_thd = _with_own_kernel(rope_utils.fused_apply_rotary_pos_emb_thd)
+    SelfAttention.forward = _with_rotation_in_the_split(SelfAttention.forward)
+    SelfAttention.get_query_key_value_tensors = _split_and_rotated(SelfAttention.get_query_key_value_tensors)
 
 
-def _with_own_kernel(stock: Any) -> Any:
-    from runtime.engines.rotary import Rotate
+def _with_rotation_in_the_split(stock: Any) -> Any:
+    @functools.wraps(stock)
+    def forward(self: Any, *args: Any, rotary_pos_emb: Any = None, packed_seq_params: Any = None, **kwargs: Any) -> Any:
+        """Hand the angles of packed sequences to `get_query_key_value_tensors` instead of the stock rotation."""
+        self.rotation = None
+        if packed_seq_params is not None and _is_plain(self, rotary_pos_emb):
+            ends = packed_seq_params.cu_seqlens_q_padded
+            self.rotation = rotary_pos_emb, packed_seq_params.cu_seqlens_q if ends is None else ends
+            rotary_pos_emb = None
+        return stock(self, *args, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params, **kwargs)
+
+    return forward
+
+
+def _is_plain(attention: Any, angles: Any) -> bool:
+    """Whether all of each head is rotated, in halves, queries and keys by the same angles, and nothing is normed before."""
+    return (
+        hasattr(angles, "shape")
+        and angles.shape[-1] == attention.hidden_size_per_attention_head
+        and not attention.config.rotary_interleaved
+        and all(
+            norm is None or type(norm).__name__ == "IdentityOp" for norm in (attention.q_layernorm, attention.k_layernorm)
+        )
+    )
+
+
+def _split_and_rotated(stock: Any) -> Any:
+    from runtime.engines.rotary import SplitAndRotate
 
     @functools.wraps(stock)
-    def rotate(heads: Any, cu_seqlens: Any, angles: Any, cp_size: int = 1, cp_rank: int = 0) -> Any:
-        if cp_size > 1 or angles.shape[-1] != heads.shape[-1]:  # a part of each sequence, or of each head
-            return stock(heads, cu_seqlens, angles, cp_size=cp_size, cp_rank=cp_rank)
-        return Rotate.apply(heads, cu_seqlens, angles)
+    def tensors(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        """Queries, keys and values, [tokens, 1, heads, size] each; rotated if `forward` has handed on a rotation."""
+        if self.rotation is None:
+            return stock(self, hidden_states, *args, **kwargs)
+        angles, cu_seqlens = self.rotation
+        mixed, _ = self.linear_qkv(hidden_states)  # [tokens, 1, features]
+        parts = SplitAndRotate.apply(mixed.view(len(mixed), self.num_query_groups_per_partition, -1), cu_seqlens, angles)
+        return tuple(part.unsqueeze(1) for part in parts)
 
-    return rotate
+    return tensors
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/fused_swiglu.py <<'END_OF_FTGEN_FILE' || return
-"""Use Transformer Engine's fused SwiGLU, which in FP8 includes the cast.
+"""Use Transformer Engine's fused SwiGLU, which in FP8 includes the cast, and correct two errors of it that SFT meets.
 
-In: a recipe. Out: the recipe with the op fuser on for the MLP.
+In: a recipe. Out: the recipe with the op fuser on for the MLP; for SFT in FP8 also Transformer Engine, changed for this
+process.
+
+1. Transposes that nobody wrote. To compute the gradient of a weight, Transformer Engine needs the transpose of the FP8
+input and of the FP8 gradient. On Hopper, the kernels of SwiGLU write no transpose (before Transformer Engine 2.12), but
+their result says that it has one: the gradients of both weights came from memory that contained anything. Here SwiGLU is
+not asked for a transpose, so the linear layer makes it. LoRA freezes these weights and needs no transpose. The norm does
+write one, but the linear layer does not see it and makes another. So the norm is not asked for one either.
+
+2. Scales of FP8 weights. The fused MLP has scales of its own. They begin with 1 and know no largest value of the weights
+before the optimizer's first step, which would round the weights to a few bits. Here they continue those of the weights.
 """
 
 from typing import Any
 
-from runtime.engines.nemo.optimizations import op_fuser
+from runtime.engines.nemo.optimizations import needs, op_fuser
 
 
 def missing(recipe: Any, plan: dict[str, Any]) -> str:
-    """What the installed packages lack; "" if they lack nothing."""
-    return op_fuser.missing(recipe, plan)
+    """What the installed packages lack; "" if they lack nothing. For SFT in FP8, also what the corrections change."""
+    corrected = (
+        "transformer_engine.pytorch.ops.basic.activation:SwiGLU._activation_forward_impl",
+        "transformer_engine.pytorch.ops.basic.activation:SwiGLU._activation_backward_impl",
+        "transformer_engine.pytorch.ops.basic.rmsnorm:rmsnorm_fwd",
+        "transformer_engine.pytorch.ops:BasicLinear.reset_recipe_state(recipe)",
+        "transformer_engine.pytorch.tensor.float8_tensor:Float8Quantizer.set_usage(columnwise)",
+    )
+    return op_fuser.missing(recipe, plan) or needs.missing(*(corrected if _trains_fp8_weights(plan) else ()))
 
 
 def apply(recipe: Any, plan: dict[str, Any]) -> None:
     """Switch the op fuser on for the MLP. Adapters are not fused, unless the plan also has op_fuser on."""
     recipe.model.config.use_transformer_engine_op_fuser = True
-    if not plan["optimizations"]["op_fuser"]:
+    if _trains_fp8_weights(plan):
+        transpose_in_linear()
+        keep_weight_scales()
+    if plan["scheme"] == "lora" and not plan["optimizations"]["op_fuser"]:
         from nemo.collections.llm.peft import lora
 
         lora.HAVE_TE_FUSED_LORA = False  # otherwise the setting would also fuse the adapters, which rounds their input
+
+
+def _trains_fp8_weights(plan: dict[str, Any]) -> bool:
+    return (plan["scheme"], plan["precision"]) == ("sft", "fp8")
+
+
+def transpose_in_linear() -> None:
+    """Let SwiGLU and the norm write no transposes of what they write in FP8. Call it once, before the first step."""
+    from transformer_engine.pytorch.ops.basic import rmsnorm
+    from transformer_engine.pytorch.ops.basic.activation import SwiGLU
+
+    rmsnorm.rmsnorm_fwd = _rows_only(rmsnorm.rmsnorm_fwd)
+    SwiGLU._activation_forward_impl = _rows_only(SwiGLU._activation_forward_impl)
+    SwiGLU._activation_backward_impl = _rows_only(SwiGLU._activation_backward_impl)
+
+
+def _rows_only(kernel: Any) -> Any:
+    """The kernel, called with a quantizer that asks for no transpose. One of its arguments is the quantizer, or none is."""
+
+    def write_rows(*arguments: Any) -> Any:
+        quantizer = next((argument for argument in arguments if hasattr(argument, "columnwise_usage")), None)
+        if quantizer is None:
+            return kernel(*arguments)
+        wanted = quantizer.columnwise_usage
+        quantizer.set_usage(columnwise=False)
+        written = kernel(*arguments)
+        quantizer.set_usage(columnwise=wanted)
+        return written
+
+    return write_rows
+
+
+def keep_weight_scales() -> None:
+    """Let a fused linear layer continue the scale and the largest value of its FP8 weight. Call it once."""
+    from transformer_engine.pytorch.ops import BasicLinear
+
+    BasicLinear.reset_recipe_state = _with_weight_scale(BasicLinear.reset_recipe_state)
+
+
+def _with_weight_scale(reset: Any) -> Any:
+    def reset_and_continue(self: Any, *, recipe: Any) -> None:
+        before = _quantizer(self)
+        reset(self, recipe=recipe)
+        after = _quantizer(self)
+        if hasattr(before, "amax") and hasattr(after, "amax") and before.amax.data_ptr() != after.amax.data_ptr():
+            after.scale.copy_(before.scale)
+            after.amax.copy_(before.amax)
+
+    return reset_and_continue
+
+
+def _quantizer(linear: Any) -> Any:
+    """Of the layer's weight; None if it has no weight yet, or none in FP8."""
+    return getattr(getattr(linear, "weight", None), "_quantizer", None)
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/fused_wgrad_accumulation.py <<'END_OF_FTGEN_FILE' || return
 """Accumulate weight gradients in the GEMM that computes them, without APEX.
@@ -4533,6 +5354,80 @@ def apply(_recipe: Any, _plan: dict[str, Any]) -> None:
     from nemo.collections.llm.peft.utils import ParallelLinearAdapter
 
     ParallelLinearAdapter.forward = adapters.forward
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/nemo/optimizations/short_attention.py <<'END_OF_FTGEN_FILE' || return
+"""Compute the attention of packed sequences with kernels of ftgen, in Triton, which are faster for short sequences.
+
+In: a recipe with packed data. Out: the recipe; Megatron-Core is changed for this process.
+
+cuDNN's kernels, which Transformer Engine uses, work on each sequence as if it were as long as the longest one, and spread
+the backward pass over five kernels. runtime/engines/short_attention.py has the kernels.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from runtime.engines import padding
+from runtime.engines.nemo.optimizations import needs
+from runtime.job.progress import say
+
+LONGEST = 512  # tokens: cuDNN is faster if there are longer examples
+
+
+def missing(_recipe: Any, _plan: dict[str, Any]) -> str:
+    """What the installed packages lack; "" if they lack nothing."""
+    return needs.missing(
+        "triton:jit",
+        "megatron.core.extensions.transformer_engine:TEDotProductAttention.forward(packed_seq_params)",
+        "nemo.collections.llm.gpt.data.packed_sequence:PackedSequenceSpecs.packed_metadata_path",
+    )
+
+
+def apply(recipe: Any, _plan: dict[str, Any]) -> None:
+    """Put the kernels in the place of Transformer Engine's, unless an example is long. Requires packed data and CP = 1.
+
+    Call it once, before the model is built.
+    """
+    longest = padding.longest_sequence(Path(recipe.data.packed_sequence_specs.packed_metadata_path))
+    if longest > LONGEST:
+        say(f"short_attention: not used, because an example has {longest} tokens: above {LONGEST}, cuDNN is faster")
+        return
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    TEDotProductAttention.forward = with_own_kernels(TEDotProductAttention.forward)
+
+
+def with_own_kernels(stock: Any) -> Any:
+    """The forward pass of Megatron-Core's attention: the kernels for packed sequences that they know, else its own."""
+    from runtime.engines.short_attention import Attend
+
+    @functools.wraps(stock)
+    def forward(
+        self: Any, query: Any, key: Any, value: Any, *args: Any, packed_seq_params: Any = None, **kwargs: Any
+    ) -> Any:
+        """[tokens, heads * size] of query [tokens, heads, size], key and value [tokens, groups, size]."""
+        if packed_seq_params is None or not _is_known(self, query, key, value):
+            return stock(self, query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs)
+        ends = packed_seq_params.cu_seqlens_q_padded
+        ends = packed_seq_params.cu_seqlens_q if ends is None else ends
+        scale = getattr(self, "softmax_scale", None) or query.shape[-1] ** -0.5
+        return Attend.apply(query, key, value, ends, scale).flatten(1)
+
+    return forward
+
+
+def _is_known(attention: Any, query: Any, key: Any, value: Any) -> bool:
+    """Whether the mask is causal without a window, nothing is dropped, and all sizes are powers of two."""
+    sizes = query.shape[-1], query.shape[1] // key.shape[1]
+    config = attention.config
+    return (
+        key.shape == value.shape
+        and all(size & (size - 1) == 0 for size in sizes)
+        and not config.attention_dropout
+        and not getattr(config, "window_size", None)
+        and "causal" in str(getattr(attention, "attn_mask_type", "causal"))
+    )
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/short_padding.py <<'END_OF_FTGEN_FILE' || return
 """Cut the padding of each pack into several short sequences.
@@ -5176,6 +6071,8 @@ class Save(Checkpoint):  # type: ignore[misc]
         def write(folder: Path) -> None:
             trainer.save_checkpoint(folder, weights_only=False)
 
+        if finish := getattr(trainer.progress_bar_callback, "finish", None):  # with the optimization async_step
+            finish()
         self.saving.save(trainer.global_step, write)
         if self.saving.stopping:
             raise SystemExit(stop.AGAIN)
@@ -5668,11 +6565,12 @@ def warmup_steps(plan: Plan) -> int:
     return warmup
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/rotary.py <<'END_OF_FTGEN_FILE' || return
-"""Rotary embedding of packed sequences: a Triton kernel.
+"""Split queries, keys and values, and rotate the queries and keys of packed sequences: two Triton kernels.
 
-In: queries or keys of packed sequences, and the angles of each position. Out: the same, rotated. With autograd.
+In: the output of the layer that projects to queries, keys and values, and the angles of each position. Out: queries, keys
+and values, each contiguous, as attention reads them. With autograd.
 
-A program of the kernel rotates all heads of one token. It computes the sines and cosines of the token once, in float32, as
+A program of a kernel moves all heads of one token. It computes the sines and cosines of the token once, in float32, as
 Transformer Engine's kernel does. Measured in docs/performance.md.
 
 This module imports Triton, so only a training on a GPU imports it.
@@ -5684,79 +6582,149 @@ import torch
 import triton
 import triton.language as tl
 
+Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-class Rotate(torch.autograd.Function):  # type: ignore[misc]
-    """rotate(heads [tokens, heads, size], cu_seqlens [sequences + 1], angles [positions, ..., size]) -> like heads."""
+
+class SplitAndRotate(torch.autograd.Function):  # type: ignore[misc]
+    """split(mixed [tokens, groups, (n + 2) * size], cu_seqlens [sequences + 1], angles [positions, ..., size]) -> q, k, v.
+
+    A group has the n heads of its queries, then its key, then its value. Queries: [tokens, groups * n, size]; keys and
+    values: [tokens, groups, size].
+    """
 
     @staticmethod
-    def forward(ctx: Any, heads: torch.Tensor, cu_seqlens: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-        """Rotate by the angle of the position in the own sequence."""
+    def forward(ctx: Any, mixed: torch.Tensor, cu_seqlens: torch.Tensor, angles: torch.Tensor) -> Parts:
+        """Split, and rotate by the angle of the position in the own sequence."""
+        mixed = mixed.contiguous()
+        tokens, groups, width = mixed.shape
+        size = angles.shape[-1]
         ctx.save_for_backward(cu_seqlens, angles)
-        return _launch(heads, cu_seqlens, angles, 1.0)
+        queries = mixed.new_empty(tokens, groups * (width // size - 2), size)
+        keys, values = mixed.new_empty(tokens, groups, size), mixed.new_empty(tokens, groups, size)
+        _launch(_split, mixed, (queries, keys, values), cu_seqlens, angles)
+        return queries, keys, values
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """Rotate back: the inverse of a rotation is its transpose."""
+    def backward(
+        ctx: Any, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None]:
+        """Rotate the gradients back, and join them: the inverse of a rotation is its transpose."""
         cu_seqlens, angles = ctx.saved_tensors
-        return _launch(gradient, cu_seqlens, angles, -1.0), None, None
+        tokens, groups, size = keys.shape
+        mixed = keys.new_empty(tokens, groups, (queries.shape[1] // groups + 2) * size)
+        _launch(_join, mixed, (queries.contiguous(), keys.contiguous(), values.contiguous()), cu_seqlens, angles)
+        return mixed, None, None
 
 
-def _launch(heads: torch.Tensor, cu_seqlens: torch.Tensor, angles: torch.Tensor, sign: float) -> torch.Tensor:
-    if heads.stride(-1) != 1:
-        heads = heads.contiguous()
-    tokens, count, size = heads.shape
-    out = torch.empty((tokens, count, size), dtype=heads.dtype, device=heads.device)
-    _rotate[(tokens,)](
-        heads,
-        out,
+def _launch(kernel: Any, mixed: torch.Tensor, parts: Parts, cu_seqlens: torch.Tensor, angles: torch.Tensor) -> None:
+    tokens, groups, width = mixed.shape
+    slots = width // angles.shape[-1]
+    kernel[(tokens,)](
+        mixed,
+        *parts,
         cu_seqlens,
         angles,
-        heads.stride(0),
-        heads.stride(1),
         angles.stride(0),
-        count,
         cu_seqlens.numel(),
-        sign,
-        half=size // 2,
-        padded_count=triton.next_power_of_2(count),
+        groups=groups,
+        slots=slots,
+        half=angles.shape[-1] // 2,
+        padded_heads=triton.next_power_of_2(groups * slots),
         padded_bounds=triton.next_power_of_2(cu_seqlens.numel()),
+        num_warps=8,
     )
-    return out
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _rotate(  # type: ignore[no-untyped-def]
-    heads,
-    out,
-    cu_seqlens,
-    angles,
-    token_stride,
-    head_stride,
-    position_stride,
-    count,
-    bounds,
-    sign,
-    half: tl.constexpr,
-    padded_count: tl.constexpr,
-    padded_bounds: tl.constexpr,
-):
-    """Program t rotates token t. The two halves of a head are the two coordinates of each rotation."""
-    token = tl.program_id(0)
+def _angle(token, cu_seqlens, angles, position_stride, bounds, half: tl.constexpr, padded_bounds: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The angles [half] of a token: those of its position in its own sequence."""
     bound = tl.arange(0, padded_bounds)
     begins = tl.load(cu_seqlens + bound, mask=bound < bounds, other=0)
-    begin = tl.max(tl.where(begins <= token, begins, 0), axis=0)  # of the token's own sequence
-    pair = tl.arange(0, half)
-    angle = tl.load(angles + (token - begin) * position_stride + pair)
-    cos = tl.cos(angle)[None, :]
-    sin = (tl.sin(angle) * sign)[None, :]
-    head = tl.arange(0, padded_count)[:, None]
-    inside = head < count
-    at = heads + token.to(tl.int64) * token_stride + head * head_stride + pair[None, :]
-    first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
-    to = out + token.to(tl.int64) * (count * 2 * half) + head * (2 * half) + pair[None, :]
-    tl.store(to, (first * cos - second * sin).to(out.dtype.element_ty), mask=inside)
-    tl.store(to + half, (second * cos + first * sin).to(out.dtype.element_ty), mask=inside)
+    begin = tl.max(tl.where(begins <= token, begins, 0), axis=0)
+    return tl.load(angles + (token - begin) * position_stride + tl.arange(0, half))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _places(token, groups: tl.constexpr, slots: tl.constexpr, half: tl.constexpr, padded_heads: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where the heads of a token are: of each slot [heads, 1], what it holds; and offsets [heads, half] into the tensors."""
+    head = tl.arange(0, padded_heads)[:, None]
+    pair = tl.arange(0, half)[None, :]
+    group, slot = head // slots, head % slots
+    inside = head < groups * slots
+    wide = token.to(tl.int64)
+    mixed = (wide * (groups * slots) + head) * (2 * half) + pair
+    query = (wide * (groups * (slots - 2)) + group * (slots - 2) + slot) * (2 * half) + pair
+    other = (wide * groups + group) * (2 * half) + pair
+    return inside & (slot < slots - 2), inside & (slot == slots - 2), inside & (slot == slots - 1), mixed, query, other
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _split(  # type: ignore[no-untyped-def]
+    mixed,
+    queries,
+    keys,
+    values,
+    cu_seqlens,
+    angles,
+    position_stride,
+    bounds,
+    groups: tl.constexpr,
+    slots: tl.constexpr,
+    half: tl.constexpr,
+    padded_heads: tl.constexpr,
+    padded_bounds: tl.constexpr,
+):
+    """Program t splits and rotates token t. The two halves of a head are the two coordinates of each rotation."""
+    token = tl.program_id(0)
+    angle = _angle(token, cu_seqlens, angles, position_stride, bounds, half, padded_bounds)
+    cos, sin = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
+    is_query, is_key, is_value, at, of_query, of_other = _places(token, groups, slots, half, padded_heads)
+    inside = is_query | is_key | is_value
+    first = tl.load(mixed + at, mask=inside, other=0.0)
+    second = tl.load(mixed + at + half, mask=inside, other=0.0)
+    a, b = first.to(tl.float32), second.to(tl.float32)
+    low, high = (a * cos - b * sin).to(first.dtype), (b * cos + a * sin).to(first.dtype)
+    tl.store(queries + of_query, low, mask=is_query)
+    tl.store(queries + of_query + half, high, mask=is_query)
+    tl.store(keys + of_other, low, mask=is_key)
+    tl.store(keys + of_other + half, high, mask=is_key)
+    tl.store(values + of_other, first, mask=is_value)
+    tl.store(values + of_other + half, second, mask=is_value)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _join(  # type: ignore[no-untyped-def]
+    mixed,
+    queries,
+    keys,
+    values,
+    cu_seqlens,
+    angles,
+    position_stride,
+    bounds,
+    groups: tl.constexpr,
+    slots: tl.constexpr,
+    half: tl.constexpr,
+    padded_heads: tl.constexpr,
+    padded_bounds: tl.constexpr,
+):
+    """Program t rotates the gradients of token t back, and joins them: what `_split` does, the other way."""
+    token = tl.program_id(0)
+    angle = _angle(token, cu_seqlens, angles, position_stride, bounds, half, padded_bounds)
+    cos, sin = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
+    is_query, is_key, is_value, at, of_query, of_other = _places(token, groups, slots, half, padded_heads)
+    rotated = is_query | is_key
+    first = tl.load(queries + of_query, mask=is_query, other=0.0)
+    first += tl.load(keys + of_other, mask=is_key, other=0.0)
+    first += tl.load(values + of_other, mask=is_value, other=0.0)
+    second = tl.load(queries + of_query + half, mask=is_query, other=0.0)
+    second += tl.load(keys + of_other + half, mask=is_key, other=0.0)
+    second += tl.load(values + of_other + half, mask=is_value, other=0.0)
+    a, b = first.to(tl.float32), second.to(tl.float32)
+    low = tl.where(rotated, (a * cos + b * sin).to(first.dtype), first)
+    high = tl.where(rotated, (b * cos - a * sin).to(first.dtype), second)
+    tl.store(mixed + at, low, mask=rotated | is_value)
+    tl.store(mixed + at + half, high, mask=rotated | is_value)
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/saving.py <<'END_OF_FTGEN_FILE' || return
 """Save a training while it runs, and stop it between two steps when Slurm asks for that. This is the same for each engine.
@@ -5911,6 +6879,339 @@ def _over_ranks(value: int) -> int:
 def _wait_for_all() -> None:
     """Return when all ranks are here. They read a number that depends on all of them."""
     _over_ranks(0)
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/short_attention.py <<'END_OF_FTGEN_FILE' || return
+"""Causal attention of short packed sequences: three Triton kernels.
+
+In: queries, keys and values of packed sequences. Out: for each query, the values weighted by the softmax over the keys of
+its own sequence up to itself. With autograd.
+
+The kernels look at a pack as one row of tokens. A program takes a block of tokens, with all heads of queries that share a
+key, and walks over the keys from the beginning of the first token's sequence to the last token: a mask hides the keys of
+other sequences. So the work does not depend on the longest sequence, and each key is read once for all its heads. In the
+backward pass, one kernel computes the gradients of the queries, and another those of the keys and values: nothing is
+added atomically, so the result is the same each time. Measured in docs/performance.md.
+
+This module imports Triton, so only a training on a GPU imports it.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+Grads = tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]
+# rows: tokens times heads of a block of queries; keys: tokens of a block of keys
+FORWARD = {"rows": 64, "keys": 32, "num_warps": 4, "num_stages": 3}
+QUERIES = {"rows": 64, "keys": 32, "num_warps": 4, "num_stages": 3}
+KEYS = {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 2}
+
+
+class Attend(torch.autograd.Function):  # type: ignore[misc]
+    """attend(q [tokens, heads, size], k and v [tokens, groups, size], cu_seqlens [sequences + 1], scale) -> like q.
+
+    The number of heads in a group and the size are powers of two; cu_seqlens is int32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Attend. What the backward pass needs of the softmax is its logarithm to base 2: [tokens, heads], float32."""
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        edges = _edges_of(cu_seqlens, len(q))
+        out = torch.empty_like(q)
+        logs = q.new_empty(q.shape[:2], dtype=torch.float32)
+        _launch(_forward, FORWARD, "rows", (q, k, v, out, logs, edges), scale)
+        ctx.save_for_backward(q, k, v, out, logs, edges)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Grads:
+        """The gradients of queries, keys and values."""
+        q, k, v, out, logs, edges = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        sums = torch.empty_like(logs)  # of the gradient times the output, over each head
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        _launch(_backward_queries, QUERIES, "rows", (q, k, v, out, gradient, logs, sums, edges, dq), ctx.scale)
+        _launch(_backward_keys, KEYS, "keys", (q, k, v, gradient, logs, sums, edges, dk, dv), ctx.scale)
+        return dq, dk, dv, None, None
+
+
+def _launch(kernel: Any, how: dict[str, int], blocks: str, tensors: tuple[torch.Tensor, ...], scale: float) -> None:
+    q, k = tensors[:2]
+    tokens, heads, size = q.shape
+    groups = k.shape[1]
+    block = how["keys"] if blocks == "keys" else how["rows"] * groups // heads
+    kernel[(triton.cdiv(tokens, block), groups)](*tensors, tokens, scale, heads=heads, groups=groups, size=size, **how)
+
+
+def _edges_of(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The beginning and the end of each token's sequence: int32 [2, tokens]."""
+    edges = torch.empty(2, tokens, dtype=torch.int32, device=cu_seqlens.device)
+    _edges[(triton.cdiv(tokens, 256),)](cu_seqlens, edges, tokens, cu_seqlens.numel(), block=256)
+    return edges
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _edges(bounds, edges, tokens, count, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    token = tl.program_id(0) * block + tl.arange(0, block)
+    begin = tl.zeros([block], tl.int32)
+    end = tl.zeros([block], tl.int32) + tokens
+    for number in range(count):
+        bound = tl.load(bounds + number)
+        begin = tl.where(bound <= token, tl.maximum(begin, bound), begin)
+        end = tl.where(bound > token, tl.minimum(end, bound), end)
+    tl.store(edges + token, begin, mask=token < tokens)
+    tl.store(edges + tokens + token, end, mask=token < tokens)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _row_places(first, group, tokens, heads: tl.constexpr, groups: tl.constexpr, rows: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The token of each row, the row's place in [tokens, heads], and whether there is such a token."""
+    row = tl.arange(0, rows)
+    token = first + row // (heads // groups)
+    return token, token * heads + group * (heads // groups) + row % (heads // groups), token < tokens
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _forward(  # type: ignore[no-untyped-def]
+    q, k, v, out, logs, edges, tokens, scale,
+    heads: tl.constexpr, groups: tl.constexpr, size: tl.constexpr, rows: tl.constexpr, keys: tl.constexpr,
+):  # fmt: skip
+    first, group = tl.program_id(0) * (rows * groups // heads), tl.program_id(1)
+    token, row, there = _row_places(first, group, tokens, heads, groups, rows)
+    feature = tl.arange(0, size)
+    at = row.to(tl.int64)[:, None] * size + feature[None, :]
+    query = tl.load(q + at, mask=there[:, None], other=0.0)
+    begin = tl.load(edges + token, mask=there, other=0)
+    highest = tl.full([rows], float("-inf"), tl.float32)
+    total = tl.zeros([rows], tl.float32)
+    mean = tl.zeros([rows, size], tl.float32)
+    low = tl.load(edges + first) // keys * keys
+    for start in range(low, tl.minimum(first + rows * groups // heads, tokens), keys):
+        key_token = start + tl.arange(0, keys)
+        of_key = (key_token.to(tl.int64) * groups + group)[:, None] * size + feature[None, :]
+        exists = (key_token < tokens)[:, None]
+        key = tl.load(k + of_key, mask=exists, other=0.0)
+        value = tl.load(v + of_key, mask=exists, other=0.0)
+        seen = (key_token[None, :] <= token[:, None]) & (key_token[None, :] >= begin[:, None])
+        score = tl.where(seen, tl.dot(query, tl.trans(key)) * (scale * LOG2_E), float("-inf"))
+        higher = tl.maximum(highest, tl.max(score, 1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        weight = tl.exp2(score - shift[:, None])
+        shrink = tl.exp2(highest - shift)
+        total = total * shrink + tl.sum(weight, 1)
+        mean = mean * shrink[:, None] + tl.dot(weight.to(value.dtype), value)
+        highest = higher
+    tl.store(out + at, (mean / total[:, None]).to(query.dtype), mask=there[:, None])
+    tl.store(logs + row, highest + tl.log2(total), mask=there)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _backward_queries(  # type: ignore[no-untyped-def]
+    q, k, v, out, gradient, logs, sums, edges, dq, tokens, scale,
+    heads: tl.constexpr, groups: tl.constexpr, size: tl.constexpr, rows: tl.constexpr, keys: tl.constexpr,
+):  # fmt: skip
+    first, group = tl.program_id(0) * (rows * groups // heads), tl.program_id(1)
+    token, row, there = _row_places(first, group, tokens, heads, groups, rows)
+    feature = tl.arange(0, size)
+    at = row.to(tl.int64)[:, None] * size + feature[None, :]
+    query = tl.load(q + at, mask=there[:, None], other=0.0)
+    towards = tl.load(gradient + at, mask=there[:, None], other=0.0)
+    result = tl.load(out + at, mask=there[:, None], other=0.0)
+    sum_of = tl.sum(towards.to(tl.float32) * result.to(tl.float32), 1)
+    tl.store(sums + row, sum_of, mask=there)
+    log = tl.load(logs + row, mask=there, other=0.0)
+    begin = tl.load(edges + token, mask=there, other=0)
+    moved = tl.zeros([rows, size], tl.float32)
+    low = tl.load(edges + first) // keys * keys
+    for start in range(low, tl.minimum(first + rows * groups // heads, tokens), keys):
+        key_token = start + tl.arange(0, keys)
+        of_key = (key_token.to(tl.int64) * groups + group)[:, None] * size + feature[None, :]
+        exists = (key_token < tokens)[:, None]
+        key = tl.load(k + of_key, mask=exists, other=0.0)
+        value = tl.load(v + of_key, mask=exists, other=0.0)
+        seen = (key_token[None, :] <= token[:, None]) & (key_token[None, :] >= begin[:, None])
+        score = tl.dot(query, tl.trans(key)) * (scale * LOG2_E)
+        weight = tl.where(seen, tl.exp2(score - log[:, None]), 0.0)
+        change = weight * (tl.dot(towards, tl.trans(value)) - sum_of[:, None])
+        moved += tl.dot(change.to(key.dtype), key)
+    tl.store(dq + at, (moved * scale).to(query.dtype), mask=there[:, None])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _backward_keys(  # type: ignore[no-untyped-def]
+    q, k, v, gradient, logs, sums, edges, dk, dv, tokens, scale,
+    heads: tl.constexpr, groups: tl.constexpr, size: tl.constexpr, rows: tl.constexpr, keys: tl.constexpr,
+):  # fmt: skip
+    start, group = tl.program_id(0) * keys, tl.program_id(1)
+    feature = tl.arange(0, size)
+    key_token = start + tl.arange(0, keys)
+    at = (key_token.to(tl.int64) * groups + group)[:, None] * size + feature[None, :]
+    exists = (key_token < tokens)[:, None]
+    key = tl.load(k + at, mask=exists, other=0.0)
+    value = tl.load(v + at, mask=exists, other=0.0)
+    moved_key = tl.zeros([keys, size], tl.float32)
+    moved_value = tl.zeros([keys, size], tl.float32)
+    block: tl.constexpr = rows * groups // heads
+    high = tl.load(edges + tokens + tl.minimum(start + keys, tokens) - 1)
+    for first in range(start // block * block, high, block):
+        token, row, there = _row_places(first, group, tokens, heads, groups, rows)
+        of_row = row.to(tl.int64)[:, None] * size + feature[None, :]
+        query = tl.load(q + of_row, mask=there[:, None], other=0.0)
+        towards = tl.load(gradient + of_row, mask=there[:, None], other=0.0)
+        log = tl.load(logs + row, mask=there, other=0.0)
+        sum_of = tl.load(sums + row, mask=there, other=0.0)
+        begin = tl.load(edges + token, mask=there, other=tokens)
+        seen = (key_token[:, None] <= token[None, :]) & (key_token[:, None] >= begin[None, :])
+        score = tl.dot(key, tl.trans(query)) * (scale * LOG2_E)
+        weight = tl.where(seen, tl.exp2(score - log[None, :]), 0.0)
+        moved_value += tl.dot(weight.to(towards.dtype), towards)
+        change = weight * (tl.dot(value, tl.trans(towards)) - sum_of[None, :])
+        moved_key += tl.dot(change.to(query.dtype), query)
+    tl.store(dk + at, (moved_key * scale).to(key.dtype), mask=exists)
+    tl.store(dv + at, moved_value.to(value.dtype), mask=exists)
+END_OF_FTGEN_FILE
+    cat >"$1"/runtime/engines/swiglu.py <<'END_OF_FTGEN_FILE' || return
+"""Compute SwiGLU and its gradient, and write them in FP8 with delayed scaling: two Triton kernels.
+
+In: the output of the layer before SwiGLU, [rows, 2 * width]: in each row the gates a, then the values b; for the gradient
+also that of the result. Out: silu(a) * b, or the gradients of a and b, times a scale, in FP8; the largest absolute value
+before the scale, combined with the one that is there; and the inverse of the scale.
+
+Both compute in float32 with the steps and roundings of Transformer Engine's kernels on Hopper, so that the bytes are the
+same. A program works on many tiles, each a part of a row: it loads the next ones while it computes one, and combines its
+largest value once.
+
+This module imports Triton, so only a training on a GPU imports it.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+RESULT_TILE, GRADIENT_TILE = 2048, 1024  # columns of a tile
+WARPS, STAGES = 4, 3  # of a program
+PROGRAMS = 132 * 4  # the fastest on an H200; it has 132 multiprocessors
+UNALIGNED = ("scale", "amax", "scale_inv", "tiles")  # one program for any addresses of these
+
+
+def write_result(
+    mixed: torch.Tensor, out: torch.Tensor, scale: torch.Tensor, amax: torch.Tensor, scale_inv: torch.Tensor
+) -> None:
+    """Write the result of mixed [..., 2 * width] into out [..., width], of an FP8 type. All are contiguous."""
+    _launch(_write_result, RESULT_TILE, (mixed,), out, scale, amax, scale_inv)
+
+
+def write_gradient(
+    gradient: torch.Tensor,
+    mixed: torch.Tensor,
+    out: torch.Tensor,
+    scale: torch.Tensor,
+    amax: torch.Tensor,
+    scale_inv: torch.Tensor,
+) -> None:
+    """Write the gradient of mixed into out, of its shape; gradient [..., width] is that of the result."""
+    _launch(_write_gradient, GRADIENT_TILE, (gradient, mixed), out, scale, amax, scale_inv)
+
+
+def _launch(kernel: Any, tile: int, inputs: tuple[torch.Tensor, ...], out: torch.Tensor, *scaling: torch.Tensor) -> None:
+    width = inputs[-1].shape[-1] // 2
+    tile = min(tile, triton.next_power_of_2(width))
+    tiles = inputs[-1].numel() // (2 * width) * triton.cdiv(width, tile)
+    kernel[(min(tiles, PROGRAMS),)](*inputs, out, *scaling, tiles, width=width, tile=tile, stages=STAGES, num_warps=WARPS)
+
+
+# 1 / (1 + e^-x) in the steps that CUDA's compiler makes of it. e^-x is 2^k * 2^r, with k a whole number and r small. An
+# approximate reciprocal and one step of Newton's round like a division. The minimum keeps infinity out of that step.
+SIGMOID = tl.constexpr("""{
+    .reg .f32 k, r, d, e;
+    fma.rn.ftz.sat.f32 k, $1, 0fBBBB989D, 0f3F000000;
+    fma.rm.ftz.f32 k, k, 0f437C0000, 0f4B400001;
+    sub.f32 r, 0f4B40007F, k;
+    fma.rn.ftz.f32 r, $1, 0fBFB8AA3B, r;
+    fma.rn.ftz.f32 r, $1, 0fB2A57060, r;
+    ex2.approx.ftz.f32 r, r;
+    shl.b32 k, k, 23;
+    fma.rn.f32 d, r, k, 0f3F800000;
+    min.f32 d, d, 0f7F000000;
+    rcp.approx.ftz.f32 r, d;
+    fma.rn.f32 e, d, r, 0fBF800000;
+    neg.f32 e, e;
+    fma.rn.f32 $0, r, e, r;
+}""")
+
+
+@triton.jit
+def _sigmoid(x):  # type: ignore[no-untyped-def]
+    return tl.inline_asm_elementwise(SIGMOID, "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _place(index, width: tl.constexpr, tile: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of a tile: its row, its columns [tile], and which of them exist."""
+    tiles: tl.constexpr = (width + tile - 1) // tile
+    # A thread reads 16 bytes at once and writes 8. If it wrote 16, neighbours would not read side by side.
+    column = tl.max_contiguous(index % tiles * tile + tl.arange(0, tile), 8)
+    return tl.cast(index // tiles, tl.int64), column, column < width
+
+
+@triton.jit
+def _read(pointers, inside):  # type: ignore[no-untyped-def]
+    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _finish(largest, amax, scale, scale_inv):  # type: ignore[no-untyped-def]
+    """Combine the largest value with amax. The first program also writes the inverse of the scale."""
+    bits = tl.max(largest, axis=0).to(tl.int32, bitcast=True)  # in the order of the values, none of which is negative
+    tl.atomic_max(amax.to(tl.pointer_type(tl.int32)), bits, sem="relaxed")
+    if tl.program_id(0) == 0:
+        tl.store(scale_inv, tl.div_rn(1.0, scale))
+
+
+@triton.jit(do_not_specialize=UNALIGNED)  # type: ignore[untyped-decorator]
+def _write_result(  # type: ignore[no-untyped-def]
+    mixed, out, scale, amax, scale_inv, tiles, width: tl.constexpr, tile: tl.constexpr, stages: tl.constexpr
+):
+    """A program writes some tiles of the result."""
+    factor = tl.load(scale)
+    largest = tl.zeros([tile], tl.float32)  # a NaN does not count
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=stages):
+        row, column, inside = _place(index, width, tile)
+        at = mixed + row * (2 * width) + column
+        a, b = _read(at, inside), _read(at + width, inside)
+        result = a * _sigmoid(a) * b
+        tl.store(out + row * width + column, (result * factor).to(out.dtype.element_ty), mask=inside)
+        largest = tl.maximum(largest, tl.abs(result))
+    _finish(largest, amax, factor, scale_inv)
+
+
+@triton.jit(do_not_specialize=UNALIGNED)  # type: ignore[untyped-decorator]
+def _write_gradient(  # type: ignore[no-untyped-def]
+    gradient, mixed, out, scale, amax, scale_inv, tiles, width: tl.constexpr, tile: tl.constexpr, stages: tl.constexpr
+):
+    """A program writes some tiles of the gradient of a, and the same tiles of that of b."""
+    factor = tl.load(scale)
+    largest = tl.zeros([tile], tl.float32)  # a NaN does not count
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=stages):
+        row, column, inside = _place(index, width, tile)
+        at = row * (2 * width) + column
+        g = _read(gradient + row * width + column, inside)
+        a, b = _read(mixed + at, inside), _read(mixed + at + width, inside)
+        sigmoid = _sigmoid(a)
+        of_a = tl.fma(a, sigmoid * (1.0 - sigmoid), sigmoid) * g * b
+        of_b = g * (a * sigmoid)
+        tl.store(out + at, (of_a * factor).to(out.dtype.element_ty), mask=inside)
+        tl.store(out + at + width, (of_b * factor).to(out.dtype.element_ty), mask=inside)
+        largest = tl.maximum(largest, tl.maximum(tl.abs(of_a), tl.abs(of_b)))
+    _finish(largest, amax, factor, scale_inv)
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/switching.py <<'END_OF_FTGEN_FILE' || return
 """Switch on the optimizations that the plan selects.
@@ -8715,8 +10016,9 @@ class Profiler:
         """Start the profiler before `first_step`."""
         if step != self.first_step:
             return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the GPU may still be at the step before
         if self.tool == "nsys":
-            torch.cuda.synchronize()
             torch.cuda.profiler.start()
             return
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -9974,9 +11276,9 @@ class Sampler:
         self.process, self.pipe = process, pipe
         self.began = False  # whether the beginning of the first step was told
 
-    def tell(self, step: int) -> None:
-        """Tell that a step ended now. OSError: nobody listens, or not fast enough."""
-        os.write(self.pipe, f"{step} {time.time():.3f}\n".encode())
+    def tell(self, step: int, time_s: float) -> None:
+        """Tell when a step ended. OSError: nobody listens, or not fast enough."""
+        os.write(self.pipe, f"{step} {time_s:.3f}\n".encode())
 
 
 _running: list[Sampler] = []
@@ -10007,12 +11309,12 @@ def before_step(step: int) -> None:
         after_step(step - 1)
 
 
-def after_step(step: int) -> None:
-    """Tell the sampler that a step, counted from 0, has ended."""
+def after_step(step: int, time_s: float | None = None) -> None:
+    """Tell the sampler that a step, counted from 0, has ended: now, or at this time in seconds since 1970."""
     if not _running:
         return
     try:
-        _running[0].tell(step)
+        _running[0].tell(step, time.time() if time_s is None else time_s)
     except OSError:
         _tell_why(_running.pop())
 

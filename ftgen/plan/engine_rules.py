@@ -63,12 +63,22 @@ def optimizations(spec: Spec) -> Iterator[Problem]:
                 ("micro_batch_size",),
                 ("data", "packed"),
                 ("save",),
+                ("log",),
                 TP,
                 PP,
                 CP,
             )
             hint = "remove this key: the preset enables it where it helps"
             yield Problem(("optimizations", name), reason, hint, also=also)
+
+
+def is_on(name: str, spec: Spec) -> bool:
+    """Whether the run has it: as the spec sets it; else if measurements showed a gain and the run meets its requirements."""
+    said: bool | None = getattr(spec.optimizations, name)
+    if said is not None:
+        return said
+    helps = catalogue.optimizations()[name].is_default(spec.scheme, spec.precision, spec.gpu, spec.engine)
+    return spec.optimizations.preset == "measured" and helps and not forbids(name, spec)
 
 
 def forbids(name: str, spec: Spec) -> str:
@@ -78,7 +88,6 @@ def forbids(name: str, spec: Spec) -> str:
         return f"requires engine = {' or '.join(map(quoted, known.engines))}" + (f": {known.lacks}" if known.lacks else "")
     split = spec.parallelism
     tp, pp, cp = split.tensor_model_parallel_size, split.pipeline_model_parallel_size, split.context_parallel_size
-    frozen = {'scheme = "lora" (with SFT, weights became NaN)': spec.scheme == "lora"}
     needs = {
         "cuda_graphs": {
             "packed sequences": data_rules.is_packed(spec),
@@ -94,15 +103,27 @@ def forbids(name: str, spec: Spec) -> str:
             "TP = 1 and no dropout in the adapters": tp == 1 and not spec.lora.dropout,
         },
         "fused_wgrad_accumulation": {'scheme = "sft"': spec.scheme == "sft"},
+        "async_step": {"no [log] (a tracker reads the values of a step at its end)": spec.log is None},
         "skip_shard_transposes": {'scheme = "sft" and precision = "fp8"': (spec.scheme, spec.precision) == ("sft", "fp8")},
         "short_padding": {"packed sequences": data_rules.is_packed(spec), "CP = 1": cp == 1},
         "fused_rotary": {"packed sequences": data_rules.is_packed(spec), "CP = 1": cp == 1},
+        "short_attention": {"packed sequences": data_rules.is_packed(spec), "CP = 1": cp == 1},
+        "fused_lora_add": {
+            'scheme = "lora"': spec.scheme == "lora",
+            "TP = 1 and no dropout in the adapters": tp == 1 and not spec.lora.dropout,
+        },
         "fused_swiglu": {
-            **frozen,
-            "no adapters on linear_fc1 and linear_fc2": not {"linear_fc1", "linear_fc2"} & set(spec.lora.targets),
+            "no adapters on linear_fc1 and linear_fc2": spec.scheme == "sft"
+            or not {"linear_fc1", "linear_fc2"} & set(spec.lora.targets),
             "TP = 1": tp == 1,
         },
-        "op_fuser": frozen,
+        "fp8_swiglu": {
+            'precision = "fp8"': spec.precision == "fp8",
+            "optimizations.fused_swiglu": name == "fp8_swiglu" and is_on("fused_swiglu", spec),
+        },
+        "early_gather": {'scheme = "sft"': spec.scheme == "sft"},
+        "bf16_grads_in_adam": {'scheme = "sft"': spec.scheme == "sft"},
+        "op_fuser": {'scheme = "lora" (SFT has no adapters to fuse; use fused_swiglu)': spec.scheme == "lora"},
         "merge_micro_batches": {"packed sequences": data_rules.is_packed(spec), "PP = CP = 1": pp * cp == 1},
     }
     missing = [what for what, there in {"a GPU": spec.gpu != "cpu", **needs.get(name, {})}.items() if not there]

@@ -11,7 +11,7 @@ from ftgen.catalogue import Gpu, Model
 from ftgen.errors import SpecError
 from ftgen.plan import checkpoints, memory
 from ftgen.plan.data_rules import is_packed, max_steps, order, too_long
-from ftgen.plan.engine_rules import forbids, fp8_scaling
+from ftgen.plan.engine_rules import fp8_scaling, is_on
 from ftgen.plan.images import image_for, import_name
 from ftgen.plan.plan import (
     FORMAT,
@@ -101,7 +101,7 @@ def resolve(
         optimizer=OptimizerPlan(
             spec.optimizer.learning_rate or RECIPE_LEARNING_RATE[spec.scheme], spec.optimizer.warmup_steps
         ),
-        optimizations=_optimizations(spec),
+        optimizations={name: is_on(name, spec) for name in catalogue.optimizations()},
         profile=ProfilePlan(**dict(spec.profile)) if spec.profile else None,
         window_steps=spec.window.last_steps,
         environment=RECIPE_ENVIRONMENT | site.environment | spec.environment,
@@ -215,18 +215,6 @@ def memory_of_a_node(site: Site) -> str | None:
     if site.mem is None and not site.mem_per_cpu and not site.mem_per_gpu:
         return "0" if site.exclusive else None
     return None if site.mem == "none" else site.mem
-
-
-def _optimizations(spec: Spec) -> dict[str, bool]:
-    """Whether each is on: as the spec sets it; else if measurements showed a gain and the run meets its requirements."""
-    chosen = {}
-    for name, known in catalogue.optimizations().items():
-        said = getattr(spec.optimizations, name)
-        measured = spec.optimizations.preset == "measured" and known.is_default(
-            spec.scheme, spec.precision, spec.gpu, spec.engine
-        )
-        chosen[name] = said if said is not None else measured and not forbids(name, spec)
-    return chosen
 
 
 def _save(spec: Spec, model: ModelPlan, lora: LoraPlan | None) -> SavePlan | None:

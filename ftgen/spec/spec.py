@@ -200,10 +200,19 @@ class Optimizations(Table):
     scale_small_tensor: bool | None = _optimization("Applies LoRA's scale to the small tensor between its two matrices")
     fused_wgrad_accumulation: bool | None = _optimization("Accumulates weight gradients in the GEMM that computes them")
     skip_nan_check: bool | None = _optimization("Does not check the gradients of each step for NaN")
+    async_step: bool | None = _optimization("Launches a step while the GPU is at the step before")
     fused_swiglu: bool | None = _optimization("Uses Transformer Engine's fused SwiGLU, which includes the cast to FP8")
+    early_gather: bool | None = _optimization("SFT: starts all gathers of weights when the optimizer's step ends")
+    bf16_grads_in_adam: bool | None = _optimization("SFT: lets Adam read the BF16 gradients instead of a float32 copy")
     skip_shard_transposes: bool | None = _optimization("Does not transpose the shards of FP8 weights")
     short_padding: bool | None = _optimization("Divides the padding of a pack into several short sequences")
-    fused_rotary: bool | None = _optimization("Rotates queries and keys with a kernel of ftgen, in Triton")
+    fused_rotary: bool | None = _optimization("Splits and rotates queries and keys with a kernel of ftgen, in Triton")
+    short_attention: bool | None = _optimization(
+        "Computes the attention of short sequences with kernels of ftgen, in Triton"
+    )
+    fused_lora_add: bool | None = _optimization("Adds LoRA's branch in the GEMM that computes it")
+    fused_residual_add: bool | None = _optimization("Adds the residual's gradient in the norm's backward pass")
+    fp8_swiglu: bool | None = _optimization("Writes SwiGLU's FP8 result and gradient with kernels of ftgen, in Triton")
     merge_micro_batches: bool | None = _optimization("Trains on all packs of a GPU in one micro-batch per step")
     op_fuser: bool | None = _optimization("Uses Transformer Engine's op fuser, which rounds differently")
 

@@ -85,7 +85,7 @@ def test_more_tokens_for_a_gpu_take_longer_in_proportion():
         {"lora_targets": ("linear_qkv", "linear_proj")},
         {"split": (2, 1, 1)},
         {"optimizations": ()},
-        {"optimizations": ("a", "b")},
+        {"optimizations": tuple("abcdef")},
     ],
     ids=str,
 )
@@ -154,7 +154,9 @@ def test_plan_prints_what_a_forecast_rests_on(ftgen, tmp_path):
     assert done.returncode == 0, done.stderr
     part = " ".join(done.stdout.partition("Forecast of the steps")[2].partition("Enabled")[0].split())
     assert "held-out forecasts" in part
-    assert "rests on bench/results/2026-11-22-h100.json (1 run); scaled from 1 to 8 GPUs, +" in part
+    assert (
+        "rests on bench/results/2026-11-22-h100.json (1 run); with other optimizations; scaled from 1 to 8 GPUs, +" in part
+    )
     assert "for each doubling; measured inside a node on up to 2 GPUs" in part
     assert " kWh at 68" in part
     assert " EUR " in part

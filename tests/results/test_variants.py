@@ -33,8 +33,17 @@ def plan(on, *, without=(), packed=True, tp=1, **more):
         (plan(DEFAULTS[1:]), f"default − {DEFAULTS[0]}"),
         (plan(["short_padding"]), "stock + short_padding"),
         (plan([], tp=2), "TP 2, stock"),
-        (plan({*DEFAULTS} - {"loss_tokens_only", "scale_small_tensor", "fused_swiglu"}, tp=2), "TP 2, default"),
-        (plan({*DEFAULTS} - {"cuda_graphs", "short_padding"}, packed=False), "not packed, default"),
+        (
+            plan(
+                {*DEFAULTS} - {"loss_tokens_only", "scale_small_tensor", "fused_lora_add", "fused_swiglu", "fp8_swiglu"},
+                tp=2,
+            ),
+            "TP 2, default",
+        ),
+        (
+            plan({*DEFAULTS} - {"cuda_graphs", "short_padding", "fused_rotary", "short_attention"}, packed=False),
+            "not packed, default",
+        ),
         (plan([], lora={"targets": ["linear_qkv", "linear_fc1"]}), "LoRA on linear_qkv+linear_fc1, stock"),
         (plan(DEFAULTS[:-1], without=DEFAULTS[-1:]), "earlier default"),
         (plan(DEFAULTS, without=["merge_micro_batches"]), "default"),
