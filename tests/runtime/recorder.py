@@ -3,8 +3,8 @@
     recorder.py PLAN.json finetune         with a plan
     recorder.py ENTRYPOINT.py COMMAND      with a generated entrypoint, in place of the job's Python
 
-Each rank writes a line of JSON for each step (loss, learning rate, a hash of the batch, all exact) and for each validation
-into $FTGEN_RUN_DIR/record.<rank>. Environment:
+Each rank writes a line of JSON for each step (loss, norm of the gradients, learning rate, a hash of the batch, all exact)
+and for each validation into $FTGEN_RUN_DIR/record.<rank>. Environment:
 
 MOMENT        "<what>:<step>:<signal>:<rank>", when a rank sends itself a signal. What:
               step     when the step has ended, before its save
@@ -98,7 +98,9 @@ def observe(recipe, plan, off, optimize) -> None:
         def on_train_batch_end(self, trainer, *_):
             Recorder.step = trainer.global_step
             loss, rate = float(trainer.callback_metrics["reduced_train_loss"]), trainer.optimizers[0].param_groups[0]["lr"]
-            write(step=trainer.global_step, loss=loss, rate=rate, batch=" ".join(batches))
+            norm = trainer.callback_metrics.get("grad_norm")
+            norm = norm if norm is None else float(norm)
+            write(step=trainer.global_step, loss=loss, norm=norm, rate=rate, batch=" ".join(batches))
             batches.clear()
             time.sleep(float(os.environ.get("STEP_S", "0")))
             now("step", trainer.global_step)
