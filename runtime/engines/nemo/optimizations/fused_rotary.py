@@ -11,6 +11,7 @@ import functools
 from typing import Any
 
 from runtime.engines.nemo.optimizations import needs
+from runtime.engines.nemo.optimizations.packs import bounds_of
 
 
 def missing(_recipe: Any, _plan: dict[str, Any]) -> str:
@@ -37,8 +38,7 @@ def _with_rotation_in_the_split(stock: Any) -> Any:
         """Hand the angles of packed sequences to `get_query_key_value_tensors` instead of the stock rotation."""
         self.rotation = None
         if packed_seq_params is not None and _is_plain(self, rotary_pos_emb):
-            ends = packed_seq_params.cu_seqlens_q_padded
-            self.rotation = rotary_pos_emb, packed_seq_params.cu_seqlens_q if ends is None else ends
+            self.rotation = rotary_pos_emb, bounds_of(packed_seq_params)
             rotary_pos_emb = None
         return stock(self, *args, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params, **kwargs)
 

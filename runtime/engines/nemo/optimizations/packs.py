@@ -37,3 +37,10 @@ def cu_seqlens(ends: list[int]) -> dict[str, torch.Tensor]:
         "cu_seqlens": torch.tensor([[*ends, -1]], dtype=torch.int32),
         "cu_seqlens_argmin": torch.tensor([[len(ends)]]),
     }
+
+
+def bounds_of(packed_seq_params: Any) -> torch.Tensor:
+    """The boundaries of the sequences, with their padding, as Megatron-Core hands them on: int32, on the GPU."""
+    padded = packed_seq_params.cu_seqlens_q_padded
+    bounds: torch.Tensor = packed_seq_params.cu_seqlens_q if padded is None else padded
+    return bounds

@@ -12,6 +12,7 @@ from typing import Any
 
 from runtime.engines import padding
 from runtime.engines.nemo.optimizations import needs
+from runtime.engines.nemo.optimizations.packs import bounds_of
 from runtime.job.progress import say
 
 LONGEST = 512  # tokens: cuDNN is faster if there are longer examples
@@ -51,10 +52,8 @@ def with_own_kernels(stock: Any) -> Any:
         """[tokens, heads * size] of query [tokens, heads, size], key and value [tokens, groups, size]."""
         if packed_seq_params is None or not _is_known(self, query, key, value):
             return stock(self, query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs)
-        ends = packed_seq_params.cu_seqlens_q_padded
-        ends = packed_seq_params.cu_seqlens_q if ends is None else ends
         scale = getattr(self, "softmax_scale", None) or query.shape[-1] ** -0.5
-        return Attend.apply(query, key, value, ends, scale).flatten(1)
+        return Attend.apply(query, key, value, bounds_of(packed_seq_params), scale).flatten(1)
 
     return forward
 
