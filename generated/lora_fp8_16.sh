@@ -4917,6 +4917,7 @@ import functools
 from typing import Any
 
 from runtime.engines.nemo.optimizations import needs
+from runtime.engines.nemo.optimizations.packs import bounds_of
 
 
 def missing(_recipe: Any, _plan: dict[str, Any]) -> str:
@@ -4943,8 +4944,7 @@ def _with_rotation_in_the_split(stock: Any) -> Any:
         """Hand the angles of packed sequences to `get_query_key_value_tensors` instead of the stock rotation."""
         self.rotation = None
         if packed_seq_params is not None and _is_plain(self, rotary_pos_emb):
-            ends = packed_seq_params.cu_seqlens_q_padded
-            self.rotation = rotary_pos_emb, packed_seq_params.cu_seqlens_q if ends is None else ends
+            self.rotation = rotary_pos_emb, bounds_of(packed_seq_params)
             rotary_pos_emb = None
         return stock(self, *args, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params, **kwargs)
 
@@ -5331,6 +5331,13 @@ def cu_seqlens(ends: list[int]) -> dict[str, torch.Tensor]:
         "cu_seqlens": torch.tensor([[*ends, -1]], dtype=torch.int32),
         "cu_seqlens_argmin": torch.tensor([[len(ends)]]),
     }
+
+
+def bounds_of(packed_seq_params: Any) -> torch.Tensor:
+    """The boundaries of the sequences, with their padding, as Megatron-Core hands them on: int32, on the GPU."""
+    padded = packed_seq_params.cu_seqlens_q_padded
+    bounds: torch.Tensor = packed_seq_params.cu_seqlens_q if padded is None else padded
+    return bounds
 END_OF_FTGEN_FILE
     cat >"$1"/runtime/engines/nemo/optimizations/scale_small_tensor.py <<'END_OF_FTGEN_FILE' || return
 """Apply LoRA's scale to the small tensor between the adapter's two matrices.
@@ -5370,6 +5377,7 @@ from typing import Any
 
 from runtime.engines import padding
 from runtime.engines.nemo.optimizations import needs
+from runtime.engines.nemo.optimizations.packs import bounds_of
 from runtime.job.progress import say
 
 LONGEST = 512  # tokens: cuDNN is faster if there are longer examples
@@ -5409,10 +5417,8 @@ def with_own_kernels(stock: Any) -> Any:
         """[tokens, heads * size] of query [tokens, heads, size], key and value [tokens, groups, size]."""
         if packed_seq_params is None or not _is_known(self, query, key, value):
             return stock(self, query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs)
-        ends = packed_seq_params.cu_seqlens_q_padded
-        ends = packed_seq_params.cu_seqlens_q if ends is None else ends
         scale = getattr(self, "softmax_scale", None) or query.shape[-1] ** -0.5
-        return Attend.apply(query, key, value, ends, scale).flatten(1)
+        return Attend.apply(query, key, value, bounds_of(packed_seq_params), scale).flatten(1)
 
     return forward
 
