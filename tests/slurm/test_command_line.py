@@ -93,6 +93,17 @@ def test_output_error_and_folder_are_those_of_the_user_with_each_job_s_own_numbe
     assert not list(desk.folder.rglob("sbatch_*.out"))
 
 
+def test_a_folder_with_the_number_of_the_job_is_that_of_all_jobs(desk, scripts):
+    number = int(desk.cluster.call("sbatch", "--parsable", "--output=/dev/null", "--wrap=true")) + 1
+    (desk.folder / f"gw{number}").mkdir()
+    jobs = queued(desk, f"--output={desk.folder}/gw{number}/user %j.txt", scripts=scripts)
+    desk.quiet()
+    assert jobs[0] - 1 == number
+    for job in (number, *jobs):
+        assert field(desk.job(job).text, "StdOut") == f"{desk.folder}/gw{number}/user {job}.txt"
+        assert "ftgen: log: " in (desk.folder / f"gw{number}/user {job}.txt").read_text()
+
+
 def test_a_list_of_nodes_goes_to_runs_of_as_many_nodes(desk):
     scripts = [desk.compile("a", gpus=4, site=TWO), desk.compile("b", gpus=4, site=TWO), desk.compile("c", gpus=2, site=TWO)]
     convert, copy, second = queued(desk, "--nodelist=node[3-4]", scripts=scripts)
