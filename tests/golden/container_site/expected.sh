@@ -377,6 +377,9 @@ reason_against() {
     fi
 }
 
+# A path, with %j in place of the number of this job.
+with_job_id() { sed -E "s/(^|[^0-9])$SLURM_JOB_ID([^0-9]|$)/\1%j\2/g" <<<"$1"; }
+
 # The value of a field of the record, in the form of the option's value.
 value_in_record() {
     local got=
@@ -390,8 +393,11 @@ value_in_record() {
         MemPerTres) got=$(megabytes "${got##*:}") ;;
         CpusPerTres | ReqB:S:C:T) got=${got##*:} ;;
         Tres*) got=${got//gres:/} ;;
-        StdOut | StdErr) # %j was expanded
-            got=$(sed -E "s/(^|[^0-9])$SLURM_JOB_ID([^0-9]|$)/\1%j\2/g" <<<"$got")
+        StdOut | StdErr) # %j was expanded; a folder may have the same number as this job
+            local file=${got##*/}
+            got=${got%"$file"}
+            if [[ $(with_job_id "$file") == "$file" ]]; then got=$(with_job_id "$got"); fi
+            got=$got$(with_job_id "$file")
             # without --error, both go to the same file
             if [[ $1 == StdErr && $got == "$(value_in_record StdOut)" ]]; then got=; fi
             ;;
