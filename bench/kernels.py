@@ -149,7 +149,7 @@ def figures(wall: float, before: float, events: list[Event]) -> dict[str, Any]:
     return {
         "wall_s": wall / STEPS,
         "wall_without_profiler_s": before / BEFORE,
-        "busy_s": _a_step(sum(_busy(spans))),
+        "busy_s": _a_step(sum(busy(spans))),
         "launches_a_step": len(spans) / STEPS,
         "gaps": {
             # between four steps there are three times
@@ -191,7 +191,7 @@ def _first_after(moment: float, spans: list[Event]) -> float:
     return float(next((event["ts"] for event in spans if event["ts"] >= moment), moment))
 
 
-def _busy(spans: list[Event]) -> Iterable[float]:
+def busy(spans: list[Event]) -> Iterable[float]:
     """How long each event makes the GPU busy that was not busy already; the events sorted by their beginning."""
     until = float("-inf")
     for event in spans:

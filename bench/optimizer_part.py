@@ -22,9 +22,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-STEPS = 4  # of bench/kernels.py
-ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
-MARK = "spin_kernel"  # bench/kernels.py marks places with it
+from kernels import MARK, ON_GPU, STEPS, busy
+
 PRODUCT = re.compile("nvjet|gemm|cutlass|cublas")
 SHARDS = re.compile("multi_tensor|l2norm|copy|Memcpy DtoD|cast|quantize|reciprocal", re.IGNORECASE)
 ADAM = re.compile("adam", re.IGNORECASE)
@@ -57,7 +56,7 @@ def parts(events: list[dict[str, Any]]) -> tuple[float, float]:
     kernels = [event for event in events if event.get("ph") == "X" and event.get("cat") in ON_GPU]
     kernels = sorted((kernel for kernel in kernels if MARK not in kernel["name"]), key=lambda kernel: kernel["ts"])
     others = [kernel for kernel in kernels if "nccl" not in kernel["name"]]
-    return _optimizer(others) / 1e6 / STEPS, (_length(kernels) - _length(others)) / 1e6 / STEPS
+    return _optimizer(others) / 1e6 / STEPS, (sum(busy(kernels)) - sum(busy(others))) / 1e6 / STEPS
 
 
 def _optimizer(kernels: list[dict[str, Any]]) -> float:
@@ -70,16 +69,6 @@ def _optimizer(kernels: list[dict[str, Any]]) -> float:
         elif SHARDS.search(kernel["name"]):
             since += kernel["dur"]
             has_adam = has_adam or ADAM.search(kernel["name"]) is not None
-    return total
-
-
-def _length(kernels: list[dict[str, Any]]) -> float:
-    """Microseconds in which one of the kernels runs at least; they are sorted by their begin."""
-    total, until = 0.0, float("-inf")
-    for kernel in kernels:
-        end = kernel["ts"] + kernel["dur"]
-        total += max(0.0, end - max(kernel["ts"], until))
-        until = max(until, end)
     return total
 
 

@@ -11,13 +11,14 @@ read and write, as GB/s; and the largest difference of the results.
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from gpu_time import both
+
 from runtime.engines.rotary import SplitAndRotate
 
 SIZE, GROUPS, QUERIES = 128, 8, 4
@@ -52,7 +53,7 @@ def main() -> None:
     with torch.cuda.stream(torch.cuda.Stream()):  # a graph cannot be captured on the default stream
         torch.manual_seed(0)
         mixed = torch.randn(options.tokens, GROUPS, (QUERIES + 2) * SIZE, dtype=torch.bfloat16, device="cuda")
-        found = {name: _both(split, mixed, options.repeats) for name, split in (("stock", stock), ("own", own))}
+        found = {name: both(split, [mixed], options.repeats) for name, split in (("stock", stock), ("own", own))}
     gb = 2 * mixed.numel() * mixed.element_size() / 1e9
     pairs = zip(found["stock"][0], found["own"][0], strict=True)
     print(
@@ -68,35 +69,6 @@ def main() -> None:
             indent=1,
         )
     )
-
-
-def _both(split: Callable[[Any], Any], mixed: Any, repeats: int) -> tuple[list[Any], list[float]]:
-    """What a call gives, forward and backward, and the microseconds of each."""
-    mixed = mixed.detach().requires_grad_()
-    out = split(mixed)
-    torch.manual_seed(1)
-    gradients = [torch.randn_like(part) for part in out]
-    (back,) = torch.autograd.grad(out, mixed, gradients)
-    forward = microseconds(lambda: split(mixed), repeats)
-    both = microseconds(lambda: torch.autograd.grad(split(mixed), mixed, gradients), repeats)
-    return [*(part.detach().float() for part in out), back.float()], [forward, both - forward]
-
-
-def microseconds(call: Callable[[], Any], repeats: int) -> float:
-    """How long a call takes on the GPU, in a CUDA graph of `repeats` calls."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        for _ in range(repeats):
-            call()
-    graph.replay()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    graph.replay()
-    end.record()
-    torch.cuda.synchronize()
-    return float(begin.elapsed_time(end)) * 1000 / repeats
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ forward and of the backward pass, in a CUDA graph, and the largest difference of
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from rotary import microseconds
+from gpu_time import both
 
 from runtime.engines.short_attention import Attend
 
@@ -50,25 +49,13 @@ def _row(length: int, options: argparse.Namespace) -> dict[str, Any]:
         "te": lambda *inputs: stock(*inputs, **packs).view(-1, HEADS, SIZE),
         "own": lambda *inputs: Attend.apply(*inputs, bounds, SIZE**-0.5),
     }
-    found = {name: _both(call, parts, options.repeats) for name, call in calls.items()}
+    found = {name: both(call, parts, options.repeats) for name, call in calls.items()}
     pairs = zip(found["te"][0], found["own"][0], strict=True)
     return {
         "length": length,
         "largest_difference": [float((a - b).abs().max()) for a, b in pairs],
         **{f"{name}_us": [round(time, 1) for time in times] for name, (_, times) in found.items()},
     }
-
-
-def _both(call: Callable[..., Any], parts: list[Any], repeats: int) -> tuple[list[Any], list[float]]:
-    """What a call gives, forward and backward, and the microseconds of each."""
-    inputs = [part.detach().requires_grad_() for part in parts]
-    out = call(*inputs)
-    torch.manual_seed(1)
-    gradient = torch.randn_like(out)
-    back = torch.autograd.grad(out, inputs, gradient)
-    forward = microseconds(lambda: call(*inputs), repeats)
-    both = microseconds(lambda: torch.autograd.grad(call(*inputs), inputs, gradient), repeats)
-    return [out.detach().float(), *(part.float() for part in back)], [forward, both - forward]
 
 
 if __name__ == "__main__":

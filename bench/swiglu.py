@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from gpu_time import microseconds
+
 from runtime.engines.nemo.optimizations import fp8_swiglu
 
 
@@ -72,22 +74,7 @@ def _measured(call: Callable[[Any], Any], dtype: Any, repeats: int) -> tuple[Any
     quantizer = Float8Quantizer(scale, amax, dtype, columnwise=False)
     quantizer.internal = True  # as the op fuser sets it
     written = call(quantizer)
-    return written, float(amax), _microseconds(lambda: call(quantizer), repeats)
-
-
-def _microseconds(call: Callable[[], Any], repeats: int) -> float:
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        for _ in range(repeats):
-            call()
-    graph.replay()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    graph.replay()
-    end.record()
-    torch.cuda.synchronize()
-    return float(begin.elapsed_time(end)) * 1000 / repeats
+    return written, float(amax), microseconds(lambda: call(quantizer), repeats)
 
 
 if __name__ == "__main__":

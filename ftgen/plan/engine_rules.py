@@ -88,6 +88,12 @@ def forbids(name: str, spec: Spec) -> str:
         return f"requires engine = {' or '.join(map(quoted, known.engines))}" + (f": {known.lacks}" if known.lacks else "")
     split = spec.parallelism
     tp, pp, cp = split.tensor_model_parallel_size, split.pipeline_model_parallel_size, split.context_parallel_size
+    packs = {"packed sequences": data_rules.is_packed(spec), "CP = 1": cp == 1}
+    sft = {'scheme = "sft"': spec.scheme == "sft"}
+    adapters = {
+        'scheme = "lora"': spec.scheme == "lora",
+        "TP = 1 and no dropout in the adapters": tp == 1 and not spec.lora.dropout,
+    }
     needs = {
         "cuda_graphs": {
             "packed sequences": data_rules.is_packed(spec),
@@ -98,20 +104,14 @@ def forbids(name: str, spec: Spec) -> str:
         },
         "fused_cross_entropy": {"micro_batch_size = 1 (otherwise its gradients are wrong)": spec.micro_batch_size == 1},
         "loss_tokens_only": {"TP = PP = CP = 1": tp * pp * cp == 1},
-        "scale_small_tensor": {
-            'scheme = "lora"': spec.scheme == "lora",
-            "TP = 1 and no dropout in the adapters": tp == 1 and not spec.lora.dropout,
-        },
-        "fused_wgrad_accumulation": {'scheme = "sft"': spec.scheme == "sft"},
+        "scale_small_tensor": adapters,
+        "fused_wgrad_accumulation": sft,
         "async_step": {"no [log] (a tracker reads the values of a step at its end)": spec.log is None},
         "skip_shard_transposes": {'scheme = "sft" and precision = "fp8"': (spec.scheme, spec.precision) == ("sft", "fp8")},
-        "short_padding": {"packed sequences": data_rules.is_packed(spec), "CP = 1": cp == 1},
-        "fused_rotary": {"packed sequences": data_rules.is_packed(spec), "CP = 1": cp == 1},
-        "short_attention": {"packed sequences": data_rules.is_packed(spec), "CP = 1": cp == 1},
-        "fused_lora_add": {
-            'scheme = "lora"': spec.scheme == "lora",
-            "TP = 1 and no dropout in the adapters": tp == 1 and not spec.lora.dropout,
-        },
+        "short_padding": packs,
+        "fused_rotary": packs,
+        "short_attention": packs,
+        "fused_lora_add": adapters,
         "fused_swiglu": {
             "no adapters on linear_fc1 and linear_fc2": spec.scheme == "sft"
             or not {"linear_fc1", "linear_fc2"} & set(spec.lora.targets),
@@ -121,8 +121,8 @@ def forbids(name: str, spec: Spec) -> str:
             'precision = "fp8"': spec.precision == "fp8",
             "optimizations.fused_swiglu": name == "fp8_swiglu" and is_on("fused_swiglu", spec),
         },
-        "early_gather": {'scheme = "sft"': spec.scheme == "sft"},
-        "bf16_grads_in_adam": {'scheme = "sft"': spec.scheme == "sft"},
+        "early_gather": sft,
+        "bf16_grads_in_adam": sft,
         "op_fuser": {'scheme = "lora" (SFT has no adapters to fuse; use fused_swiglu)': spec.scheme == "lora"},
         "merge_micro_batches": {"packed sequences": data_rules.is_packed(spec), "PP = CP = 1": pp * cp == 1},
     }
