@@ -1,4 +1,4 @@
-"""What a step of an SFT on two GPUs would take on more. In: a profile of bench/kernels.py. Out: four times, in milliseconds.
+"""What an SFT step on two GPUs would take on more of them. In: a profile of bench/kernels.py. Out: times in milliseconds.
 
     python bench/optimizer_part.py OUT.json [--gpus 4]
 
@@ -9,10 +9,11 @@ of shards. They run between the last matrix product of a backward pass and the f
 names match SHARDS. Each GPU updates its own shard of the weights, so `gpus` GPUs need 2 / gpus of this time each.
 `exposed` is the time in which NCCL's kernels run and no other kernel does.
 
-    step on gpus = step - optimizer * (1 - 2 / gpus), from which the goal is to be held
+    step on gpus = step - optimizer * (1 - 2 / gpus)
 
-That is with communication as it is. In a ring, a link carries (n - 1) / n of the bytes: 1/2 on two GPUs, 3/4 on four. So the
-last row adds `exposed * (2 * (gpus - 1) / gpus - 1)`: all communication that is not hidden on two GPUs, and as fast a link.
+This is the time to compare with a goal for that many GPUs. It assumes that communication takes as long as on two. In a ring,
+a link carries (n - 1) / n of the bytes: 1/2 on two GPUs, 3/4 on four. So the last row adds
+`exposed * (2 * (gpus - 1) / gpus - 1)`: all communication that is not hidden on two GPUs, and as fast a link.
 """
 
 import argparse

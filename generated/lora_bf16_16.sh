@@ -4743,7 +4743,7 @@ def _is_ours(mixed: Any, quantizer: Any) -> bool:
 
 
 def _written(quantizer: Any, shape: tuple[int, ...], dtype: Any, write: Any, *inputs: Any) -> Any:
-    """A new FP8 tensor that stands for the type, made as Transformer Engine makes it, with what `write` writes."""
+    """A new FP8 tensor, of the class that the quantizer asks for, filled by `write`."""
     import torch
     from transformer_engine.pytorch.constants import TE_DType_To_Torch
     from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
