@@ -27,7 +27,10 @@ import numpy
 
 HERE = Path(__file__).parent
 STOCK = ["optimizations.preset=stock"]
-NEEDS = {"fp8_swiglu": ["optimizations.fused_swiglu=true"]}  # what an optimization cannot do without
+NEEDS = {  # what an optimization cannot do without
+    "fp8_swiglu": ["optimizations.fused_swiglu=true"],
+    "loss_tokens_in_last_layer": ["optimizations.loss_tokens_only=true"],
+}
 
 
 def main() -> int:

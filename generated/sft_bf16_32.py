@@ -118,6 +118,7 @@ PLAN = json.loads(r"""
     "cuda_graphs": true,
     "fused_cross_entropy": true,
     "loss_tokens_only": true,
+    "loss_tokens_in_last_layer": true,
     "scale_small_tensor": false,
     "fused_wgrad_accumulation": true,
     "skip_nan_check": true,

@@ -110,7 +110,7 @@ class Optimization(NamedTuple):
 
     name: str
     title: str
-    numerics: str  # compared with the stock recipe: "identical", "reordered", "rounded"
+    numerics: str  # compared with the stock recipe: "identical", "reordered", "rescaled", "rounded"
     default: Mapping[str, list[str]]  # lists schemes, precisions, gpus and engines: on if all have the value of the run
     why: str
     engines: tuple[str, ...] = ("nemo",)  # the engines that can have it

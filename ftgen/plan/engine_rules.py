@@ -104,6 +104,9 @@ def forbids(name: str, spec: Spec) -> str:
         },
         "fused_cross_entropy": {"micro_batch_size = 1 (otherwise its gradients are wrong)": spec.micro_batch_size == 1},
         "loss_tokens_only": {"TP = PP = CP = 1": tp * pp * cp == 1},
+        "loss_tokens_in_last_layer": {
+            "optimizations.loss_tokens_only": name == "loss_tokens_in_last_layer" and is_on("loss_tokens_only", spec)
+        },
         "scale_small_tensor": adapters,
         "fused_wgrad_accumulation": sft,
         "async_step": {"no [log] (a tracker reads the values of a step at its end)": spec.log is None},

@@ -75,6 +75,7 @@ def _is_possible(name: str, plan: Mapping[str, Any]) -> bool:
         "cuda_graphs": packed and pp * cp == 1,
         "fused_cross_entropy": get(plan, ("micro_batch_size",)) in (1, None),
         "loss_tokens_only": tp * pp * cp == 1,
+        "loss_tokens_in_last_layer": tp * pp * cp == 1,
         "scale_small_tensor": tp == 1 and not get(plan, ("lora", "dropout")),
         "async_step": not get(plan, ("log",)),
         "short_padding": packed and cp == 1,

@@ -197,6 +197,9 @@ class Optimizations(Table):
     cuda_graphs: bool | None = _optimization("Runs the transformer layers as CUDA graphs")
     fused_cross_entropy: bool | None = _optimization("Uses Transformer Engine's fused cross entropy")
     loss_tokens_only: bool | None = _optimization("Computes the LM head and the loss only for tokens that have a loss")
+    loss_tokens_in_last_layer: bool | None = _optimization(
+        "Computes what follows the last layer's attention only for tokens that have a loss"
+    )
     scale_small_tensor: bool | None = _optimization("Applies LoRA's scale to the small tensor between its two matrices")
     fused_wgrad_accumulation: bool | None = _optimization("Accumulates weight gradients in the GEMM that computes them")
     skip_nan_check: bool | None = _optimization("Does not check the gradients of each step for NaN")

@@ -17,6 +17,7 @@ def install() -> None:
     """Make Megatron-Core's GPTModel look for the rows, in this process. Requires TP = PP = CP = 1."""
     from megatron.core.models.gpt import GPTModel
 
+    GPTModel.rows_are_picked = False  # whether the last layer returns the rows with a loss alone
     GPTModel._postprocess = _postprocess_with(GPTModel._postprocess)
 
 
@@ -31,9 +32,20 @@ def rows_of(loss_mask: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 def give(model: Any, rows: torch.Tensor, count: int) -> None:
     """Give the rows of the next forward pass to the GPTModel inside of `model`."""
+    gpt = gpt_of(model)
+    gpt.loss_rows, gpt.loss_count = rows, count
+
+
+def gpt_of(model: Any) -> Any:
+    """The GPTModel inside of its wrappers."""
     while hasattr(model, "module"):
         model = model.module
-    model.loss_rows, model.loss_count = rows, count
+    return model
+
+
+def pick(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[rows, 1, hidden] of states [sequence, batch, hidden]."""
+    return states.transpose(0, 1).flatten(0, 1).index_select(0, rows).unsqueeze(1)
 
 
 def _postprocess_with(whole: Any) -> Any:
@@ -43,7 +55,7 @@ def _postprocess_with(whole: Any) -> Any:
         if labels is None or rows is None or not self.post_process:
             return whole(self, hidden_states, *args, labels=labels, **kwargs)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        picked = hidden_states.transpose(0, 1).flatten(0, 1).index_select(0, rows).unsqueeze(1)
+        picked = hidden_states if self.rows_are_picked else pick(hidden_states, rows)
         logits, _ = self.output_layer(picked, weight=weight)
         loss = self.compute_language_model_loss(labels.flatten().index_select(0, rows).unsqueeze(0), logits).flatten()
         count = self.loss_count

@@ -161,14 +161,18 @@ def test_training_writes_only_where_it_may(sft: Trained, history: History) -> No
 def optimized(**changes: Any) -> dict[str, Any]:
     """A plan with what makes a step faster and does not need a GPU, which no spec may ask of a CPU."""
     document = plan(**changes)
-    on = {"loss_tokens_only", "scale_small_tensor" if changes.get("scheme") == "lora" else "fused_wgrad_accumulation"}
+    on = {
+        "loss_tokens_only",
+        "loss_tokens_in_last_layer",
+        "scale_small_tensor" if changes.get("scheme") == "lora" else "fused_wgrad_accumulation",
+    }
     return document | {"optimizations": {name: name in on for name in document["optimizations"]}}
 
 
 def test_the_loss_is_the_same_where_it_is_worked_out_for_the_tokens_that_have_one(history: History, sft: Trained) -> None:
     status, output = history.stage.run(optimized(), "finetune")
     assert status == 0, output
-    assert "ftgen: optimizations: loss_tokens_only, fused_wgrad_accumulation" in output
+    assert "ftgen: optimizations: loss_tokens_only, loss_tokens_in_last_layer, fused_wgrad_accumulation" in output
     assert losses(output) == pytest.approx(sft.losses, rel=1e-3)
 
 

@@ -20,7 +20,7 @@ NAMES = [*sorted(path.stem for path in SETS.glob("[0-9]*.txt")), PINNED]
 SFT = {"max_steps": 8, "optimizer": {"learning_rate": 5e-3, "warmup_steps": 1}}
 LORA = {"scheme": "lora", "max_steps": 4, "optimizer": {"learning_rate": 5e-2, "warmup_steps": 1}}
 # Of those that need no GPU, and one that needs Transformer Engine. No spec may ask a CPU for them.
-OPTIMIZATIONS = ("loss_tokens_only", "scale_small_tensor", "skip_nan_check", "fused_swiglu")
+OPTIMIZATIONS = ("loss_tokens_only", "loss_tokens_in_last_layer", "scale_small_tensor", "skip_nan_check", "fused_swiglu")
 # Printed by NeMo 2.4 and later. Before, the loss was the mean of the packs' mean losses, not of all tokens.
 SFT_LOSSES = [6.22, 5.994, 5.623, 4.874, 4.531, 5.198, 5.238, 4.227]
 LORA_LOSSES = [6.22, 6.098, 6.322, 5.915]
