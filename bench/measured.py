@@ -22,7 +22,8 @@ from ftgen.results.record import record
 ROOT = Path(__file__).parents[1]
 LOGS = {"2026-11-22-h100": "h100", "2026-11-22-h200": "h200"}
 LOGS |= {"2026-11-22-h200-pair": "h200_pair", "2026-11-23-h200-parallel": "h200_parallel"}
-LOGS |= {"2026-11-28-h200-fused": "h200_fused"}
+LOGS |= {"2026-11-28-h200-fused": "h200_fused", "2026-11-28-h200-one-go": "h200_one_go"}
+LOGS |= {"2026-11-28-h200-last-layer": "h200_last_layer"}
 ENGINES = "2026-11-27-h200-engines"  # which has no logs; its "what" says what was trained
 BUSY = 60  # percent of the time
 LEFT_OUT = {"source", "origin"}  # that the file says once

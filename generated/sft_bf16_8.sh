@@ -4834,7 +4834,7 @@ def forward_step(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 
 
 def prepare(gpt: Any) -> None:
-    """Make the last layer of a GPTModel return [rows, 1, hidden], for the rows of `loss_rows.give`. Once: else it does nothing."""
+    """Make the last layer of a GPTModel return [rows, 1, hidden], for the rows of `loss_rows.give`. Does it once."""
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 
     if gpt.rows_are_picked:

@@ -30,18 +30,20 @@ EARLIER = {"2.1.0", "2.2.1", "2.3.2"}
 UNTESTED = {*EARLIER, "2.4.0", "2.5.0", "2.6.0"}
 # What the packages of a set lack. Transformer Engine is in no set here.
 NO_GRAPHS = "NeMo's Llama3Config8B has no cuda_graph_impl"
-NO_POSTPROCESS = "megatron.core.models.gpt has no GPTModel._postprocess"
+NO_POSTPROCESS = dict.fromkeys(
+    ("loss_tokens_only", "loss_tokens_in_last_layer"), "megatron.core.models.gpt has no GPTModel._postprocess"
+)
 NO_TRANSFORMER_ENGINE = {"cuda_graphs", "fused_cross_entropy", "fused_swiglu", "fused_residual_add", "async_step"}  # in FP8
 NO_TRITON = {"fused_rotary", "short_attention", "fp8_swiglu"}
 LACKING = {
     "2.1.0": {
         "cuda_graphs": NO_GRAPHS,
-        "loss_tokens_only": NO_POSTPROCESS,
+        **NO_POSTPROCESS,
         "scale_small_tensor": "nemo.collections.llm.peft.utils has no ParallelLinearAdapter.forward",
         "short_padding": "nemo.collections.llm.gpt.data.packed_sequence has no PackedSequenceSpecs.packed_metadata_path",
     },
-    "2.2.1": {"cuda_graphs": NO_GRAPHS, "loss_tokens_only": NO_POSTPROCESS},
-    "2.3.2": {"cuda_graphs": NO_GRAPHS, "loss_tokens_only": NO_POSTPROCESS},
+    "2.2.1": {"cuda_graphs": NO_GRAPHS, **NO_POSTPROCESS},
+    "2.3.2": {"cuda_graphs": NO_GRAPHS, **NO_POSTPROCESS},
     "2.4.0": {"cuda_graphs": NO_GRAPHS},
     "2.5.0": {"cuda_graphs": NO_GRAPHS},
 }
