@@ -5134,8 +5134,8 @@ The attention of the last layer needs the keys and values of all tokens. After i
 those with a loss go on to the LM head: the others' results are not read, and their gradients are zero. Here the output of
 the attention and the residual are cut to the rows with a loss before the layer's output projection.
 
-The number of rows is another one in each micro-batch, so this layer is no CUDA graph. In FP8, the scales of the inputs of its
-output projection and MLP come from the rows with a loss alone.
+The number of rows changes from one micro-batch to the next, so this layer is no CUDA graph. In FP8, the scales of the inputs
+of its output projection and MLP come from the rows with a loss alone.
 """
 
 import functools
