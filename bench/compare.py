@@ -25,12 +25,10 @@ from typing import Any
 
 import numpy
 
+from ftgen import catalogue
+
 HERE = Path(__file__).parent
 STOCK = ["optimizations.preset=stock"]
-NEEDS = {  # what an optimization cannot do without
-    "fp8_swiglu": ["optimizations.fused_swiglu=true"],
-    "loss_tokens_in_last_layer": ["optimizations.loss_tokens_only=true"],
-}
 
 
 def main() -> int:
@@ -38,8 +36,7 @@ def main() -> int:
     options = _options()
     print(f"{'':32}{'loss':>12}{'grad norm':>12}{'weights':>12}")
     runs = {"stock": STOCK, "stock again": STOCK, "stock, one weight nudged": STOCK}
-    alone = {name: [*STOCK, f"optimizations.{name}=true", *NEEDS.get(name, [])] for name in _alone(options)}
-    runs |= alone | {"all": []}
+    runs |= {name: [*STOCK, *_on(name)] for name in _alone(options)} | {"all": []}
     with ThreadPoolExecutor(options.at_once) as pool:
         done = {}
         for (name, changes), gpu in zip(runs.items(), _gpus(), strict=False):
@@ -72,6 +69,12 @@ def _alone(options: argparse.Namespace) -> list[str]:
     command = [sys.executable, "-m", "ftgen", "plan", options.spec, "--set", f"gpu={options.gpu}", "--json"]
     plan = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return [name for name, is_on in plan["optimizations"].items() if is_on]
+
+
+def _on(name: str) -> list[str]:
+    """What turns an optimization on, and the one that it cannot do without."""
+    base = catalogue.optimizations()[name].builds_on
+    return [f"optimizations.{which}=true" for which in (name, base) if which]
 
 
 def _gpus() -> Iterator[str]:

@@ -115,6 +115,7 @@ class Optimization(NamedTuple):
     why: str
     engines: tuple[str, ...] = ("nemo",)  # the engines that can have it
     lacks: str = ""  # why the other engine cannot have it
+    builds_on: str = ""  # the optimization that it cannot do without
 
     def is_default(self, scheme: str, precision: str, gpu: str, engine: str) -> bool:
         """Whether it is on by default in such a run. Without a list of engines, only with NeMo: it was measured there."""

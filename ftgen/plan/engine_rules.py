@@ -104,9 +104,6 @@ def forbids(name: str, spec: Spec) -> str:
         },
         "fused_cross_entropy": {"micro_batch_size = 1 (otherwise its gradients are wrong)": spec.micro_batch_size == 1},
         "loss_tokens_only": {"TP = PP = CP = 1": tp * pp * cp == 1},
-        "loss_tokens_in_last_layer": {
-            "optimizations.loss_tokens_only": name == "loss_tokens_in_last_layer" and is_on("loss_tokens_only", spec)
-        },
         "scale_small_tensor": adapters,
         "fused_wgrad_accumulation": sft,
         "async_step": {"no [log] (a tracker reads the values of a step at its end)": spec.log is None},
@@ -120,14 +117,12 @@ def forbids(name: str, spec: Spec) -> str:
             or not {"linear_fc1", "linear_fc2"} & set(spec.lora.targets),
             "TP = 1": tp == 1,
         },
-        "fp8_swiglu": {
-            'precision = "fp8"': spec.precision == "fp8",
-            "optimizations.fused_swiglu": name == "fp8_swiglu" and is_on("fused_swiglu", spec),
-        },
+        "fp8_swiglu": {'precision = "fp8"': spec.precision == "fp8"},
         "early_gather": sft,
         "bf16_grads_in_adam": sft,
         "op_fuser": {'scheme = "lora" (SFT has no adapters to fuse; use fused_swiglu)': spec.scheme == "lora"},
         "merge_micro_batches": {"packed sequences": data_rules.is_packed(spec), "PP = CP = 1": pp * cp == 1},
     }
-    missing = [what for what, there in {"a GPU": spec.gpu != "cpu", **needs.get(name, {})}.items() if not there]
+    base = {f"optimizations.{known.builds_on}": is_on(known.builds_on, spec)} if known.builds_on else {}
+    missing = [what for what, there in {"a GPU": spec.gpu != "cpu", **needs.get(name, {}), **base}.items() if not there]
     return f"requires {missing[0]}" if missing else ""

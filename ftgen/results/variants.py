@@ -70,22 +70,19 @@ def _is_possible(name: str, plan: Mapping[str, Any]) -> bool:
     packed = get(plan, ("data", "packed")) is not False
     targets = get(plan, ("lora", "targets"))
     adapted = set(map(str, targets)) if isinstance(targets, list) else set()
-    swiglu = tp == 1 and not {"linear_fc1", "linear_fc2"} & adapted
     possible = {
         "cuda_graphs": packed and pp * cp == 1,
         "fused_cross_entropy": get(plan, ("micro_batch_size",)) in (1, None),
         "loss_tokens_only": tp * pp * cp == 1,
-        "loss_tokens_in_last_layer": tp * pp * cp == 1,
         "scale_small_tensor": tp == 1 and not get(plan, ("lora", "dropout")),
         "async_step": not get(plan, ("log",)),
         "short_padding": packed and cp == 1,
         "fused_rotary": packed and cp == 1,
         "short_attention": packed and cp == 1,
         "fused_lora_add": tp == 1 and not get(plan, ("lora", "dropout")),
-        "fused_swiglu": swiglu,
-        "fp8_swiglu": swiglu,
+        "fused_swiglu": tp == 1 and not {"linear_fc1", "linear_fc2"} & adapted,
     }
-    return possible.get(name, True)
+    return possible.get(catalogue.optimizations()[name].builds_on or name, True)
 
 
 def _age(run: Summary, *, timed: bool) -> tuple[datetime, int, str]:

@@ -35,7 +35,9 @@ def plan(on, *, without=(), packed=True, tp=1, **more):
         (plan([], tp=2), "TP 2, stock"),
         (
             plan(
-                {*DEFAULTS} - {"loss_tokens_only", "scale_small_tensor", "fused_lora_add", "fused_swiglu", "fp8_swiglu"},
+                {*DEFAULTS}
+                - {"loss_tokens_only", "loss_tokens_in_last_layer", "scale_small_tensor"}
+                - {"fused_lora_add", "fused_swiglu", "fp8_swiglu"},
                 tp=2,
             ),
             "TP 2, default",
